@@ -1,0 +1,92 @@
+"""EfficientNet-B0 for 32x32 images: a stem of stride 1 and no last 1x1 convolution. Tan and Le 2019, arXiv:1905.11946."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar10.models.registry import MODELS
+
+
+class Stage(NamedTuple):
+    expansion: int
+    channels: int
+    depth: int
+    kernel: int
+    stride: int
+
+
+B0 = [
+    Stage(1, 16, 1, 3, 1),
+    Stage(6, 24, 2, 3, 2),
+    Stage(6, 40, 2, 5, 2),
+    Stage(6, 80, 3, 3, 2),
+    Stage(6, 112, 3, 5, 1),
+    Stage(6, 192, 4, 5, 2),
+    Stage(6, 320, 1, 3, 1),
+]
+
+
+class SqueezeExcitation(nn.Module):
+    """x * sigmoid(se2(silu(se1(mean of x over the image)))), per channel. Hu et al. 2017, arXiv:1709.01507."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.se1 = nn.Conv2d(channels, squeezed, 1)
+        self.se2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate: Tensor = self.se2(F.silu(self.se1(x.mean((2, 3), keepdim=True))))
+        return x * gate.sigmoid()
+
+
+class Block(nn.Module):
+    """Expand by 1x1, depthwise convolution, squeeze-and-excitation to a quarter of the input, linear 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        channels = expansion * in_channels
+        self.expands = expansion != 1
+        # Made also where the block does not expand and they stay unused: the keys of existing checkpoints have them.
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(
+            channels, channels, kernel, stride=stride, padding=kernel // 2, groups=channels, bias=False
+        )
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.se = SqueezeExcitation(channels, in_channels // 4)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.has_skip = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.silu(self.bn1(self.conv1(x))) if self.expands else x
+        out = self.se(F.silu(self.bn2(self.conv2(out))))
+        out = self.bn3(self.conv3(out))
+        return out + x if self.has_skip else out
+
+
+class EfficientNet(nn.Module):
+    def __init__(self, stages: list[Stage], dropout: float, num_classes: int) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        blocks, in_channels = [], 32
+        for stage in stages:
+            for i in range(stage.depth):
+                stride = stage.stride if i == 0 else 1
+                blocks.append(Block(in_channels, stage.channels, stage.expansion, stage.kernel, stride))
+                in_channels = stage.channels
+        self.layers = nn.Sequential(*blocks)
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(F.silu(self.bn1(self.conv1(x)))).mean((2, 3))
+        logits: Tensor = self.linear(F.dropout(out, self.dropout, self.training))
+        return logits
+
+
+@MODELS.register
+def efficientnet_b0(num_classes: int) -> nn.Module:
+    return EfficientNet(B0, dropout=0.2, num_classes=num_classes)

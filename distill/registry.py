@@ -1,0 +1,86 @@
+"""Networks by name, and the normalisation each of them carries along."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.recipe import UserError
+
+Builder = Callable[[int], nn.Module]
+
+
+class Registry:
+    """Names -> functions `num_classes -> nn.Module`. The function's name is the architecture's name."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._builders: dict[str, Builder] = {}
+
+    def register(self, builder: Builder) -> Builder:
+        """Decorator. Raises ValueError if the name is taken: two networks of one name would mix up records."""
+        name = builder.__name__
+        if name in self._builders:
+            raise ValueError(f"{name} is registered twice in {self.title}")
+        self._builders[name] = builder
+        return builder
+
+    def names(self) -> list[str]:
+        return sorted(self._builders)
+
+    def resolve(self, name: str) -> str:
+        """The registered spelling of `name`: case, `-` and `_` do not matter. Raises UserError with near names."""
+        flat = {_flatten(known): known for known in self._builders}
+        if _flatten(name) in flat:
+            return flat[_flatten(name)]
+        near = difflib.get_close_matches(_flatten(name), flat, n=4, cutoff=0.5)
+        known = ", ".join(flat[n] for n in near) if near else ", ".join(self.names())
+        raise UserError(f"unknown architecture {name!r} for {self.title}; {'near it' if near else 'known'}: {known}")
+
+    def build(self, name: str, num_classes: int) -> nn.Module:
+        """A freshly initialised network with `num_classes` outputs."""
+        return self._builders[self.resolve(name)](num_classes)
+
+
+def _flatten(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network expects: a square of `size` pixels, and `mean`, `std` per channel of images in [0, 1]."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Classifier(nn.Module):
+    """A network that takes images as they travel, uint8 (B, H, W, 3) in [0, 255], and normalises them itself.
+
+    Teacher and student may thus differ in normalisation, and a copy to the device is a quarter of the bytes. The
+    normalisation is not in the state_dict of `network`, which therefore keeps the keys of the bare architecture.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.spec = spec
+        self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: uint8 (B, H, W, 3) -> logits (B, C)."""
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
+        logits: Tensor = self.network((pixels - self.mean) * self.scale)
+        return logits
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Learnable parameters of `network`."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
