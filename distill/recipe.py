@@ -1,1 +1,190 @@
-class UserError(ValueError): pass
+"""Everything that defines a run, as frozen and validated dataclasses. Knows no torch, so that it loads at once.
+
+`Recipe` is the identity of a run: two runs with equal recipes, data and teacher are the same run. `Options` is the
+rest: where things lie and how far to go this time. cli.py makes one flag from each field.
+"""
+
+import math
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+
+class UserError(ValueError):
+    """Something a person can put right. Shown as one line on stderr, without a traceback; exit code 2."""
+
+    exit_code = 2
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """A field with its flag: `help`, the `group` it is listed under, further `flags`, and the values it allows."""
+    metadata = {"help": help, "group": group, "flags": flags, "choices": choices}
+    return field(default=default, metadata={**metadata, "least": least, "most": most, "above": above})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run computes. Raises UserError, naming the flag, for a value out of range."""
+
+    arch: str = knob("efficientnet_b0", "the student (trainCE: the network)", group="networks", flags=("-a",))
+    teacher_arch: str | None = knob(None, "the teacher", group="networks")
+    T: float = knob(3.0, "temperature of both softmaxes", group="distillation", above=0)
+    w: float = knob(0.8, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
+    epochs: int = knob(60, "passes over the training images", group="training", least=1)
+    batch_size: int = knob(
+        128, "images a step; the last partial batch is dropped", group="training", flags=("-b",), least=1
+    )
+    lr: float = knob(0.1, "peak learning rate", group="training", above=0)
+    momentum: float = knob(0.9, "of SGD (Nesterov's form where it is not 0)", group="training", least=0, most=1)
+    weight_decay: float = knob(
+        5e-4, "L2 penalty, not on BatchNorm and biases", group="training", flags=("--wd",), least=0
+    )
+    decay_all: bool = knob(False, "weight decay on BatchNorm and biases too", group="training")
+    schedule: str = knob(
+        "cosine",
+        "of the learning rate after the warm-up: cosine to 0, or a tenth at 50 %% and at 75 %% of the run",
+        group="training",
+        choices=("cosine", "multistep", "constant"),
+    )
+    warmup: float = knob(5.0, "epochs of linear warm-up; a quarter of the run at most", group="training", least=0)
+    label_smoothing: float = knob(0.0, "of the CE term", group="training", least=0, most=1)
+    precision: str = knob(
+        "auto",
+        "of the forward pass: auto is bfloat16 on CUDA and float32 on CPU",
+        group="training",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    augment: str = knob(
+        "crop_flip",
+        "what a view is: crop_flip (162 views), original (crop, flip, rotation, colour jitter), none",
+        group="views",
+        choices=("crop_flip", "original", "none"),
+    )
+    views: int | None = knob(None, "views of an image that are shown in turn (default: all)", group="views", least=1)
+    seed: int = knob(0, "of initialisation, order of the images, dropout", group="views", least=0, most=2**32 - 1)
+    view_seed: int = knob(0, "of the views; runs with one view seed share them", group="views", least=0, most=2**32 - 1)
+    val_split: int = knob(0, "training images held out to choose the best epoch on", group="views", least=0)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def objective(self) -> str:
+        """`kd` with a teacher, else `ce`."""
+        return "kd" if self.teacher_arch else "ce"
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run's directory below its student's."""
+        if self.objective == "ce":
+            return f"ce-seed{self.seed}"
+        return f"kd-{self.teacher_arch}-T{self.T:g}-w{self.w:g}-seed{self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of to_dict. Raises UserError for fields of another version of this program."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise UserError(f"the recipe has fields that this version does not know: {', '.join(unknown)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where things lie and how far to go this time: nothing here changes what a run computes."""
+
+    data: str | None = knob(
+        None,
+        "'sample' (embedded), a directory with train/CLASS/* and test/CLASS/*, or a .npz file (default: data/cifar10)",
+        group="data and files",
+    )
+    workers: int = knob(
+        2, "threads that decode a folder of images", group="data and files", flags=("-j",), least=0, most=256
+    )
+    skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %%", group="data and files")
+    teacher_checkpoint: str | None = knob(None, "the teacher's weights, ours or foreign", group="data and files")
+    init: str | None = knob(None, "weights the student starts from (default: from scratch)", group="data and files")
+    output: str | None = knob(
+        None, "the run's directory (default: checkpoints/DATA/ARCH/RUN)", group="data and files", flags=("--save-path",)
+    )
+    recipe: str | None = knob(None, "a named recipe; flags given beside it win", group="running")
+    show_recipe: bool = knob(False, "print the complete recipe and exit", group="running")
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="running")
+    steps: int | None = knob(None, "stop after N training steps of this call and save", group="running", least=1)
+    resume: str | None = knob(None, "continue from this checkpoint (default: the run's own)", group="running")
+    save_minutes: float = knob(10.0, "minutes between checkpoints within an epoch", group="running", least=0)
+    extend: bool = knob(False, "allow more epochs than the run was started with", group="running")
+    fresh: bool = knob(False, "start over in a new directory beside an existing run", group="running")
+    evaluate: bool = knob(
+        False, "evaluate the run's checkpoint (or --resume, --init) and exit", group="running", flags=("-e",)
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.extend and self.fresh:
+            raise UserError("--extend continues a run and --fresh starts a new one: give one of them")
+        if self.fresh and self.resume:
+            raise UserError("--resume continues a run and --fresh starts a new one: give one of them")
+
+
+def flag(name: str) -> str:
+    """`batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def value_type(owner: type, name: str) -> type:
+    """The type of a field's values: `int` for `int` and for `int | None`."""
+    hint = get_type_hints(owner)[name]
+    found: type = next((a for a in get_args(hint) if a is not type(None)), hint)
+    return found
+
+
+def allowed(known: "Field[Any]", kind: type) -> str:
+    """The values a field takes, in words: `an integer, at least 1`."""
+    limits = known.metadata
+    if limits["choices"]:
+        return "one of " + ", ".join(limits["choices"])
+    words = [{int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]]
+    if limits["above"] > -math.inf:
+        words.append(f"above {limits['above']:g}")
+    if limits["least"] > -math.inf:
+        words.append(f"at least {limits['least']:g}")
+    if limits["most"] < math.inf:
+        words.append(f"at most {limits['most']:.10g}")
+    return ", ".join(words)
+
+
+def validate(settings: Any) -> None:
+    """Check every field of a dataclass made with `knob`. Raises UserError for the first that is out of range."""
+    for known in fields(settings):
+        check(type(settings), known, getattr(settings, known.name))
+
+
+def check(owner: type, known: "Field[Any]", value: Any) -> None:
+    """Raises UserError `--flag must be ..., got ...` unless `value` is allowed for the field."""
+    kind = value_type(owner, known.name)
+    if value is None and known.default is None:
+        return
+    fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+    if isinstance(value, bool) and kind is not bool:
+        fits = False
+    if fits and isinstance(value, str):
+        choices = known.metadata["choices"]
+        fits = value in choices if choices else value != ""
+    elif fits:
+        limits = known.metadata
+        fits = math.isfinite(value) and limits["least"] <= value <= limits["most"] and value > limits["above"]
+    if not fits:
+        raise UserError(f"{flag(known.name)} must be {allowed(known, kind)}, got {value!r}")

@@ -37,6 +37,14 @@ class Transition(nn.Module):
 class DenseNet(nn.Module):
     """DenseNet-BC: bottlenecks, and compression by half between the four dense blocks."""
 
+    dense1: nn.Sequential
+    dense2: nn.Sequential
+    dense3: nn.Sequential
+    dense4: nn.Sequential
+    trans1: Transition
+    trans2: Transition
+    trans3: Transition
+
     def __init__(self, depths: list[int], growth: int, num_classes: int) -> None:
         super().__init__()
         channels = 2 * growth
@@ -85,6 +93,12 @@ class BasicTransition(nn.Module):
 
 class BasicDenseNet(nn.Module):
     """Three dense blocks of `depth` basic blocks, no compression: depth 12, growth 12 is DenseNet-40."""
+
+    dense1: nn.Sequential
+    dense2: nn.Sequential
+    dense3: nn.Sequential
+    trans1: BasicTransition
+    trans2: BasicTransition
 
     def __init__(self, depth: int, growth: int, num_classes: int) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""EfficientNet-B0 for 32x32 images: a stem of stride 1 and no last 1x1 convolution. Tan and Le 2019, arXiv:1905.11946."""
+"""EfficientNet-B0 for 32x32 images: a stem of stride 1 and no last 1x1 convolution.
+
+Tan and Le 2019, arXiv:1905.11946.
+"""
 
 from typing import NamedTuple
 

@@ -60,6 +60,11 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Four stages of 64, 128, 256, 512 channels (times the block's expansion)."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, block: type[BasicBlock] | type[Bottleneck], depths: list[int], num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

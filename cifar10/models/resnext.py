@@ -11,6 +11,10 @@ from cifar10.models.resnet import Bottleneck
 
 
 class ResNeXt(nn.Module):
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(self, cardinality: int, width: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 1, bias=False)  # 1x1, as in the reference; the paper has 3x3

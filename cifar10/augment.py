@@ -1,0 +1,144 @@
+"""View policies for small images: whole batches at once, on the images' device, row by row independent.
+
+All three are integer gathers and float32 arithmetic element by element, whose result depends neither on the batch nor
+on the number of threads; so a view is the same in any batch, order and process.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.recipe import UserError
+from distill.views import ViewPolicy, uniforms
+
+PADDING = 4  # black pixels on each side before the crop
+OFFSETS = 2 * PADDING + 1
+
+
+class NoChange:
+    """The image as it is: one view."""
+
+    name = "none"
+    view_count: int | None = 1
+
+    def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        return images
+
+
+class CropFlip:
+    """Padded by 4 black pixels, cropped back to its size, flipped or not: exactly 2 * 9 * 9 = 162 views.
+
+    View v: flipped left to right if v >= 81, from row (v % 81) // 9 and column v % 9 of the padded image.
+    """
+
+    name = "crop_flip"
+    view_count: int | None = 2 * OFFSETS * OFFSETS
+
+    def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        batch, height, width, channels = images.shape
+        flipped, crop = views >= OFFSETS * OFFSETS, views % (OFFSETS * OFFSETS)
+        rows, columns = crop // OFFSETS, crop % OFFSETS
+        padded_height, padded_width = height + 2 * PADDING, width + 2 * PADDING
+        padded = images.new_zeros(batch, padded_height, padded_width, channels)
+        padded[:, PADDING : PADDING + height, PADDING : PADDING + width] = images
+        line = padded_width * channels
+        # windows[b, y, x] is the crop of image b from (y, x), as rows of bytes: a view of memory, not a copy
+        windows = padded.as_strided(
+            (batch, OFFSETS, OFFSETS, height, width * channels),
+            (padded_height * line, line, channels, line, 1),
+        )
+        cropped = windows[torch.arange(batch, device=images.device), rows, columns]
+        cropped = cropped.view(batch, height, width, channels)
+        return torch.where(flipped.view(-1, 1, 1, 1), cropped.flip(2), cropped)
+
+
+class Original:
+    """The original repository's transforms: crop and flip as above, rotation, colour jitter.
+
+    Rotation by up to 15 degrees either way about the centre, nearest pixel, black outside; then brightness, contrast
+    and saturation by factors in [0.8, 1.2], in random order, each rounded down to uint8 as PIL does. The geometry is
+    one gather.
+    """
+
+    name = "original"
+    view_count: int | None = None
+    degrees, jitter = 15.0, 0.2
+    draws = 10  # row, column, flip, angle, three factors, three keys whose order is the order of the jitters
+
+    def __init__(self, view_seed: int) -> None:
+        self.view_seed = view_seed
+        self._table = lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, view: int, image_count: int) -> NDArray[np.float64]:
+        return uniforms(self.view_seed, "original", view, (image_count, self.draws))
+
+    def _drawn(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
+        """The draws (B, 10) in [0, 1) of the views; those of image i stand in row i, however many rows are drawn."""
+        rows, shown = indices.cpu().numpy(), views.cpu().numpy()
+        found = np.empty((len(rows), self.draws))
+        image_count = 1 << int(rows.max()).bit_length()  # a power of two, so that few tables are drawn
+        for view in np.unique(shown):
+            chosen = shown == view
+            found[chosen] = self._table(int(view), image_count)[rows[chosen]]
+        return found
+
+    def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        drawn = self._drawn(indices, views)
+        angle = (2 * drawn[:, 3] - 1) * math.radians(self.degrees)
+        offsets = np.floor(drawn[:, :2] * OFFSETS) - PADDING
+        # In float64 on the CPU, where cosines do not depend on the device.
+        geometry = np.column_stack([offsets, drawn[:, 2] >= 0.5, np.cos(angle), np.sin(angle)])
+        factors = 1 + self.jitter * (2 * drawn[:, 4:7] - 1)
+        order = np.argsort(drawn[:, 7:], axis=1)
+        moved = self._move(images, torch.from_numpy(geometry.astype(np.float32)).to(images.device))
+        factor_tensor = torch.from_numpy(factors.astype(np.float32)).to(images.device)
+        return self._jitter(moved, factor_tensor, torch.from_numpy(order).to(images.device))
+
+    @staticmethod
+    def _move(images: Tensor, geometry: Tensor) -> Tensor:
+        """Crop, flip and rotate. For each pixel of the result: the source pixel, or none (black)."""
+        batch, height, width, _ = images.shape
+        row_offset, column_offset, flipped, cosine, sine = geometry.view(batch, -1, 1, 1).unbind(1)
+        y = (torch.arange(height, device=images.device) - (height - 1) / 2).view(1, -1, 1)
+        x = (torch.arange(width, device=images.device) - (width - 1) / 2).view(1, 1, -1)
+        rows = (x * sine + y * cosine + (height - 1) / 2).round()
+        columns = (x * cosine - y * sine + (width - 1) / 2).round()
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        columns = torch.where(flipped > 0, width - 1 - columns, columns)
+        rows, columns = rows + row_offset, columns + column_offset
+        inside &= (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        source = torch.where(inside, rows * width + columns, 0).long().view(batch, -1, 1)
+        pixels = images.reshape(batch, height * width, -1)
+        moved = pixels.gather(1, source.expand(-1, -1, pixels.shape[2])).view_as(images)
+        return moved * inside.unsqueeze(-1)
+
+    @staticmethod
+    def _jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+        """factor * image + (1 - factor) * other; other is black, the mean grey, or the grey image.
+
+        Grey and its mean are integer arithmetic, so that no order of summation can matter.
+        """
+        batch = len(images)
+        for slot in range(3):
+            kind = order[:, slot].view(-1, 1, 1)
+            red, green, blue = images.int().unbind(-1)
+            grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16  # ITU-R 601-2, as PIL computes it
+            count = grey[0].numel()
+            mean = (2 * grey.view(batch, -1).sum(1) + count) // (2 * count)
+            other = torch.where(kind == 1, mean.view(-1, 1, 1), torch.where(kind == 2, grey, 0)).float().unsqueeze(-1)
+            factor = factors.gather(1, order[:, slot : slot + 1]).view(-1, 1, 1, 1)
+            images = (factor * images.float() + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
+        return images
+
+
+def build_policy(name: str, view_seed: int, views: int | None) -> ViewPolicy:
+    """The policy called `name`. Raises UserError if it has fewer than `views` views."""
+    policies: dict[str, ViewPolicy] = {p.name: p for p in (CropFlip(), Original(view_seed), NoChange())}
+    policy = policies[name]
+    if views and policy.view_count and views > policy.view_count:
+        raise UserError(f"--views must be at most {policy.view_count} with --augment {name}, got {views}")
+    return policy

@@ -1,0 +1,263 @@
+"""CIFAR-10 and other small images, all as one uint8 tensor: the embedded sample, image folders, .npz files."""
+
+import hashlib
+import os
+import warnings
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from cifar10.augment import build_policy
+from distill import checkpoint
+from distill.recipe import Recipe, UserError
+from distill.run_dir import CHECKPOINTS, ROOT
+from distill.views import EpochPlan, EvaluationSet, TensorData, ViewOrder, split_validation
+
+SIZE = 32
+SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
+DEFAULT = ROOT / "data" / "cifar10"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+LARGEST = 50_000_000  # pixels of one image file; more is a mistake or a decompression bomb
+
+Pixels = NDArray[np.uint8]
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """images: uint8 (N, 32, 32, 3); labels: int64 (N,), from 0 to len(classes) - 1; both for training and test."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all pixels, labels and class names."""
+        parts = [self.train_images, self.train_labels, self.test_images, self.test_labels]
+        return checkpoint.digest([list(self.classes), *parts])
+
+    def __str__(self) -> str:
+        counts = f"{len(self.train_images)} training, {len(self.test_images)} test images"
+        return f"{self.name}: {counts}, {len(self.classes)} classes, digest {self.digest[:12]}"
+
+
+def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = False) -> ImageData:
+    """`sample`, a directory with train/CLASS/* and test/CLASS/*, or a .npz file; None is data/cifar10.
+
+    Images of another size are resized to 32x32, with a line that says so. Raises UserError.
+    """
+    if source == "sample":
+        return _from_arrays("sample", _read_sample(), str(SAMPLE))
+    path = Path(source) if source else DEFAULT
+    if not path.exists():
+        if source:
+            raise UserError(f"--data {source} does not exist")
+        raise UserError(f"no data in {DEFAULT}: put train/CLASS/* and test/CLASS/* images there, or try --data sample")
+    if path.is_dir():
+        return _from_arrays(path.resolve().name, _read_folder(path, workers, skip_bad_images), str(path))
+    if path.suffix == ".npz" and path.is_file():
+        return _from_arrays(path.stem, _read_npz(path), str(path))
+    raise UserError(f"--data {source} is neither 'sample' nor a directory nor a .npz file")
+
+
+def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[TensorData, dict[str, EvaluationSet]]:
+    """The training views of `recipe`, and what its epochs are evaluated on: `test`, and `val` if images are held out.
+
+    Images lie on `device` as uint8. Raises UserError if there are too few of them.
+    """
+    policy = build_policy(recipe.augment, recipe.view_seed, recipe.views)
+    count = len(data.train_images)
+    if count - recipe.val_split < recipe.batch_size:
+        held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""
+        raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training images{held_out_too}")
+    trained, held_out = split_validation(count, recipe.val_split)
+    order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
+    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size)
+    views = TensorData(data.train_images.to(device), data.train_labels.to(device), plan, policy)
+    tests = {"test": EvaluationSet(data.test_images.to(device), data.test_labels.to(device))}
+    if len(held_out):
+        chosen = torch.from_numpy(held_out).to(device)
+        tests["val"] = EvaluationSet(views.images[chosen], views.labels[chosen])
+    return views, tests
+
+
+def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
+    """Check and convert arrays with the keys of a .npz file. Raises UserError naming `source` and the array."""
+    tensors, highest = {}, 0
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+            raise UserError(f"{source}: {split}_images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
+            raise UserError(
+                f"{source}: {split}_labels must be integers from 0 on, one for each of the {len(images)} images, "
+                f"got {labels.dtype} {labels.shape}"
+            )
+        highest = max(highest, int(labels.max()))
+        tensors[f"{split}_images"] = torch.from_numpy(_resize(images, source))
+        tensors[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))
+    classes = tuple(str(c) for c in arrays["classes"]) if "classes" in arrays else tuple(map(str, range(highest + 1)))
+    if highest >= len(classes) or len(classes) < 2:
+        raise UserError(
+            f"{source}: {len(classes)} classes, labels up to {highest}; it takes a class for each label, and two"
+        )
+    return ImageData(name, classes, **tensors)
+
+
+def _resize(images: Pixels, source: str) -> Pixels:
+    if images.shape[1:3] == (SIZE, SIZE):
+        return np.ascontiguousarray(images)
+    print(f"{source}: images of {images.shape[1]}x{images.shape[2]} are resized to {SIZE}x{SIZE}", flush=True)
+    return np.stack([_fit(Image.fromarray(image)) for image in images])
+
+
+def _fit(image: Image.Image) -> Pixels:
+    """(32, 32, 3) uint8; bicubic with antialiasing where the size differs."""
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+# ---------------------------------------------------------------------------------------------------------- the sample
+def _read_sample() -> Arrays:
+    mosaic = np.asarray(Image.open(SAMPLE).convert("RGB"))
+    rows, columns = mosaic.shape[0] // SIZE, mosaic.shape[1] // SIZE
+    tiles = mosaic.reshape(rows, SIZE, columns, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIZE, SIZE, 3)
+    train, test = tiles[:2000], tiles[2000:]
+    labels = {"train_labels": np.repeat(np.arange(10), 200), "test_labels": np.repeat(np.arange(10), 100)}
+    return {"train_images": train, "test_images": test, "classes": np.array(CLASSES), **labels}
+
+
+# ------------------------------------------------------------------------------------------------------------ npz files
+def _read_npz(path: Path) -> Arrays:
+    required = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in required if key not in archive]
+            if missing:
+                raise UserError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(required)}")
+            return {key: archive[key] for key in [*required, "classes"] if key in archive}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged or no .npz file of plain arrays ({error})") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+def _read_folder(path: Path, workers: int, skip_bad_images: bool) -> Arrays:
+    """Decode train/CLASS/* and test/CLASS/*, or take what an earlier call decoded from the same files."""
+    listings = {split: _list_images(path, split) for split in ("train", "test")}
+    classes = {split: set(listing) for split, listing in listings.items()}
+    for here, there in (("train", "test"), ("test", "train")):
+        if only := sorted(classes[here] - classes[there]):
+            raise UserError(f"class {only[0]!r} of {path / here} is not in {path / there}")
+    names = sorted(classes["train"])
+    files = {
+        split: [(f, k) for k, name in enumerate(names) for f in listing[name]] for split, listing in listings.items()
+    }
+    cache = CHECKPOINTS / "cache" / f"images-{_stamp(path, files['train'] + files['test'], skip_bad_images)}.pt"
+    if cache.exists():
+        try:
+            stored = checkpoint.load(cache)
+            return {
+                key: value.numpy() if isinstance(value, Tensor) else np.array(value) for key, value in stored.items()
+            }
+        except checkpoint.CheckpointError as error:
+            print(f"{error}; decoding again", flush=True)
+    arrays: Arrays = {"classes": np.array(names)}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = _decode(files[split], split, workers, skip_bad_images)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: torch.from_numpy(value) for key, value in arrays.items() if key != "classes"}
+    checkpoint.save(cache, {"classes": names, **tensors})
+    return arrays
+
+
+def _list_images(path: Path, split: str) -> dict[str, list[Path]]:
+    """Class -> image files in order of their names. Hidden files and files that are no images by name are passed by."""
+    root = path / split
+    if not root.is_dir():
+        raise UserError(f"{path} has no directory {split!r}: it needs train/CLASS/* and test/CLASS/* images")
+    listing = {}
+    for folder in sorted(root.iterdir()):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        names = sorted(n for n in os.listdir(folder) if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES)
+        if not names:
+            raise UserError(f"class {folder.name!r} in {root} has no images ({', '.join(sorted(SUFFIXES))})")
+        listing[folder.name] = [folder / n for n in names]
+    if not listing:
+        raise UserError(f"{root} has no class folders with images in them")
+    return listing
+
+
+def _stamp(path: Path, files: Iterable[tuple[Path, int]], skip_bad_images: bool) -> str:
+    """Digest of what a decoding depends on: the files' names, sizes and times of change."""
+    total = hashlib.sha256(f"1 {SIZE} {skip_bad_images}".encode())
+    for file, _ in files:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        total.update(
+            f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
+    return total.hexdigest()[:32]
+
+
+def _decode(
+    files: list[tuple[Path, int]], split: str, workers: int, skip_bad_images: bool
+) -> tuple[Pixels, NDArray[np.int64]]:
+    images = np.empty((len(files), SIZE, SIZE, 3), dtype=np.uint8)
+    problems, resized, good = [], 0, np.ones(len(files), dtype=bool)
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter's lock
+        decoded = pool.map(_decode_file, (file for file, _ in files), chunksize=64)
+        for i, (pixels, other_size, problem) in enumerate(tqdm(decoded, f"decoding {split}", len(files), disable=None)):
+            resized += other_size
+            if problem:
+                good[i] = False
+                problems.append(problem)
+                if not skip_bad_images or len(problems) > max(1, len(files) // 1000):
+                    pool.shutdown(cancel_futures=True)
+                    raise UserError(f"{problem}; --skip-bad-images leaves out up to 0.1 % of the images")
+            else:
+                images[i] = pixels
+    for problem in problems:
+        print(f"left out: {problem}", flush=True)
+    if resized:
+        print(f"{split}: {resized} of {len(files)} images are resized to {SIZE}x{SIZE}", flush=True)
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    return images[good], labels[good]
+
+
+def _decode_file(file: Path) -> tuple[Pixels, bool, str]:
+    """(pixels, whether they were resized, problem); CMYK, palettes, grey, 16 bits and transparency become RGB."""
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")
+            if image.width * image.height > LARGEST:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {LARGEST:,}")
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip them instead of scaling
+                eight_bits = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                rgb = Image.fromarray(eight_bits).convert("RGB")
+            else:
+                rgb = image.convert("RGB")
+            return _fit(rgb), rgb.size != (SIZE, SIZE), ""
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
+        return np.empty(0, dtype=np.uint8), False, f"cannot decode {file}: {type(error).__name__}: {str(error)[:120]}"

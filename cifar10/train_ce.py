@@ -1,0 +1,70 @@
+"""Train a network on small images by cross-entropy.
+
+bash scripts/trainCE.sh                                        EfficientNet-B0 on data/cifar10
+bash scripts/trainCE.sh --data sample --recipe sample_student  on the embedded sample, a minute on a CPU
+bash scripts/trainCE.sh --recipe teacher --arch resnet152      a teacher
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # called as a file: python cifar10/train_ce.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cifar10.recipes import RECIPES
+from distill import cli
+from distill.recipe import Options, Recipe
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe, options = cli.parse(
+        argv,
+        prog="trainCE.sh",
+        recipes=RECIPES,
+        default="student",
+        description="Train a network by cross-entropy.",
+        examples=(__doc__ or "").split("\n\n", 1)[1],
+    )
+    train(recipe, options)
+
+
+def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
+    """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
+    # torch takes seconds to load: only now, after the flags were found right
+    from cifar10.data import load_data, prepare
+    from cifar10.models import MODELS, build_student
+    from distill.engine import evaluate_checkpoint, fit
+    from distill.objectives import CrossEntropy
+    from distill.parallel import choose_device
+    from distill.run_dir import open_run
+
+    device = choose_device(options.device)
+    recipe = replace(recipe, arch=MODELS.resolve(recipe.arch))
+    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
+    print(data)
+    views, tests = prepare(data, recipe, device)
+    student, init_digest = build_student(recipe, len(data.classes), options.init, device)
+    facts = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
+    if options.evaluate:
+        return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
+    with open_run(options, recipe, data.name) as run:
+        if summary := run.claim(recipe, facts, device, extend=options.extend):
+            return summary
+        fitted = fit(
+            run,
+            recipe,
+            options,
+            student=student,
+            objective=CrossEntropy(recipe.label_smoothing),
+            data=views,
+            tests=tests,
+            facts=facts,
+        )
+        return run.finish(recipe, facts, student.network, device, **fitted.to_dict())
+
+
+if __name__ == "__main__":
+    cli.run(main)

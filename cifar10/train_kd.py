@@ -1,0 +1,89 @@
+"""Train a small network on small images, taught by a big one.
+
+bash scripts/trainKD.sh                                          EfficientNet-B0 from ResNeXt29_2x64d
+bash scripts/trainKD.sh --data sample --recipe sample_student_kd  on the embedded sample, minutes on a CPU
+bash scripts/trainKD.sh --teacher-arch resnet152 --teacher-checkpoint ckpt.pth --T 4 --w 0.9
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # called as a file: python cifar10/train_kd.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cifar10.recipes import RECIPES
+from distill import cli
+from distill.recipe import Options, Recipe
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe, options = cli.parse(
+        argv,
+        prog="trainKD.sh",
+        recipes=RECIPES,
+        default="student_kd",
+        description=f"Train a student taught by a teacher.\n\n  {cli.LOSS_FORMULA}\n\n{cli.LOSS_LEGEND}",
+        examples=(__doc__ or "").split("\n\n", 1)[1],
+    )
+    train(recipe, options)
+
+
+def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
+    """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
+    # torch takes seconds to load: only now, after the flags were found right
+    from cifar10.data import load_data, prepare
+    from cifar10.models import MODELS, build_student
+    from cifar10.teachers import load_teacher
+    from distill.engine import evaluate_checkpoint, fit
+    from distill.objectives import Distillation
+    from distill.parallel import choose_device
+    from distill.run_dir import open_run
+    from distill.teacher import agreement
+
+    device = choose_device(options.device)
+    assert recipe.teacher_arch
+    recipe = replace(recipe, arch=MODELS.resolve(recipe.arch), teacher_arch=MODELS.resolve(recipe.teacher_arch))
+    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
+    print(data)
+    views, tests = prepare(data, recipe, device)
+    student, init_digest = build_student(recipe, len(data.classes), options.init, device)
+    if options.evaluate:
+        return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
+    teacher, known = load_teacher(recipe, options, data, tests["test"])
+    facts = {
+        "data": data.name,
+        "data_digest": data.digest,
+        "init_digest": init_digest,
+        "teacher_digest": teacher.digest,
+    }
+    with open_run(options, recipe, data.name) as run:
+        if summary := run.claim(recipe, facts, device, extend=options.extend):
+            return summary
+        print(f"{cli.LOSS_FORMULA}  with T = {recipe.T:g}, w = {recipe.w:g}")
+        fitted = fit(
+            run,
+            recipe,
+            options,
+            student=student,
+            objective=Distillation(teacher, recipe.T, recipe.w, recipe.label_smoothing),
+            data=views,
+            tests=tests,
+            facts=facts,
+        )
+        teacher.check_untouched()
+        return run.finish(
+            recipe,
+            facts,
+            student.network,
+            device,
+            **fitted.to_dict(),
+            teacher_accuracy=known.accuracy,
+            agreement=agreement(fitted.test.predictions, known.predictions),
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,300 @@
+"""Files that survive: atomic save, verified load, and the weights of others.
+
+A save goes to a temporary file in the same directory, is flushed, fsynced and renamed, and the directory is fsynced:
+a kill at any instant leaves the old file or the new one. A load never executes anything (weights_only) and never
+trusts a file: kind, size, checksums and content are verified before any of it is used.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.recipe import UserError
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
+WRAPPERS = ("student", "net", "state_dict", "model")  # ours, kuangliu's, torchvision's and timm's, many others'
+PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
+TEMPORARY = ".partial"
+
+
+class CheckpointError(UserError):
+    """A file that cannot be read or written as a checkpoint: names the path, the cause and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+def digest(value: Any) -> str:
+    """sha256 (hex) of the content of nested dicts, lists, plain values and tensors, whatever file they came from.
+
+    Covers types, shapes and every bit of every number; of a dict also the order of its keys.
+    """
+    total = hashlib.sha256()
+    for piece in _pieces(value):
+        total.update(piece)
+    return total.hexdigest()
+
+
+def _pieces(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
+        yield flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    elif isinstance(value, Mapping):
+        yield f"dict {len(value)};".encode()
+        for key, entry in value.items():
+            yield from _pieces(key)
+            yield from _pieces(entry)
+    elif isinstance(value, (list, tuple)):
+        yield f"list {len(value)};".encode()
+        for entry in value:
+            yield from _pieces(entry)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        yield f"{type(value).__name__} {value!r};".encode()
+    else:
+        raise TypeError(f"a checkpoint holds plain values and tensors only, not {type(value).__name__}")
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Make `path` hold `content`, or leave it as it was. Raises CheckpointError with path, cause and free bytes."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        _write(temporary, content)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise _save_error(path, temporary, error) from error
+
+
+def save(path: Path, payload: dict[str, Any], *, keep_previous: bool = False) -> None:
+    """Write `payload` (plain values and tensors) with its digest; `keep_previous` keeps the former file.
+
+    Readable with plain `torch.load(path, weights_only=True)`. Raises CheckpointError; the former file is then whole.
+    """
+    buffer = io.BytesIO()  # torch's own writer hides the errno of a full disk
+    torch.save({**payload, "digest": digest(payload)}, buffer)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        _write(temporary, buffer.getbuffer())
+        if keep_previous and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise _save_error(path, temporary, error) from error
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _save_error(path: Path, temporary: Path, error: OSError) -> CheckpointError:
+    try:
+        temporary.unlink(missing_ok=True)
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes free"
+    except OSError:
+        free = "free bytes unknown"
+    return CheckpointError(f"cannot write {path}: {error.strerror or error} ({free}); what was saved before is kept")
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def read(path: Path) -> Any:
+    """What torch.save or safetensors wrote in a file, on the CPU. Raises CheckpointError, executes nothing."""
+    size = _check_kind(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(?:GLOBAL|class|function) `?([\w.]+)`? was not an allowed", str(error))
+        if refused:
+            raise CheckpointError(f"{path} refused: it asks for {refused[1]}, which is no plain weight") from None
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({_brief(error)})") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({_brief(error)})") from None
+    except (MemoryError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({_brief(error)})") from None
+    _check_tensors(path, content, size)
+    return content
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The payload of a file that `save` wrote, its digest verified. Raises CheckpointError."""
+    payload = read(path)
+    if not isinstance(payload, dict) or "digest" not in payload:
+        raise CheckpointError(f"{path} is no checkpoint of this program (it has no digest)")
+    expected = payload.pop("digest")
+    try:
+        found = digest(payload)
+    except TypeError as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+    if found != expected:
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest")
+    return payload
+
+
+def load_latest(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint of a run that is whole, and warnings about newer ones that are not.
+
+    None if there is none at all. Raises CheckpointError if there are some and none of them loads: a run never starts
+    over by itself. A damaged `last.pt` is set aside, so that it cannot become the `previous.pt` of the next save.
+    """
+    problems = []
+    for name in (LAST, PREVIOUS):
+        path = directory / name
+        if not os.path.lexists(path):
+            continue
+        try:
+            payload = load(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            os.replace(directory / LAST, directory / f"{LAST}.damaged")
+            problems = [f"{p}; continuing from {PREVIOUS}" for p in problems]
+        return payload, problems
+    if problems:
+        raise CheckpointError(f"no checkpoint of {directory} loads: {'; '.join(problems)}; --fresh starts over")
+    return None, []
+
+
+def _check_kind(path: Path) -> int:
+    """The size of a regular, readable, plausible file; zip archives with matching checksums."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for ever
+            raise CheckpointError(f"{path} is not a file")
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if not head:
+        raise CheckpointError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not a checkpoint; download the file itself")
+    if head.startswith(b"PK"):
+        _check_zip(path, status.st_size)
+    return status.st_size
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """A plain torch.load does not compare checksums: a flipped bit would load silently."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise CheckpointError(f"{path} refused: compressed archives are not read")
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged or cut short ({_brief(error)})") from None
+    if broken:
+        raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
+
+
+def _check_tensors(path: Path, content: Any, size: int) -> None:
+    """No tensor is larger than the file it came from, so that nothing expands in memory later."""
+    stack = [content]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.numel() * value.element_size() > size:
+                raise CheckpointError(
+                    f"{path} refused: it claims a tensor {tuple(value.shape)}, more than its {size} bytes"
+                )
+        elif isinstance(value, Mapping):
+            stack.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            stack.extend(value)
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except Exception as error:  # its own error class is not importable on every version
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({_brief(error)})") from None
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
+
+
+# --------------------------------------------------------------------------------------------------- weights of others
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The state_dict in a checkpoint of ours or of others, bare, wrapped or prefixed. Raises CheckpointError."""
+    content = read(path)
+    if isinstance(content, dict) and "digest" in content:
+        content = load(path)
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} holds no weights (neither a state_dict nor one under {', '.join(WRAPPERS)})")
+    weights = {}
+    for key, value in content.items():
+        while str(key).startswith(PREFIXES):
+            key = str(key).split(".", 1)[1]
+        weights[str(key)] = value
+    return weights
+
+
+def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load `weights` into `network`, every key and shape as it must be. Raises CheckpointError naming what differs.
+
+    Lenient in two things that carry no information: BatchNorm's batch counters may be missing, and the
+    `select.indexes` of pruned-network DenseNets are dropped. Weights that are not finite are refused.
+    """
+    own = network.state_dict()
+    given = {k: v for k, v in weights.items() if not k.endswith("select.indexes")}
+    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+    extra = [k for k in given if k not in own]
+    shapes = [k for k in given if k in own and given[k].shape != own[k].shape]
+    if missing or extra:
+        raise CheckpointError(
+            f"{source} does not fit the architecture: {_listed('lacks', missing)}{_listed('has', extra)}"
+        )
+    if shapes:
+        pairs = [f"{k} {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in shapes]
+        raise CheckpointError(
+            f"{source} does not fit the architecture or the number of classes: {_listed('has', pairs)}"
+        )
+    bad = [k for k, v in given.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise CheckpointError(f"{source} has weights that are not finite: {_listed('in', bad)}")
+    network.load_state_dict(given, strict=False)
+
+
+def _listed(verb: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{verb} {', '.join(names[:3])}{more} "

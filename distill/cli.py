@@ -1,0 +1,133 @@
+"""Flags made from the fields of Recipe and Options; one-line errors; the exit code of a command."""
+
+import argparse
+import difflib
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields, replace
+from typing import Any, NoReturn, TypeVar
+
+from distill.recipe import Options, Recipe, UserError, allowed, flag, value_type
+
+LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)"
+LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
+  T     temperature: higher shows more of what the teacher thinks of the wrong classes
+  w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
+DISTILLATION_FIELDS = ("teacher_arch", "T", "w", "teacher_checkpoint")
+
+
+Settings = TypeVar("Settings", bound=Any)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviations (an abbreviation changes meaning when a flag is added)."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """parse_args that takes `_` for `-` in flags and names the nearest flag of an unknown one."""
+        namespace, unknown = self.parse_known_args([_hyphenate(token) for token in argv])
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.6)
+            hint = f"; near it: {', '.join(near)}" if near else "; --help lists the flags"
+            raise UserError(f"unknown argument {unknown[0]}{hint}")
+        return namespace
+
+
+def _hyphenate(token: str) -> str:
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else token
+
+
+def _converter(owner: type, known: "Field[Any]") -> Callable[[str], Any]:
+    kind = value_type(owner, known.name)
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {allowed(known, kind)}, got {text!r}") from None
+
+    return convert
+
+
+def _add_flags(parser: Parser, owner: type, defaults: Any, hidden: Sequence[str]) -> None:
+    groups = {group.title: group for group in parser._action_groups}
+    for known in fields(owner):  # type: ignore[arg-type]
+        if known.name in hidden:
+            continue
+        title = known.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
+        names = [*(f for f in known.metadata["flags"] if len(f) == 2), flag(known.name)]
+        names += [f for f in known.metadata["flags"] if len(f) > 2]
+        value, words = getattr(defaults, known.name), known.metadata["help"]
+        shown = words if value is None or isinstance(value, bool) else f"{words} (default: {value})"
+        settings: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS, "help": shown}
+        if value_type(owner, known.name) is bool:
+            # A recipe may have turned the switch on, so that it must be possible to turn it off.
+            action = argparse.BooleanOptionalAction if owner is Recipe else "store_true"
+            group.add_argument(*names, action=action, **settings)
+            continue
+        metavar = "|".join(known.metadata["choices"]) or known.name.split("_")[-1].upper()
+        group.add_argument(*names, type=_converter(owner, known), metavar=metavar, **settings)
+
+
+def parse_flags(argv: Sequence[str], defaults: Settings, *, prog: str, description: str) -> Settings:
+    """`defaults`, a dataclass made with `knob`, with the flags in `argv`. Raises UserError."""
+    parser = Parser(prog=prog, usage="%(prog)s [flags]", description=description)
+    _add_flags(parser, type(defaults), defaults, ())
+    return replace(defaults, **vars(parser.parse(argv)))
+
+
+def parse(
+    argv: Sequence[str], *, prog: str, recipes: Mapping[str, Recipe], default: str, description: str, examples: str
+) -> tuple[Recipe, Options]:
+    """The recipe and the options that `argv` asks for: the named recipe (`default` if none), with the flags given.
+
+    Without a teacher in the default recipe the flags of distillation do not exist. `--show-recipe` prints the recipe
+    as JSON and exits. Raises UserError for anything wrong.
+    """
+    base = recipes[default]
+    hidden = DISTILLATION_FIELDS if base.objective == "ce" else ()
+    names = [name for name, recipe in recipes.items() if recipe.objective == base.objective]
+    shown = textwrap.indent(textwrap.dedent(examples).strip(), "  ")
+    epilog = f"named recipes: {', '.join(names)} (default: {default})\n\nexamples:\n{shown}"
+    parser = Parser(prog=prog, usage="%(prog)s [flags]", description=description, epilog=epilog)
+    _add_flags(parser, Recipe, base, hidden)
+    _add_flags(parser, Options, Options(), hidden)
+    given = vars(parser.parse(argv))
+    options = Options(**{f.name: given.pop(f.name) for f in fields(Options) if f.name in given})
+    name = (options.recipe or default).replace("-", "_").lower()
+    if name not in names:
+        raise UserError(f"--recipe must be one of {', '.join(names)}, got {options.recipe!r}")
+    recipe = replace(recipes[name], **given)
+    if options.show_recipe:
+        print(json.dumps({"recipe": name, **recipe.to_dict()}, indent=2))
+        raise SystemExit(0)
+    return recipe, options
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Run `main` with the command line, then exit: 0, or 2 with one line, or 128 + N after signal N."""
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print(f"error: {line}" if error.exit_code in (1, 2) else line, file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 141
+    sys.exit(code)

@@ -1,0 +1,397 @@
+"""fit, train_epoch, evaluate: the only training loop, and the only backward(), of the repository."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from distill import checkpoint
+from distill.metrics import Tally
+from distill.objectives import Objective
+from distill.optim import build_optimizer, learning_rate
+from distill.parallel import autocast, choose_precision, generator_states, restore_generators
+from distill.recipe import Options, Recipe, UserError, flag
+from distill.registry import Classifier
+from distill.run_dir import RunDirectory, open_run
+from distill.views import EvaluationSet, TrainingData
+
+FINITE_CHECK = 50  # steps between two looks at the flag of a CUDA device; each look waits for the device
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(UserError):
+    """A run ended early by itself or by a signal: a line that says where it stands, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopRequest:
+    """While entered: a signal only sets a flag, read at the next step boundary; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for known in SIGNALS:
+            signal.signal(known, signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss in nats; accuracy, top5 in percent; predictions int64 (N,) on the CPU."""
+
+    loss: float
+    accuracy: float
+    top5: float
+    images: int
+    seconds: float
+    predictions: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        rate = self.images / max(self.seconds, 1e-9)
+        named = {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
+        return {**named, "images": self.images, "images_per_second": rate}
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.accuracy:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}  images {self.images}  "
+            f"images/s {self.images / max(self.seconds, 1e-9):.0f}"
+        )
+
+
+class EvaluationStopped(Exception):
+    """`stop` asked evaluate() to end before the last image."""
+
+
+@torch.no_grad()
+def evaluate(
+    network: Classifier,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: torch.dtype = torch.float32,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Cross-entropy and accuracies of `network` in eval mode over (images, labels). Raises EvaluationStopped."""
+    device = network.mean.device
+    tally, predictions, start = Tally(device), [], time.perf_counter()
+    network.eval()
+    for images, labels in batches:
+        if stop():
+            raise EvaluationStopped
+        with autocast(device, precision):
+            logits = network(images).float()
+        tally.add(logits, labels, F.cross_entropy(logits, labels))
+        predictions.append(logits.argmax(1))
+    found = tally.summary()
+    seconds = time.perf_counter() - start
+    return Evaluation(
+        found["loss"], found["accuracy"], found["top5"], int(found["images"]), seconds, torch.cat(predictions).cpu()
+    )
+
+
+@dataclass
+class State:
+    """Everything of a run that changes, beside the student, the optimiser and torch's generators."""
+
+    tally: Tally  # of the current epoch so far
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    records: list[dict[str, Any]] = field(default_factory=list)  # one an epoch: the lines of metrics.jsonl
+    timings: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wall": 0.0, "epoch": 0.0})  # seconds
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, and speeds."""
+
+    records: list[dict[str, Any]]
+    test: Evaluation
+    images_per_second: float
+    wall_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a summary says of it. With a validation part also its best epoch (the first of equals, as best.pt)."""
+        named: dict[str, Any] = {
+            "test_accuracy": self.test.accuracy,
+            "test_top5": self.test.top5,
+            "test_loss": self.test.loss,
+        }
+        validated = [record for record in self.records if "val_accuracy" in record]
+        if validated:
+            best = max(validated, key=lambda record: record["val_accuracy"])
+            named["best_epoch"] = {key: best[key] for key in ("epoch", "val_accuracy", "test_accuracy")}
+        return {**named, "train_images_per_second": self.images_per_second, "wall_seconds": self.wall_seconds}
+
+
+class Trainer:
+    """One run in progress. Use through fit()."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        options: Options,
+        student: Classifier,
+        objective: Objective,
+        data: TrainingData,
+        facts: dict[str, Any],
+    ) -> None:
+        self.run, self.recipe, self.options, self.facts = run, recipe, options, facts
+        self.student, self.objective, self.data = student, objective, data
+        self.device = student.mean.device
+        self.precision = choose_precision(recipe.precision, self.device)
+        self.optimizer = build_optimizer(student, recipe)
+        self.state = State(Tally(self.device, objective.parts))
+        self.steps_left = options.steps
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.last_save = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------ save and restore
+    def save(self) -> None:
+        """Write last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
+        self._check_finite()
+        if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
+            raise self._not_finite("a weight")
+        state = self.state
+        payload = {
+            "format": 1,
+            "recipe": self.recipe.to_dict(),
+            "facts": self.facts,
+            "student": self.student.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": generator_states(self.device),
+            "epoch": state.epoch,
+            "step": state.step,
+            "tally": state.tally.sums,
+            "records": state.records,
+            "timings": state.timings,
+        }
+        checkpoint.save(self.run.path / checkpoint.LAST, payload, keep_previous=True)
+        self.last_save = time.monotonic()
+
+    def restore(self) -> None:
+        """Continue from --resume or the newest whole checkpoint of the run, if there is one."""
+        if self.options.resume:
+            payload: dict[str, Any] | None = checkpoint.load(Path(self.options.resume))
+            source = self.options.resume
+        else:
+            payload, warnings = checkpoint.load_latest(self.run.path)
+            source = str(self.run.path)
+            for warning in warnings:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+        if payload is None:
+            return
+        self._check_same_run(payload, source)
+        try:
+            checkpoint.apply_weights(self.student.network, payload["student"], source)
+            self.optimizer.load_state_dict(payload["optimizer"])
+            restore_generators(payload["generators"], self.device)
+            self.state.tally.sums.copy_(payload["tally"])
+            epoch, step, records = payload["epoch"], payload["step"], payload["records"]
+            if (
+                not 0 <= epoch <= self.recipe.epochs
+                or not 0 <= step <= self.data.steps_per_epoch
+                or len(records) != epoch
+            ):
+                raise ValueError(f"epoch {epoch}, step {step}, {len(records)} records")
+            self.state.epoch, self.state.step, self.state.records = epoch, step, records
+            self.state.timings = payload["timings"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise checkpoint.CheckpointError(f"{source} does not hold a state of this run ({error!r:.160})") from None
+        self.run.write_metrics(self.state.records)  # a kill may have come between the checkpoint and this file
+
+    def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
+        before = {**payload.get("recipe", {}), **payload.get("facts", {})}
+        now = {**self.recipe.to_dict(), **self.facts}
+        ignored = {"epochs"} if self.options.extend or before.get("epochs") == now["epochs"] else set()
+        changed = [key for key in now if before.get(key) != now[key] and key not in ignored]
+        if changed:
+            listed = ", ".join(f"{flag(key)} was {before.get(key)}, is {now[key]}" for key in changed)
+            raise checkpoint.CheckpointError(f"{source} is of another run: {listed}")
+
+    # ------------------------------------------------------------------------------------------------------- the steps
+    def train_epoch(self, stop: StopRequest) -> bool:
+        """Train from the state's step to the end of its epoch. False if it stopped before that, by request."""
+        state = self.state
+        self.student.train()
+        images_before, start = int(state.tally.sums[0].item()), time.perf_counter()
+        steps = self.data.steps_per_epoch
+        batches = self.data.batches(state.epoch, state.step)
+        bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=None)
+        while state.step < steps and not stop.signal and self.steps_left != 0:
+            self.train_step(next(batches))
+            state.step += 1
+            bar.update()
+            if self.steps_left is not None:
+                self.steps_left -= 1
+            if not bar.disable and state.step % FINITE_CHECK == 0:
+                found = state.tally.summary()
+                rate = (found["images"] - images_before) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {found['loss']:.3f} accuracy {found['accuracy']:.1f} % {rate:.0f} images/s")
+            if state.step < steps and time.monotonic() - self.last_save >= 60 * self.options.save_minutes:
+                self._add_time(start)
+                start, images_before = time.perf_counter(), int(state.tally.sums[0].item())
+                self.save()
+        bar.close()
+        self._check_finite()  # waits for the device, so that the time is that of finished work
+        self._add_time(start)
+        return state.step == steps
+
+    def train_step(self, batch: Any) -> None:
+        """One update, unless the loss is not finite."""
+        state = self.state
+        position = state.epoch * self.data.steps_per_epoch + state.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(position, self.recipe, self.data.steps_per_epoch)
+        with autocast(self.device, self.precision):
+            step = self.objective(self.student, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        step.loss.backward()  # type: ignore[no-untyped-call]
+        bad = (self.first_bad_step < 0) & ~torch.isfinite(step.loss.detach())
+        self.first_bad_step.masked_fill_(bad, position)
+        # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself.
+        self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        state.tally.add(step.logits.detach(), batch.labels, step.loss.detach(), step.parts)
+        if self.device.type == "cpu" or position % FINITE_CHECK == 0:
+            self._check_finite()
+
+    def _add_time(self, start: float) -> None:
+        passed = time.perf_counter() - start
+        for name in ("train", "wall", "epoch"):
+            self.state.timings[name] += passed
+
+    def _check_finite(self) -> None:
+        if self.first_bad_step.item() >= 0:
+            raise self._not_finite("the loss")
+
+    def _not_finite(self, what: str) -> Stopped:
+        step = int(self.first_bad_step.item())
+        step = step if step >= 0 else self.state.epoch * self.data.steps_per_epoch + self.state.step
+        rate = learning_rate(step, self.recipe, self.data.steps_per_epoch)
+        last = self.run.path / checkpoint.LAST
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        return Stopped(f"{what} is not finite at step {step} (lr {rate:.4g}); {kept}; try a lower --lr", 1)
+
+    def record_epoch(self, tests: dict[str, Evaluation]) -> None:
+        """Close the epoch: its line of metrics.jsonl, and the best weights where a validation part decides."""
+        state = self.state
+        trained = state.tally.summary()
+        seconds, images = state.timings["epoch"], trained.pop("images")
+        step = (state.epoch + 1) * self.data.steps_per_epoch
+        record: dict[str, Any] = {"epoch": state.epoch + 1, "step": step, "lr": self.optimizer.param_groups[0]["lr"]}
+        record |= {f"train_{name}": value for name, value in trained.items()}
+        for name, found in tests.items():
+            record |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy, f"{name}_top5": found.top5}
+        record |= {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
+        best = max((r["val_accuracy"] for r in state.records if "val_accuracy" in r), default=-1.0)
+        if "val" in tests and tests["val"].accuracy > best:
+            weights = {"student": self.student.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
+            checkpoint.save(self.run.path / "best.pt", weights)
+        state.records.append(record)
+        state.epoch, state.step = state.epoch + 1, 0
+        state.tally.sums.zero_()
+        state.timings["epoch"] = 0.0
+        self.save()
+        self.run.write_metrics(state.records)
+        measured = "  ".join(f"{name} {found.accuracy:.2f} %" for name, found in tests.items())
+        print(
+            f"epoch {record['epoch']}/{self.recipe.epochs}  loss {record['train_loss']:.4f}  "
+            f"accuracy {record['train_accuracy']:.2f} %  {measured}  lr {record['lr']:.4g}  "
+            f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
+            flush=True,
+        )
+
+
+def fit(
+    run: RunDirectory,
+    recipe: Recipe,
+    options: Options,
+    *,
+    student: Classifier,
+    objective: Objective,
+    data: TrainingData,
+    tests: dict[str, EvaluationSet],
+    facts: dict[str, Any],
+) -> Fitted:
+    """Train `student` to the end of the recipe, continuing where the run's checkpoint stands; evaluate each epoch.
+
+    `tests`: what each epoch is evaluated on, by name; `test` must be there, and with `val` the weights of its best
+    epoch are kept in best.pt. `facts`: digests of data, teacher and initial weights, which belong to the run's
+    identity. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and torch.
+    Raises Stopped after a signal (exit code 128 + N), after --steps (0), or when the loss is not finite (1).
+    """
+    torch.manual_seed(recipe.seed)  # what a teacher drew before, trained in this process or not, plays no part
+    trainer = Trainer(run, recipe, options, student, objective, data, facts)
+    trainer.restore()
+    state, found = trainer.state, None
+    if state.epoch or state.step:
+        print(f"continuing at epoch {state.epoch + 1}, step {state.step} of {data.steps_per_epoch}", flush=True)
+    with StopRequest() as stop:
+        while state.epoch < recipe.epochs:
+            complete = trainer.train_epoch(stop)
+            start = time.perf_counter()
+            try:
+                if not complete:
+                    raise EvaluationStopped
+                asked = lambda: stop.signal is not None  # noqa: E731
+                found = {n: evaluate(student, t.batches(), trainer.precision, asked) for n, t in tests.items()}
+            except EvaluationStopped:
+                trainer.save()
+                raise _stopped(trainer, stop) from None
+            state.timings["wall"] += time.perf_counter() - start
+            trainer.record_epoch(found)
+    test = found["test"] if found else evaluate(student, tests["test"].batches(), trainer.precision)
+    images = state.epoch * data.steps_per_epoch * recipe.batch_size
+    return Fitted(state.records, test, images / max(state.timings["train"], 1e-9), state.timings["wall"])
+
+
+def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
+    state = trainer.state
+    why = f"by {signal.Signals(stop.signal).name}" if stop.signal else f"after {trainer.options.steps} steps"
+    where = f"epoch {state.epoch + 1}, step {state.step} of {trainer.data.steps_per_epoch}"
+    message = f"stopped {why} at {where}; saved in {trainer.run.path}; the same command continues"
+    return Stopped(message, 128 + stop.signal if stop.signal else 0)
+
+
+def evaluate_checkpoint(
+    student: Classifier, test: EvaluationSet, options: Options, recipe: Recipe, data_name: str
+) -> dict[str, Any]:
+    """--evaluate: the accuracy of --resume, --init or the run's last checkpoint on the test images, printed."""
+    named = options.resume or options.init
+    path = Path(named) if named else open_run(options, recipe, data_name).path / checkpoint.LAST
+    checkpoint.apply_weights(student.network, checkpoint.load_weights(path), str(path))
+    found = evaluate(student, test.batches(), choose_precision(recipe.precision, test.images.device))
+    print(found)
+    return found.to_dict()
+
+
+def seconds_per_image(network: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Roughly the seconds that a training step takes per image, from one step after a first that warms up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        loss = F.cross_entropy(network.train()(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        loss.item()  # waits for the device
+    return (time.perf_counter() - start) / len(images)

@@ -1,0 +1,63 @@
+"""What one training step minimises. An objective returns the logits, the loss and its named parts, so that one loop
+serves all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.kd_loss import kd
+from distill.views import Batch
+
+
+class Step(NamedTuple):
+    """logits (B, C) of the student; `loss` to call backward() on; detached `parts` in the order of Objective.parts."""
+
+    logits: Tensor
+    loss: Tensor
+    parts: tuple[Tensor, ...]
+
+
+class Objective(Protocol):
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts of the loss."""
+        ...
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Step: ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """CE(s, y) in nats, mean over the batch; `label_smoothing` e mixes the label with the uniform distribution,
+    (1 - e) * CE(s, y) + e * mean over classes of CE(s, class)."""
+
+    label_smoothing: float = 0.0
+    parts: tuple[str, ...] = ()
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        logits = student(batch.images)
+        return Step(logits, F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing), ())
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """w * kd(s, t) + (1 - w) * CE(s, y), in nats, mean over the batch.
+
+    `teacher_logits` answers a batch with (B, C); where the answers come from is no business of this class.
+    """
+
+    teacher_logits: Callable[[Batch], Tensor]
+    temperature: float
+    w: float
+    label_smoothing: float = 0.0
+    parts: tuple[str, ...] = ("kd", "ce")
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        teacher_logits = self.teacher_logits(batch)
+        logits = student(batch.images)
+        soft = kd(logits, teacher_logits, temperature=self.temperature)
+        hard = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        return Step(logits, self.w * soft + (1 - self.w) * hard, (soft.detach(), hard.detach()))

@@ -1,0 +1,204 @@
+"""One run, one directory: who holds it, what it is, what it has measured."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from distill import checkpoint
+from distill.parallel import describe_device
+from distill.recipe import Options, Recipe, UserError, flag
+from distill.registry import count_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
+CONFIG, METRICS, SUMMARY, LOCK = "config.json", "metrics.jsonl", "summary.json", "lock"
+
+
+class RunDirectory:
+    """A directory with config.json, metrics.jsonl, checkpoints and summary.json, held by one process at a time.
+
+    Use as a context manager. Entering raises UserError, naming the holder, if another process holds it. The lock is
+    the kernel's (flock): it ends with its process, however that dies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> "RunDirectory":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / LOCK, "a+")  # stays open as long as the run is held
+        except OSError as error:
+            raise UserError(f"cannot use {self.path} as a run's directory: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = _read_holder(lock)
+            lock.close()
+            raise UserError(f"{self.path} is in use by {holder}; wait for it, or choose another --output") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
+        lock.flush()
+        self._lock = lock
+        for leftover in self.path.glob(f"*{checkpoint.TEMPORARY}"):  # of a process killed inside a save
+            leftover.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def claim(
+        self, recipe: Recipe, facts: dict[str, Any], device: torch.device, *, extend: bool = False
+    ) -> dict[str, Any] | None:
+        """Record that this process continues or starts the run of `recipe` and `facts` (digests of data, teacher, ...).
+
+        Returns the summary, after printing it, if that run is finished. Raises UserError, naming the fields that
+        differ, if the directory holds another run; `extend` lets `epochs` grow.
+        """
+        config = self.read_config() or {"recipe": recipe.to_dict(), "facts": facts, "starts": []}
+        before = {**config["recipe"], **config["facts"]}
+        now = {**recipe.to_dict(), **facts}
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        grows = "epochs" in changed and recipe.epochs > before["epochs"]
+        if extend and grows:
+            changed.remove("epochs")
+        if changed:
+            listed = ", ".join(f"{flag(key)} was {before.get(key)}, is {now.get(key)}" for key in changed)
+            hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
+            hint += "--fresh or another --output starts a new one"
+            raise UserError(f"{self.path} holds another run: {listed}; {hint}")
+        summary = self.read_summary()
+        if summary and summary["epochs"] == recipe.epochs:
+            print(f"finished before: {self.path}\n{describe(summary)}", flush=True)
+            return summary
+        start: dict[str, Any] = {"time": _now(), "argv": sys.argv, "commit": commit()}
+        start |= {"versions": versions(), "machine": machine(device)}
+        updated = {"recipe": recipe.to_dict(), "facts": facts, "starts": [*config["starts"], start]}
+        checkpoint.write_atomically(self.path / CONFIG, _json(updated))
+        return None
+
+    def read_config(self) -> dict[str, Any] | None:
+        """config.json, or None in a new directory. Raises UserError if it cannot be read."""
+        return _read_json(self.path / CONFIG, required=("recipe", "facts", "starts"))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json, or None while the run is not finished."""
+        return _read_json(self.path / SUMMARY)
+
+    def finish(
+        self, recipe: Recipe, facts: dict[str, Any], network: nn.Module, device: torch.device, **results: Any
+    ) -> dict[str, Any]:
+        """Write and print summary.json: what the run is, `results` (percent, nats, seconds), and what computed it."""
+        taught = recipe.objective == "kd"
+        summary: dict[str, Any] = {
+            "arch": recipe.arch,
+            "teacher_arch": recipe.teacher_arch,
+            "objective": recipe.objective,
+            "T": recipe.T if taught else None,
+            "w": recipe.w if taught else None,
+            "seed": recipe.seed,
+            "view_seed": recipe.view_seed,
+            "data": {"name": facts["data"], "digest": facts["data_digest"]},
+            "augment": recipe.augment,
+            "views": recipe.views,
+            "epochs": recipe.epochs,
+            "teacher_accuracy": None,
+            "agreement": None,
+            **results,
+            "parameters": count_parameters(network),
+            "device": describe_device(device),
+            "torch": str(torch.__version__),
+            "commit": commit(),
+        }
+        checkpoint.write_atomically(self.path / SUMMARY, _json(summary))
+        print(describe(summary), flush=True)
+        return summary
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Make metrics.jsonl hold `records`, one line an epoch. They stand in the checkpoint too, which decides."""
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        checkpoint.write_atomically(self.path / METRICS, lines.encode())
+
+
+def _read_holder(lock: TextIO) -> str:
+    """What the holder wrote of itself; it may have taken the lock a moment ago and not have written yet."""
+    for _ in range(50):
+        lock.seek(0)
+        if holder := lock.read().strip():
+            return holder
+        time.sleep(0.01)
+    return "another process"
+
+
+def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:
+    """The directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free."""
+    path = Path(options.output) if options.output else CHECKPOINTS / data_name / recipe.arch / recipe.run_name
+    return RunDirectory(next_free(path) if options.fresh else path)
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A run's result in a line."""
+    line = f"{summary['arch']}: test accuracy {summary['test_accuracy']:.2f} % after {summary['epochs']} epochs"
+    if summary["teacher_arch"]:
+        line += f", teacher {summary['teacher_arch']} {summary['teacher_accuracy']:.2f} %"
+        line += f", they agree on {summary['agreement']:.2f} %"
+    return f"{line}, {summary['train_images_per_second']:.0f} images/s"
+
+
+def next_free(path: Path) -> Path:
+    """`path`, or with the first of -2, -3, ... that does not exist yet."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def commit() -> str | None:
+    """The commit of this repository, with `-dirty` where tracked files differ from it; None outside of git."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    return {"host": socket.gethostname(), "system": platform.platform(), "device": describe_device(device)}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; put it back or choose another --output") from None
+    if not isinstance(content, dict) or any(key not in content for key in required):
+        raise UserError(f"{path} is not what this program wrote; put it back or choose another --output")
+    return content

@@ -1,0 +1,167 @@
+"""Random numbers by counter, the view that an epoch shows, and the interface of a view policy.
+
+What a network sees of image i is its view v: a pure function of the image and (policy, view seed, i, v). Which view
+an epoch shows, and in which order the images come, are pure functions too. So a run can be cut anywhere, and teacher
+and student see the same pixels.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+# ------------------------------------------------------------------------------------------------- numbers by counter
+def raw_draws(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.uint64]:
+    """`count` random 64-bit integers that depend on (seed, purpose, counter) alone; a longer draw starts the same.
+
+    Philox's raw stream is the same in every version of numpy and on every machine, which numpy does not promise of
+    its distributions.
+    """
+    key = hashlib.sha256(f"{seed}/{purpose}/{counter}".encode()).digest()[:16]
+    words = np.frombuffer(key, dtype="<u8").astype(np.uint64)
+    return np.random.Philox(key=words).random_raw(count).astype(np.uint64)
+
+
+def uniforms(seed: int, purpose: str, counter: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), 53 bits each, in C order: row i is the same for any number of rows."""
+    draws = raw_draws(seed, purpose, counter, int(np.prod(shape)))
+    return (draws >> np.uint64(11)).astype(np.float64).reshape(shape) * 2.0**-53
+
+
+def permutation(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.int64]:
+    """A random order of 0 .. count-1: the order that sorts raw draws."""
+    return np.argsort(raw_draws(seed, purpose, counter, count), kind="stable")
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+class ViewPolicy(Protocol):
+    """How view v of image i looks. Implementations: cifar10/augment.py."""
+
+    name: str
+    view_count: int | None  # distinct views of an image; None where parameters are continuous
+
+    def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        """images: uint8 (B, H, W, 3), indices, views: int64 (B,) -> uint8 (B, H, W, 3), row by row independent."""
+        ...
+
+
+class ViewOrder:
+    """Which view of image i epoch e shows: perm_i[e mod K], perm_i a permutation of the image's own.
+
+    Numbered views: perm_i orders all of them, and K of them (the first in that order) are cycled through, so that
+    runs with different K show the same views as far as they go. Continuous policies: view e mod K for every image, as
+    the parameters of its views are independent draws already; without K each epoch shows a new one.
+    """
+
+    def __init__(self, policy: ViewPolicy, view_seed: int, image_count: int, views: int | None) -> None:
+        self.view_count = views or policy.view_count
+        self._table: NDArray[np.uint8] | None = None
+        if policy.view_count and policy.view_count > 1:
+            self._table = self._permutations(view_seed, image_count, policy.view_count)[:, : self.view_count]
+
+    @staticmethod
+    def _permutations(view_seed: int, image_count: int, view_count: int) -> NDArray[np.uint8]:
+        assert view_count <= 256
+        table = np.empty((image_count, view_count), dtype=np.uint8)
+        rows = 8192  # a block of images at a time: the draws of all of them would take 65 MB for CIFAR-10
+        for block, start in enumerate(range(0, image_count, rows)):
+            draws = raw_draws(view_seed, "view order", block, rows * view_count).reshape(rows, view_count)
+            table[start : start + rows] = np.argsort(draws, axis=1, kind="stable")[: image_count - start]
+        return table
+
+    def shown(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The views (B,) that `epoch` shows of the images `indices` (B,)."""
+        slot = epoch % self.view_count if self.view_count else epoch
+        if self._table is None:
+            return np.full(len(indices), slot, dtype=np.int64)
+        return self._table[indices, slot].astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. images: uint8 (B, H, W, 3), the rest int64 (B,); `indices` count in the whole training set."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    views: Tensor
+
+
+class TrainingData(Protocol):
+    """What the engine trains on: any position of any epoch can be asked for, and is always the same."""
+
+    steps_per_epoch: int
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from `first_step` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The order of an epoch: which images, in which views, step by step. Shared by every data set.
+
+    `indices`: the images that are trained on (a subset when a validation part is held out). The last partial batch
+    of an epoch is dropped.
+    """
+
+    indices: NDArray[np.int64]
+    order: ViewOrder
+    seed: int
+    batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.indices) // self.batch_size
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """(indices, views), both (batch_size,), for each step of `epoch` from `first_step` on."""
+        shuffled = self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
+        for step in range(first_step, self.steps_per_epoch):
+            chosen = shuffled[step * self.batch_size : (step + 1) * self.batch_size]
+            yield chosen, self.order.shown(epoch, chosen)
+
+
+def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training indices, validation indices), each ascending. The same split for every seed and network, so that a
+    teacher can be trained on images that no student of it validates on."""
+    order = permutation(0, "validation split", 0, image_count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+class TensorData:
+    """Training data that lies in memory as one tensor, on the CPU or a GPU; views are rendered where it lies."""
+
+    def __init__(self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy) -> None:
+        """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device."""
+        self.images, self.labels, self.plan, self.policy = images, labels, plan, policy
+        self.steps_per_epoch = plan.steps_per_epoch
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        device = self.images.device
+        for chosen, shown in self.plan.steps(epoch, first_step):
+            indices = torch.from_numpy(chosen).to(device, non_blocking=True)
+            views = torch.from_numpy(shown).to(device, non_blocking=True)
+            images = self.policy.render(self.images[indices], indices, views)
+            yield Batch(images, self.labels[indices], indices, views)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Images to evaluate on: uint8 (N, H, W, 3), labels int64 (N,), on one device; each is seen exactly once."""
+
+    images: Tensor
+    labels: Tensor
+    batch_size: int = 256
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.images[part], self.labels[part]
