@@ -205,6 +205,8 @@ class Trainer:
             checkpoint.apply_weights(self.student.network, payload["student"], source)
             self.optimizer.load_state_dict(payload["optimizer"])
             restore_generators(payload["generators"], self.device)
+            if payload["tally"].shape != self.state.tally.sums.shape:
+                raise ValueError(f"sums of {tuple(payload['tally'].shape)}")
             self.state.tally.sums.copy_(payload["tally"])
             epoch, step, records = payload["epoch"], payload["step"], payload["records"]
             if (

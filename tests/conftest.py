@@ -1,0 +1,56 @@
+"""What the tests share: a place for runs that is not the user's, a small data set, commands as a user calls them."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["DISTILL_CHECKPOINTS"] = tempfile.mkdtemp(prefix="distill-tests-")  # before distill reads it
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def small_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 training and 20 test images of 4 classes from the embedded sample, so that real pixels go in."""
+    from cifar10.data import load_data
+
+    data = load_data("sample")
+    train = [i for k in range(4) for i in range(200 * k, 200 * k + 10)]
+    test = [i for k in range(4) for i in range(100 * k, 100 * k + 5)]
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(
+        path,
+        train_images=data.train_images[train].numpy(),
+        train_labels=data.train_labels[train].numpy(),
+        test_images=data.test_images[test].numpy(),
+        test_labels=data.test_labels[test].numpy(),
+        classes=np.array(data.classes[:4]),
+    )
+    return path
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def command() -> Command:
+    """Run a Python file of the repository with arguments, as a user does; returns exit code, stdout, stderr."""
+
+    def run(file: str, *arguments: object, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+        words = [sys.executable, str(ROOT / file), *map(str, arguments)]
+        return subprocess.run(words, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,307 @@
+"""Saves that survive, loads that verify, and the files that people really hand over."""
+
+import errno
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifar10.models import MODELS
+from distill import checkpoint
+from distill.checkpoint import CheckpointError
+
+PAYLOAD = {
+    "epoch": 3,
+    "rate": 0.1,
+    "name": "x",
+    "nothing": None,
+    "records": [{"loss": 1.5}],
+    "student": {"weight": torch.randn(300, 10), "count": torch.tensor(4)},
+    "half": torch.randn(5).bfloat16(),
+}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, PAYLOAD)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+def test_round_trip(saved: Path) -> None:
+    assert checkpoint.digest(checkpoint.load(saved)) == checkpoint.digest(PAYLOAD)
+    assert torch.load(saved, weights_only=True)["epoch"] == 3  # plain torch opens it
+    assert [p.name for p in saved.parent.iterdir()] == ["last.pt"]
+
+
+def test_digest_sees_every_difference() -> None:
+    weights = torch.randn(4, 3)
+    nudged = weights.clone()
+    nudged[0, 0] = torch.nextafter(nudged[0, 0], torch.tensor(10.0))
+    contents = [weights, nudged, weights.t(), weights.double(), weights.reshape(3, 4), {"a": 1}, {"a": 1.0}, {"b": 1}]
+    contents += [{"a": True}, {"a": None}, {"a": "1"}, [1, 2], [2, 1], [[1], 2], torch.tensor(0.0), torch.tensor(-0.0)]
+    assert len({checkpoint.digest(c) for c in contents}) == len(contents)
+    assert checkpoint.digest(weights.clone().to(torch.float32)) == checkpoint.digest(weights)
+
+
+def test_refuses_to_save_what_weights_only_would_not_load(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="PosixPath"):
+        checkpoint.save(tmp_path / "x.pt", {"path": tmp_path})
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("call", ["write", "fsync", "replace", "directory"])
+def test_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str) -> None:
+    """Path, cause and free bytes in one line; no temporary file; what was saved before still loads."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    names = {"write": "_write", "directory": "_sync_directory"}
+    if call in names:
+        monkeypatch.setattr(checkpoint, names[call], fail)
+    else:
+        monkeypatch.setattr(f"distill.checkpoint.os.{call}", fail)
+    with pytest.raises(CheckpointError, match=r"bytes free") as error:
+        checkpoint.save(saved, {"epoch": 4}, keep_previous=True)
+    assert str(saved) in str(error.value)
+    assert os.strerror(code) in str(error.value)
+    monkeypatch.undo()
+    assert not list(saved.parent.glob(f"*{checkpoint.TEMPORARY}"))
+    payload, _ = checkpoint.load_latest(saved.parent)
+    assert payload is not None
+    assert payload["epoch"] == (4 if call == "directory" else 3)
+
+
+def test_full_disk() -> None:
+    """The real thing: /dev/full accepts nothing."""
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._write(Path("/dev/full"), b"x")
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def truncate_to_head(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(os.urandom(5000))
+
+
+def web_page(path: Path) -> None:
+    path.write_bytes(b"\n<!DOCTYPE html><html>sign in</html>")
+
+
+def lfs_pointer(path: Path) -> None:
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def broken_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def other_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps([1, 2, 3]))
+
+
+def compressed(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content + bytes(10_000_000) if name.endswith("data/0") else content)
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/distill-attack-worked",)
+
+
+def attack(path: Path) -> None:
+    torch.save({"student": Attack()}, path)
+
+
+DAMAGES = [truncate, truncate_to_head, empty, noise, web_page, lfs_pointer, directory, fifo, broken_link]
+DAMAGES += [other_pickle, compressed, attack]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+def test_damage_is_detected_and_the_previous_one_taken(saved: Path, damage: Callable[[Path], None]) -> None:
+    checkpoint.save(saved, {"epoch": 4, "student": {"w": torch.zeros(3)}}, keep_previous=True)
+    damage(saved)
+    for load in (checkpoint.load, checkpoint.load_weights):
+        with pytest.raises(CheckpointError, match=r"last\.pt") as error:
+            load(saved)
+        assert "\n" not in str(error.value)
+    payload, warnings = checkpoint.load_latest(saved.parent)
+    assert payload is not None
+    assert payload["epoch"] == 3
+    assert len(warnings) == 1
+    assert "continuing from previous.pt" in warnings[0]
+    assert not os.path.lexists(saved)  # set aside, so that it does not become the next previous.pt
+    assert not Path("/tmp/distill-attack-worked").exists()
+
+
+def test_attack_names_the_global(saved: Path) -> None:
+    attack(saved)
+    with pytest.raises(CheckpointError, match=r"refused.*(posix|os)\.system"):
+        checkpoint.load(saved)
+
+
+def test_every_flipped_bit_is_found(saved: Path) -> None:
+    """200 single bits all over the file: an error, or (in a place that means nothing) the same content."""
+    content = saved.read_bytes()
+    found = 0
+    for k in range(200):
+        position = (k * 7919 * 8 + k) % (8 * len(content))
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << position % 8
+        saved.write_bytes(flipped)
+        try:
+            assert checkpoint.digest(checkpoint.load(saved)) == checkpoint.digest(PAYLOAD)
+        except CheckpointError:
+            found += 1
+    assert found > 100
+
+
+def test_the_digest_counts_also_where_checksums_fit(saved: Path) -> None:
+    content = torch.load(saved, weights_only=True)
+    content["student"]["weight"][0, 0] += 1
+    torch.save(content, saved)
+    with pytest.raises(CheckpointError, match="digest"):
+        checkpoint.load(saved)
+
+
+def test_no_checkpoint_loads(saved: Path) -> None:
+    checkpoint.save(saved, {"epoch": 4}, keep_previous=True)
+    for name in ("last.pt", "previous.pt"):
+        noise(saved.with_name(name))
+    with pytest.raises(CheckpointError, match="--fresh starts over"):
+        checkpoint.load_latest(saved.parent)
+
+
+def test_a_kill_between_the_two_renames(saved: Path) -> None:
+    os.replace(saved, saved.with_name("previous.pt"))
+    payload, warnings = checkpoint.load_latest(saved.parent)
+    assert payload is not None
+    assert warnings == []
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert checkpoint.load_latest(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("stride", [0, 1])
+def test_a_tensor_of_10_to_the_12_elements(tmp_path: Path, stride: int) -> None:
+    """Refused without taking the memory."""
+    path = tmp_path / "huge.pt"
+    tensor = torch.zeros(4)
+    torch.save({"weight": tensor.as_strided((10**12,), (0,)) if stride == 0 else tensor}, path)
+    if stride == 1:
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(
+                    name, content.replace(b"K\x04\x85", b"\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85")
+                )
+    with pytest.raises(CheckpointError, match=r"huge\.pt"):
+        checkpoint.load_weights(path)
+
+
+# --------------------------------------------------------------------------------------------------- weights of others
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return MODELS.build("densenet40", 10).state_dict()
+
+
+def fits(path: Path) -> None:
+    checkpoint.apply_weights(MODELS.build("densenet40", 10), checkpoint.load_weights(path), str(path))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", [None, "net", "state_dict", "model"])
+def test_foreign_formats(tmp_path: Path, weights: dict[str, torch.Tensor], prefix: str, wrapper: str | None) -> None:
+    content: dict[str, Any] = {prefix + key: value for key, value in weights.items()}
+    if wrapper == "net":
+        content["module.dense1.0.select.indexes"] = torch.ones(24)
+    if wrapper:
+        content = {wrapper: content, "acc": 92.41, "epoch": 199}
+    torch.save(content, tmp_path / "ckpt.pth")
+    fits(tmp_path / "ckpt.pth")
+
+
+def test_files_of_before_torch_1_6(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    old = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    torch.save({"net": old}, tmp_path / "ckpt.t7", _use_new_zipfile_serialization=False)
+    fits(tmp_path / "ckpt.t7")
+
+
+def test_safetensors(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(weights, tmp_path / "model.safetensors")
+    fits(tmp_path / "model.safetensors")
+    truncate(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load_weights(tmp_path / "model.safetensors")
+
+
+def change(name: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    changed = dict(weights)
+    if name == "missing":
+        del changed["bn.weight"]
+    elif name == "extra":
+        changed["bonus"] = torch.zeros(1)
+    elif name == "classes":
+        changed["fc.weight"], changed["fc.bias"] = torch.zeros(100, 456), torch.zeros(100)
+    else:
+        changed["fc.bias"] = torch.full((10,), float("nan"))
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "lacks bn.weight"),
+        ("extra", "has bonus"),
+        ("classes", r"number of classes: has fc.weight \(100, 456\) instead of \(10, 456\)"),
+        ("nan", "not finite: in fc.bias"),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path: Path, weights: dict[str, torch.Tensor], name: str, message: str) -> None:
+    torch.save(change(name, weights), tmp_path / "ckpt.pth")
+    with pytest.raises(CheckpointError, match=message):
+        fits(tmp_path / "ckpt.pth")
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1], {"net": {}}, {"a": {"b": torch.zeros(1)}}])
+def test_files_without_weights(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "ckpt.pth")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        checkpoint.load_weights(tmp_path / "ckpt.pth")

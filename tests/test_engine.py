@@ -1,0 +1,423 @@
+"""The loop: learning rate, updates, NaN, signals, steps, continuing, validation, the teacher."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifar10.data import load_data, prepare
+from distill import checkpoint, engine
+from distill.engine import Fitted, Stopped, evaluate, fit
+from distill.metrics import Tally
+from distill.objectives import CrossEntropy, Distillation, Objective, Step
+from distill.optim import build_optimizer, learning_rate
+from distill.recipe import Options, Recipe, UserError
+from distill.registry import Classifier, InputSpec
+from distill.run_dir import RunDirectory
+from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning
+from distill.views import Batch, EvaluationSet
+
+CPU = torch.device("cpu")
+SPEC = InputSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, warmup=0.5)
+
+
+def small_network(classes: int = 4, seed: int = 0) -> Classifier:
+    """Every kind of layer that carries state of its own: convolution, BatchNorm, dropout."""
+    torch.manual_seed(seed)
+    convolution = nn.Conv2d(3, 8, 3, stride=4)
+    head = nn.Linear(8, classes)
+    layers = [convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), head]
+    return Classifier(nn.Sequential(*layers), SPEC)
+
+
+def train(
+    path: Path,
+    npz: Path,
+    recipe: Recipe = RECIPE,
+    options: Options | None = None,
+    objective: Objective | None = None,
+    student: Classifier | None = None,
+) -> Fitted:
+    data = load_data(str(npz))
+    views, tests = prepare(data, recipe, CPU)
+    facts = {"data": data.name, "data_digest": data.digest}
+    with RunDirectory(path) as run:
+        return fit(
+            run,
+            recipe,
+            options or Options(),
+            student=student or small_network(),
+            objective=objective or CrossEntropy(),
+            data=views,
+            tests=tests,
+            facts=facts,
+        )
+
+
+def state(path: Path) -> str:
+    """Digest of everything in a checkpoint but the clock's readings."""
+    payload = checkpoint.load(path / "last.pt")
+    del payload["timings"]
+    for record in payload["records"]:
+        del record["seconds"], record["images_per_second"]
+    return checkpoint.digest(payload)
+
+
+def teaching(seed: int = 1) -> tuple[Teacher, Distillation]:
+    teacher = Teacher(small_network(seed=seed), CPU, torch.float32)
+    return teacher, Distillation(teacher, 3.0, 0.8)
+
+
+# --------------------------------------------------------------------------------------------------------- optimisation
+def test_learning_rate() -> None:
+    recipe = Recipe(epochs=10, lr=1.0, warmup=2)
+    rates = [learning_rate(step, recipe, 10) for step in range(100)]
+    assert rates[:20] == pytest.approx([(k + 1) / 20 for k in range(20)])
+    assert rates[20] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx((1 + math.cos(math.pi * 79 / 80)) / 2)
+    steps = replace(recipe, schedule="multistep", warmup=0)
+    assert [learning_rate(s, steps, 10) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert learning_rate(99, replace(recipe, schedule="constant"), 10) == 1.0
+    assert learning_rate(0, replace(recipe, epochs=1, warmup=5), 4) == 1.0  # a quarter of the run: one step of four
+
+
+def test_weight_decay_spares_batchnorm_and_biases() -> None:
+    network = small_network()
+    decayed = {id(p) for g in build_optimizer(network, RECIPE).param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(p) for p in network.parameters() if p.dim() > 1}
+    groups = build_optimizer(network, replace(RECIPE, decay_all=True)).param_groups
+    assert [len(g["params"]) for g in groups] == [len(list(network.parameters()))]
+
+
+def test_optimizer_is_sgd_with_nesterov() -> None:
+    """One step by hand: v = g + wd * p, p -= lr * (v + momentum * v) for the first step."""
+    network = small_network()
+    recipe = replace(RECIPE, weight_decay=0.01, momentum=0.9)
+    optimizer = build_optimizer(network, recipe)
+    before = [p.detach().clone() for p in network.parameters()]
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for p, old in zip(network.parameters(), before, strict=True):
+        assert p.grad is not None
+        gradient = p.grad + (0.01 * old if p.dim() > 1 else 0)
+        torch.testing.assert_close(p.detach(), old - recipe.lr * 1.9 * gradient)
+
+
+def test_tally_counts_like_a_loop() -> None:
+    tally, logits, labels = Tally(CPU, ("kd",)), torch.randn(20, 10), torch.randint(0, 10, (20,))
+    for part in (slice(0, 8), slice(8, 20)):
+        loss = nn.functional.cross_entropy(logits[part], labels[part])
+        tally.add(logits[part], labels[part], loss, (2 * loss,))
+    found, order = tally.summary(), logits.argsort(1, descending=True)
+    assert found["images"] == 20
+    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["kd"] == pytest.approx(2 * found["loss"])
+    assert found["accuracy"] == pytest.approx(5 * (order[:, 0] == labels).sum().item())
+    assert found["top5"] == pytest.approx(5 * (order[:, :5] == labels[:, None]).sum().item())
+
+
+def test_evaluation_sees_each_image_once() -> None:
+    network, images = small_network(), torch.randint(0, 256, (21, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.randint(0, 4, (21,))
+    found = evaluate(network, EvaluationSet(images, labels, batch_size=8).batches())
+    expected = network.eval()(images)
+    assert found.images == 21
+    assert torch.equal(found.predictions, expected.argmax(1))
+    assert found.accuracy == pytest.approx(100 * (expected.argmax(1) == labels).double().mean().item())
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(expected, labels).item(), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- objectives
+def test_distillation_is_the_weighted_sum() -> None:
+    student = nn.Linear(3, 5)
+    batch = Batch(torch.randn(6, 3), torch.randint(0, 5, (6,)), torch.arange(6), torch.zeros(6))
+    answers = torch.randn(6, 5)
+    step = Distillation(lambda _: answers, temperature=3.0, w=0.8)(student, batch)
+    soft, hard = step.parts
+    torch.testing.assert_close(step.loss.detach(), 0.8 * soft + 0.2 * hard)
+    torch.testing.assert_close(hard, nn.functional.cross_entropy(student(batch.images), batch.labels).detach())
+    alone = Distillation(lambda _: answers, temperature=3.0, w=0.0)(student, batch)
+    torch.testing.assert_close(alone.loss, CrossEntropy()(student, batch).loss)
+
+
+def test_training_lowers_the_loss_and_beats_chance(small_npz: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=30, lr=0.1, augment="none")
+    for name, objective in (("ce", CrossEntropy()), ("kd", teaching()[1])):
+        fitted = train(tmp_path / name, small_npz, recipe, objective=objective)
+        assert fitted.records[-1]["train_loss"] < 0.9 * fitted.records[0]["train_loss"]
+        assert [r["epoch"] for r in fitted.records] == list(range(1, 31))
+    assert {"train_kd", "train_ce", "test_accuracy", "lr"} <= set(fitted.records[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- teacher
+def test_teacher_cannot_move(small_npz: Path, tmp_path: Path) -> None:
+    teacher, objective = teaching()
+    before = teacher.digest
+    train(tmp_path / "run", small_npz, objective=objective)
+    teacher.check_untouched()
+    assert teacher.digest == before
+    assert not any(m.training for m in teacher._network.modules())
+    assert not any(p.requires_grad for p in teacher._network.parameters())
+    batchnorm = teacher._network.network[1]  # type: ignore[index]
+    batchnorm.running_mean += 1  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="teacher has changed"):
+        teacher.check_untouched()
+
+
+def test_teacher_answers_are_float16_values() -> None:
+    teacher, _ = teaching()
+    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    answers = teacher.logits(images)
+    assert answers.dtype == torch.float32
+    assert torch.equal(answers, answers.half().float())
+    assert not answers.requires_grad
+    head: Any = teacher._network.network[6]  # type: ignore[index]
+    head.bias.data.fill_(1e9)
+    assert teacher.logits(images).max() == FLOAT16_MAX
+
+
+def test_teacher_is_measured_once(tmp_path: Path) -> None:
+    teacher, _ = teaching()
+    images, labels = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8), torch.zeros(5, dtype=torch.long)
+    first = teacher.test_logits([(images, labels)], "data", tmp_path)
+    assert torch.equal(teacher.test_logits([], "data", tmp_path), first)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"damaged")
+    assert torch.equal(teacher.test_logits([(images, labels)], "data", tmp_path), first)
+    assert torch.equal(teacher.test_logits([(images[:2], labels)], "other data", tmp_path), first[:2])
+
+
+def test_warning_near_chance() -> None:
+    assert chance_warning(92.0, 10) is None
+    assert "near chance (10.00 %)" in (chance_warning(12.0, 10) or "")
+    assert chance_warning(52.0, 2)
+    assert chance_warning(58.0, 2) is None
+    assert agreement(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 2, 0, 3])) == 75
+
+
+# ---------------------------------------------------------------------------------------------- continuing, bit for bit
+@pytest.mark.parametrize("augment", ["crop_flip", "original"])
+def test_cut_anywhere_and_continued(small_npz: Path, tmp_path: Path, augment: str) -> None:
+    """Stopped after every single step, in a new process's state each time: the same weights, optimiser and metrics."""
+    recipe = replace(RECIPE, augment=augment)
+    train(tmp_path / "whole", small_npz, recipe, objective=teaching()[1])
+    for stop in range(3 * 5 - 1):
+        torch.manual_seed(stop)  # what the generators hold before must play no part
+        student = small_network(seed=stop and 7)  # nor what the network starts with, once there is a checkpoint
+        with pytest.raises(Stopped, match="after 1 steps") as stopped:
+            train(tmp_path / "cut", small_npz, recipe, Options(steps=1), teaching()[1], student)
+        assert stopped.value.exit_code == 0
+    train(tmp_path / "cut", small_npz, recipe, Options(steps=1), teaching()[1], small_network(seed=7))
+    assert state(tmp_path / "cut") == state(tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_time_between_checkpoints_does_not_matter(small_npz: Path, tmp_path: Path) -> None:
+    train(tmp_path / "seldom", small_npz)
+    train(tmp_path / "often", small_npz, options=Options(save_minutes=0))
+    assert state(tmp_path / "seldom") == state(tmp_path / "often")
+
+
+def test_seeds(small_npz: Path, tmp_path: Path) -> None:
+    train(tmp_path / "a", small_npz)
+    for name, recipe in (("seed", replace(RECIPE, seed=1)), ("views", replace(RECIPE, view_seed=1))):
+        train(tmp_path / name, small_npz, recipe)
+        same = checkpoint.load(tmp_path / "a" / "last.pt")["student"]
+        assert checkpoint.digest(same) != checkpoint.digest(checkpoint.load(tmp_path / name / "last.pt")["student"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_at_the_next_step(small_npz: Path, tmp_path: Path, number: signal.Signals) -> None:
+    train(tmp_path / "whole", small_npz)
+
+    class Signalling(CrossEntropy):
+        steps = 0
+
+        def __call__(self, student: nn.Module, batch: Batch) -> Step:
+            type(self).steps += 1
+            if self.steps == 7:
+                os.kill(os.getpid(), number)
+            return super().__call__(student, batch)
+
+    handlers = [signal.getsignal(s) for s in engine.SIGNALS]
+    with pytest.raises(Stopped, match=f"stopped by {number.name} at epoch 2, step 2 of 5") as stop:
+        train(tmp_path / "cut", small_npz, objective=Signalling())
+    assert stop.value.exit_code == 128 + number
+    assert [signal.getsignal(s) for s in engine.SIGNALS] == handlers
+    train(tmp_path / "cut", small_npz)
+    assert state(tmp_path / "cut") == state(tmp_path / "whole")
+
+
+def test_signal_during_evaluation(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "whole", small_npz)
+    monkeypatch.setattr(engine, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a))[1])
+    with pytest.raises(Stopped, match="at epoch 1, step 5 of 5"):
+        train(tmp_path / "cut", small_npz)
+    monkeypatch.undo()
+    train(tmp_path / "cut", small_npz)
+    assert state(tmp_path / "cut") == state(tmp_path / "whole")
+
+
+def test_damaged_last_checkpoint_falls_back(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "whole", small_npz)
+    with pytest.raises(Stopped):
+        train(tmp_path / "cut", small_npz, options=Options(steps=12))
+    (tmp_path / "cut" / "last.pt").write_bytes(b"PK damaged")
+    train(tmp_path / "cut", small_npz)
+    assert "continuing from previous.pt" in capsys.readouterr().err
+    assert state(tmp_path / "cut") == state(tmp_path / "whole")
+
+
+def test_resume_from_a_named_checkpoint(small_npz: Path, tmp_path: Path) -> None:
+    train(tmp_path / "whole", small_npz)
+    named = str(tmp_path / "whole" / "previous.pt")
+    train(tmp_path / "again", small_npz, options=Options(resume=named))
+    assert state(tmp_path / "again") == state(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"is of another run: --lr was 0\.05, is 0\.1"):
+        train(tmp_path / "other", small_npz, replace(RECIPE, lr=0.1), Options(resume=named))
+    with pytest.raises(UserError, match="No such file"):
+        train(tmp_path / "other", small_npz, options=Options(resume=str(tmp_path / "nothing.pt")))
+
+
+ABSURD: list[dict[str, Any]] = [
+    {"epoch": -1},
+    {"epoch": 99},
+    {"epoch": "two"},
+    {"step": -3},
+    {"step": 10**9},
+    {"records": []},
+    {"optimizer": {}},
+    {"tally": 3},
+    {"tally": torch.zeros(3)},
+    {"student": {"x": torch.zeros(1)}},
+    {"generators": {"cpu": torch.zeros(3)}},
+]
+
+
+@pytest.mark.parametrize("change", ABSURD, ids=str)
+def test_absurd_state(small_npz: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    train(tmp_path / "run", small_npz)
+    payload = checkpoint.load(tmp_path / "run" / "last.pt")
+    checkpoint.save(tmp_path / "absurd.pt", payload | change)
+    with pytest.raises(checkpoint.CheckpointError, match=r"absurd\.pt"):
+        train(tmp_path / "other", small_npz, options=Options(resume=str(tmp_path / "absurd.pt")))
+
+
+def test_extend(small_npz: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", small_npz)
+    fitted = train(tmp_path / "run", small_npz, replace(RECIPE, epochs=4), Options(extend=True))
+    assert [r["epoch"] for r in fitted.records] == [1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------------------------ NaN
+class Poisoned(CrossEntropy):
+    """The loss of step `at` is not finite."""
+
+    at, steps = 7, 0
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        step = super().__call__(student, batch)
+        type(self).steps += 1
+        return Step(step.logits, step.loss * (float("nan") if self.steps == self.at else 1), ())
+
+
+def test_no_update_is_made_from_a_loss_that_is_not_finite(small_npz: Path, tmp_path: Path) -> None:
+    Poisoned.steps = 0
+    student = small_network()
+    with pytest.raises(Stopped, match=r"the loss is not finite at step 6 \(lr 0\.0.*last good checkpoint is") as stop:
+        train(tmp_path / "run", small_npz, objective=Poisoned(), student=student)
+    assert stop.value.exit_code == 1
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+    payload = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert (payload["epoch"], payload["step"]) == (1, 0)
+    assert all(torch.isfinite(v).all() for v in payload["student"].values())
+
+
+def test_the_flag_on_the_device_blocks_updates_without_being_read(
+    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where the flag is read every 50 steps: nothing moves between the bad step and the look."""
+    Poisoned.steps = 0
+    student, moved = small_network(), []
+    monkeypatch.setattr(engine.Trainer, "_check_finite", lambda _: None)
+    step = engine.Trainer.train_step
+
+    def watched(self: engine.Trainer, batch: Batch) -> None:
+        before = [p.detach().clone() for p in student.parameters()]
+        step(self, batch)
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)))
+
+    monkeypatch.setattr(engine.Trainer, "train_step", watched)
+    train(tmp_path / "run", small_npz, objective=Poisoned(), student=student)
+    assert moved == [True] * 6 + [False] * 9
+
+
+def test_weights_that_are_not_finite_are_not_saved(small_npz: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="not finite at step"):
+        train(tmp_path / "run", small_npz, replace(RECIPE, lr=1e30, warmup=0))
+    for path in (tmp_path / "run").glob("*.pt"):
+        assert all(torch.isfinite(v).all() for v in checkpoint.load(path)["student"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+def test_validation_part_chooses_the_best_epoch(small_npz: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=6, val_split=8)
+    fitted = train(tmp_path / "run", small_npz, recipe)
+    accuracies = [r["val_accuracy"] for r in fitted.records]
+    best = fitted.to_dict()["best_epoch"]
+    assert best["val_accuracy"] == max(accuracies)
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+    kept = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert kept["epoch"] == best["epoch"]
+    train(tmp_path / "without", small_npz)
+    assert not (tmp_path / "without" / "best.pt").exists()
+
+
+def test_held_out_images_are_not_trained_on(small_npz: Path) -> None:
+    data = load_data(str(small_npz))
+    views, tests = prepare(data, replace(RECIPE, val_split=8), CPU)
+    trained = {i for epoch in range(5) for batch in views.batches(epoch) for i in batch.indices.tolist()}
+    held_out = {i for i in range(40) if any(torch.equal(data.train_images[i], x) for x in tests["val"].images)}
+    assert len(tests["val"].labels) == 8
+    assert not trained & held_out
+
+
+def test_nothing_grows(small_npz: Path, tmp_path: Path) -> None:
+    """2,000 steps and 50 saves: open files and memory stay as they are."""
+    resource: Any = pytest.importorskip("resource")
+    train(tmp_path / "warm", small_npz)
+    files = len(os.listdir("/proc/self/fd"))
+    recipe, growth = replace(RECIPE, epochs=25, batch_size=2), []
+    for k in range(4):
+        train(tmp_path / str(k), small_npz, recipe)
+        growth.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert growth[-1] - growth[0] < 20_000  # KiB, over 1,500 further steps
+
+
+def test_recipe_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPE.lr = 1.0  # type: ignore[misc]
+
+
+def test_tensors_stay_where_the_student_is() -> None:
+    """No host copy in a step: what the objective gets lies on the device of the images."""
+    seen: list[Tensor] = []
+    images = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    objective = Distillation(lambda b: (seen.append(b.images), torch.zeros(4, 4))[1], 1.0, 0.5)
+    objective(small_network(), Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), torch.zeros(4)))
+    assert seen[0] is images

@@ -1,0 +1,122 @@
+"""SIGKILL at random instants, some inside a save, each followed by the same command: the final state is the same.
+
+More of them: python tests/test_kill.py 25
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cifar10.models import MODELS
+from distill import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def kd_command(npz: Path, teacher: Path, output: Path) -> list[str]:
+    """A small KD run of EfficientNet-B0 that saves after every step."""
+    flags = ["--data", npz, "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", teacher, "--output", output]
+    flags += ["--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--device", "cpu"]
+    return [sys.executable, str(ROOT / "cifar10" / "train_kd.py"), *map(str, flags)]
+
+
+def final_state(path: Path) -> str:
+    """Digest of weights, optimiser, generators and metrics; without the clock's readings."""
+    payload = checkpoint.load(path / "last.pt")
+    assert payload.pop("timings")
+    for record in payload["records"]:
+        del record["seconds"], record["images_per_second"]
+    return checkpoint.digest(payload)
+
+
+def run_with_kills(command: list[str], output: Path, kills: int, seed: int) -> int:
+    """Kill `kills` times, every second time as soon as a save has begun, then let it end. Kills inside a save."""
+    chance, inside = random.Random(seed), 0
+    done = 0
+    while done < kills:
+        saves = {path: path.stat().st_mtime_ns for path in output.glob("*.pt")}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and {p: p.stat().st_mtime_ns for p in _listed(output)} == saves:
+            time.sleep(0.002)  # until this process has saved once, so that ten kills in a row make progress too
+        if done % 2:
+            while process.poll() is None and not list(output.glob(f"*{checkpoint.TEMPORARY}")):
+                pass
+        else:
+            time.sleep(chance.uniform(0, 1))
+        ended = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert not ended, f"the run ended before kill {done + 1}: {errors!r}"
+        inside += bool(list(output.glob(f"*{checkpoint.TEMPORARY}")))
+        done += 1
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return inside
+
+
+def _listed(output: Path) -> list[Path]:
+    return [path for path in output.glob("*.pt") if path.exists()]
+
+
+def check(directory: Path, npz: Path, kills: int, seed: int) -> int:
+    teacher = directory / "teacher.pth"
+    checkpoint.save(teacher, {"student": MODELS.build("densenet_cifar", 4).state_dict()})
+    whole, killed = directory / "whole", directory / "killed"
+    subprocess.run(kd_command(npz, teacher, whole), check=True, capture_output=True)
+    inside = run_with_kills(kd_command(npz, teacher, killed), killed, kills, seed)
+    assert final_state(killed) == final_state(whole)
+    lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    results = [json.loads((path / "summary.json").read_text()) for path in (whole, killed)]
+    assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
+    assert results[0]["agreement"] == results[1]["agreement"]
+    assert not list(killed.glob(f"*{checkpoint.TEMPORARY}"))
+    return inside
+
+
+def test_five_kills(small_npz: Path, tmp_path: Path) -> None:
+    assert check(tmp_path, small_npz, kills=5, seed=0) >= 1
+
+
+def test_sigterm_exits_with_143_and_the_same_command_continues(small_npz: Path, tmp_path: Path) -> None:
+    flags = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
+    command = [sys.executable, str(ROOT / "cifar10" / "train_ce.py"), *map(str, flags)]
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        saves = {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")} == saves:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code, errors
+        assert errors.count("\n") == 1
+        assert f"stopped by {number.name}" in errors
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0
+    assert "continuing at epoch" in finished.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "finished before" in again.stdout
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    import numpy as np
+
+    from cifar10.data import load_data
+
+    with tempfile.TemporaryDirectory() as name:
+        data = load_data("sample")
+        chosen = [i for k in range(4) for i in range(200 * k, 200 * k + 30)]
+        npz = Path(name) / "small.npz"
+        arrays = {"train_images": data.train_images[chosen].numpy(), "train_labels": data.train_labels[chosen].numpy()}
+        np.savez(npz, test_images=arrays["train_images"][:9], test_labels=arrays["train_labels"][:9] % 4, **arrays)
+        count = int(sys.argv[1]) if len(sys.argv) > 1 else 25
+        print(f"{count} kills, {check(Path(name), npz, count, seed=1)} of them inside a save: final state identical")

@@ -1,0 +1,108 @@
+"""One run, one directory: what it is, who holds it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.recipe import Options, Recipe, UserError
+from distill.run_dir import RunDirectory, next_free, open_run
+
+CPU = torch.device("cpu")
+FACTS = {"data": "x", "data_digest": "1"}
+
+
+def hold(path: Path, barrier: Barrier, results: "multiprocessing.Queue[str]") -> None:
+    barrier.wait()
+    try:
+        with RunDirectory(path):
+            results.put("won")
+            time.sleep(60)
+    except UserError as error:
+        results.put(str(error))
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    """Exactly one of two that start together wins, the other names it; a killed holder leaves no lock."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    holders = [context.Process(target=hold, args=(tmp_path, barrier, results)) for _ in range(2)]
+    for holder in holders:
+        holder.start()
+    answers = sorted([results.get(timeout=60), results.get(timeout=60)])
+    assert answers[1] == "won"
+    assert "is in use by process " in answers[0]
+    assert any(f"process {holder.pid} on" in answers[0] for holder in holders)
+    for holder in holders:
+        assert holder.pid
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.join()
+    with RunDirectory(tmp_path):
+        pass
+
+
+def test_claim_records_what_the_run_is(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as run:
+        assert run.claim(Recipe(), FACTS, CPU) is None
+        assert run.claim(Recipe(), FACTS, CPU) is None
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert Recipe.from_dict(config["recipe"]) == Recipe()
+    assert config["facts"] == FACTS
+    assert len(config["starts"]) == 2
+    assert set(config["starts"][0]) == {"time", "argv", "commit", "versions", "machine"}
+
+
+def test_another_recipe_is_refused_with_the_fields(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path) as run:
+        run.claim(Recipe(epochs=3), FACTS, CPU)
+        with pytest.raises(UserError, match=r"--lr was 0.1, is 0.2, --data-digest was 1, is 2"):
+            run.claim(Recipe(epochs=3, lr=0.2), {**FACTS, "data_digest": "2"}, CPU)
+        with pytest.raises(UserError, match=r"--epochs was 3, is 5; --extend"):
+            run.claim(Recipe(epochs=5), FACTS, CPU)
+        with pytest.raises(UserError, match="--epochs was 3, is 2"):
+            run.claim(Recipe(epochs=2), FACTS, CPU, extend=True)
+        run.claim(Recipe(epochs=5), FACTS, CPU, extend=True)
+        config = run.read_config()
+        assert config is not None
+        assert config["recipe"]["epochs"] == 5
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"recipe": {}}', "\x00"])
+def test_damaged_config(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with RunDirectory(tmp_path) as run, pytest.raises(UserError, match=r"config\.json"):
+        run.claim(Recipe(), FACTS, CPU)
+
+
+def test_unknown_fields_of_another_version() -> None:
+    with pytest.raises(UserError, match="does not know: mixup"):
+        Recipe.from_dict({**Recipe().to_dict(), "mixup": 1})
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="cannot use"), RunDirectory(tmp_path / "run"):
+        pass
+
+
+def test_names_and_fresh(tmp_path: Path) -> None:
+    kd = replace(Recipe(), teacher_arch="resnet152", seed=2)
+    assert kd.run_name == "kd-resnet152-T3-w0.8-seed2"
+    assert open_run(Options(), kd, "cifar10").path.parts[-3:] == ("cifar10", "efficientnet_b0", kd.run_name)
+    for expected in ("run", "run-2", "run-3"):
+        path = open_run(Options(output=str(tmp_path / "run"), fresh=True), kd, "cifar10").path
+        assert path == next_free(tmp_path / "run") == tmp_path / expected
+        path.mkdir()
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "last.pt.partial").write_bytes(b"half")
+    with RunDirectory(tmp_path):
+        assert not (tmp_path / "last.pt.partial").exists()

@@ -1,0 +1,88 @@
+"""The architecture, held by tests: imports run one way, entry scripts are thin, one loop, one tree in the README."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTILL = sorted((ROOT / "distill").glob("*.py"))
+MODULES = sorted(p for folder in ("distill", "cifar10", "imagenet", "scripts") for p in (ROOT / folder).rglob("*.py"))
+ENTRIES = sorted(ROOT.glob("*/train_*.py"))
+BOTTOM = {"views", "kd_loss", "metrics", "registry", "recipe", "checkpoint"}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            assert not any(alias.name == "*" for alias in node.names), f"{path}: star import"
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    forbidden = {"distill": ("cifar10", "imagenet", "scripts"), "cifar10": ("imagenet", "scripts")}
+    forbidden |= {"imagenet": ("cifar10", "scripts"), "scripts": ()}
+    packages = {name.split(".")[0] for name in imported(path)}
+    assert not packages & set(forbidden[path.relative_to(ROOT).parts[0]])
+
+
+def inside_distill(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(path) if name.startswith("distill.")}
+
+
+def test_no_circles_in_distill() -> None:
+    left = {path.stem: inside_distill(path) for path in DISTILL}
+    while left:
+        free = {name for name, needs in left.items() if not needs & set(left)}
+        assert free, f"these import each other: {left}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
+@pytest.mark.parametrize("name", sorted(BOTTOM))
+def test_the_bottom_knows_nothing_above_it(name: str) -> None:
+    path = ROOT / "distill" / f"{name}.py"
+    assert inside_distill(path) <= {"recipe"}  # for UserError; recipe itself imports nothing
+    outside = {n.split(".")[0] for n in imported(path)} - {"distill"}
+    assert outside <= {"torch", "numpy", "safetensors"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_entry_scripts_are_thin(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert len(path.read_text().splitlines()) < 100
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While, ast.ClassDef))]
+    assert not [n for n in imported(path) if n.startswith("torch")]
+    for word in ("parse", "load_data", "build_student", "fit"):
+        assert any(isinstance(n, (ast.Name, ast.Attribute)) and word in ast.unparse(n) for n in ast.walk(tree))
+
+
+def test_one_backward() -> None:
+    """Training has one loop; the other place only estimates how long a step takes."""
+    where = [
+        p.name for p in MODULES for n in ast.walk(ast.parse(p.read_text())) if ast.unparse(n).endswith(".backward()")
+    ]
+    assert set(where) == {"engine.py"}
+
+
+def test_flags_are_parsed_before_torch_is_loaded() -> None:
+    code = "import sys; import cifar10.train_kd, cifar10.train_ce, distill.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_every_file_is_in_the_tree_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    for file in listed:
+        if not file.startswith(("tests/", ".")) and Path(file).name != "__init__.py":
+            assert Path(file).name in readme, f"{file} is not in the tree of the README"

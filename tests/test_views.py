@@ -1,0 +1,189 @@
+"""A view is a pure function of the image and (policy, view seed, i, v); an epoch's order is one of (seed, epoch)."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as reference
+
+from cifar10.augment import CropFlip, NoChange, Original, build_policy
+from cifar10.data import load_data
+from distill.recipe import UserError
+from distill.views import (
+    EpochPlan,
+    TensorData,
+    ViewOrder,
+    ViewPolicy,
+    permutation,
+    raw_draws,
+    split_validation,
+    uniforms,
+)
+
+IMAGES = load_data("sample").train_images
+RECORDED_DRAWS = [3998611724445730424, 4336785009336206839, 15072604215656766132]
+RECORDED_PERMUTATION = [2, 6, 7, 1, 5, 4, 0, 3]
+POLICIES: list[ViewPolicy] = [CropFlip(), Original(0), NoChange()]
+
+
+# ------------------------------------------------------------------------------------------------- numbers by counter
+def test_draws_are_a_fixed_function() -> None:
+    """Recorded once: if these change, every stored run and every stored teacher answer means something else."""
+    assert raw_draws(0, "image order", 0, 3).tolist() == RECORDED_DRAWS
+    assert permutation(1, "image order", 2, 8).tolist() == RECORDED_PERMUTATION
+
+
+def test_draws_depend_on_each_key_and_not_on_the_count() -> None:
+    draws = raw_draws(3, "a", 5, 100)
+    assert np.array_equal(draws[:10], raw_draws(3, "a", 5, 10))
+    for other in (raw_draws(4, "a", 5, 100), raw_draws(3, "b", 5, 100), raw_draws(3, "a", 6, 100)):
+        assert not np.array_equal(draws, other)
+    assert np.array_equal(uniforms(0, "x", 0, (50, 4))[:7], uniforms(0, "x", 0, (7, 4)))
+
+
+def test_uniforms_are_uniform() -> None:
+    numbers = uniforms(0, "x", 0, (100_000,))
+    assert 0 <= numbers.min() < 1e-3
+    assert 1 - 1e-3 < numbers.max() < 1
+    assert np.histogram(numbers, bins=10, range=(0, 1))[0] == pytest.approx(np.full(10, 10_000), abs=500)
+
+
+# ---------------------------------------------------------------------------------------------------------- view order
+def test_every_image_shows_each_of_its_views_once_in_a_cycle() -> None:
+    indices = np.arange(100)
+    order = ViewOrder(CropFlip(), 0, 100, None)
+    shown = np.stack([order.shown(epoch, indices) for epoch in range(162)])
+    assert (np.sort(shown, axis=0) == np.arange(162)[:, None]).all()
+    assert np.array_equal(order.shown(162, indices), shown[0])
+    assert len(set(map(tuple, shown.T))) == 100  # each image has an order of its own
+
+
+def test_fewer_views_are_the_first_of_all() -> None:
+    indices = np.arange(50)
+    every, eight = ViewOrder(CropFlip(), 0, 50, None), ViewOrder(CropFlip(), 0, 50, 8)
+    for epoch in range(8):
+        assert np.array_equal(every.shown(epoch, indices), eight.shown(epoch, indices))
+    assert np.array_equal(eight.shown(8, indices), eight.shown(0, indices))
+
+
+def test_order_does_not_depend_on_the_number_of_images() -> None:
+    few, many = ViewOrder(CropFlip(), 0, 10, None), ViewOrder(CropFlip(), 0, 9000, None)
+    assert np.array_equal(few.shown(3, np.arange(10)), many.shown(3, np.arange(10)))
+
+
+def test_continuous_policies_show_a_new_view_each_epoch() -> None:
+    assert ViewOrder(Original(0), 0, 5, None).shown(7, np.arange(5)).tolist() == [7] * 5
+    assert ViewOrder(Original(0), 0, 5, 3).shown(7, np.arange(5)).tolist() == [1] * 5
+    assert ViewOrder(NoChange(), 0, 5, None).shown(7, np.arange(5)).tolist() == [0] * 5
+
+
+def test_plan_is_the_same_from_any_step() -> None:
+    plan = EpochPlan(np.arange(3, 103), ViewOrder(CropFlip(), 0, 103, None), seed=1, batch_size=8)
+    whole = list(plan.steps(4))
+    assert len(whole) == plan.steps_per_epoch == 12  # the last partial batch is dropped
+    seen = np.concatenate([indices for indices, _ in whole])
+    assert len(set(seen)) == 96
+    assert seen.min() >= 3
+    for (indices, views), (again, views_again) in zip(whole[5:], plan.steps(4, 5), strict=True):
+        assert np.array_equal(indices, again)
+        assert np.array_equal(views, views_again)
+    assert not np.array_equal(whole[0][0], next(plan.steps(5))[0])
+
+
+def test_validation_split_is_one_for_all() -> None:
+    trained, held_out = split_validation(100, 10)
+    assert sorted([*trained, *held_out]) == list(range(100))
+    assert set(held_out) <= set(split_validation(100, 20)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------ policies
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_view_does_not_depend_on_batch_or_order(policy: ViewPolicy) -> None:
+    indices = torch.tensor([5, 1999, 0, 731, 5, 64, 65, 1023, 1024, 12])
+    views = torch.tensor([0, 3, 161, 80, 81, 7, 7, 100, 2, 161]) % (policy.view_count or 162)
+    together = policy.render(IMAGES[indices], indices, views)
+    assert together.dtype == torch.uint8
+    assert together.shape == (10, 32, 32, 3)
+    order = torch.tensor([9, 3, 1, 0, 7, 8, 5, 2, 6, 4])
+    assert torch.equal(policy.render(IMAGES[indices[order]], indices[order], views[order]), together[order])
+    for k in range(10):
+        alone = policy.render(IMAGES[indices[k : k + 1]], indices[k : k + 1], views[k : k + 1])
+        assert torch.equal(alone[0], together[k])
+
+
+@pytest.mark.parametrize("name", ["crop_flip", "original", "none"])
+def test_view_does_not_depend_on_the_position_in_a_run(name: str) -> None:
+    """The pixels of (i, v) are the same whichever seed, batch size, epoch or subset of the images brought it up."""
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    again = 0
+    for seed, batch_size, count in ((0, 16, 64), (1, 7, 64), (2, 32, 40)):
+        policy = build_policy(name, 0, 3) if name != "none" else build_policy(name, 0, 1)
+        order = ViewOrder(policy, 0, 64, 3 if name != "none" else 1)
+        plan = EpochPlan(np.arange(count), order, seed, batch_size)
+        for epoch in (0, 1, 5):
+            for batch in TensorData(IMAGES[:64], torch.zeros(64), plan, policy).batches(epoch, first_step=1):
+                for pixels, i, v in zip(batch.images, batch.indices.tolist(), batch.views.tolist(), strict=True):
+                    again += (i, v) in seen
+                    assert torch.equal(seen.setdefault((i, v), pixels), pixels)
+    assert again > 50
+
+
+def test_view_does_not_depend_on_threads() -> None:
+    indices = torch.arange(256)
+    threads = torch.get_num_threads()
+    try:
+        for policy in (CropFlip(), Original(0)):
+            found = []
+            for number in (1, 2):
+                torch.set_num_threads(number)
+                found.append(policy.render(IMAGES[:256], indices, indices % 5))
+            assert torch.equal(*found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_crop_flip_has_exactly_162_views() -> None:
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+    views = torch.arange(162)
+    rendered = CropFlip().render(image.expand(162, -1, -1, -1), torch.zeros(162, dtype=torch.long), views)
+    padded = torch.nn.functional.pad(image, (0, 0, 4, 4, 4, 4))
+    for view in range(162):
+        row, column = view % 81 // 9, view % 9
+        expected = padded[row : row + 32, column : column + 32]
+        assert torch.equal(rendered[view], expected.flip(1) if view >= 81 else expected)
+    assert len({bytes(v.numpy()) for v in rendered}) == 162
+    assert torch.equal(rendered[40], image)  # the middle crop, not flipped
+
+
+def test_original_agrees_with_torchvision_on_pil_images() -> None:
+    """The same parameters given to torchvision's PIL transforms give the same pixels, but for rounding at edges."""
+    policy, view = Original(0), 3
+    indices = torch.arange(60)
+    rendered = policy.render(IMAGES[:60], indices, torch.full((60,), view))
+    for i, drawn in enumerate(uniforms(0, "original", view, (60, 10))):
+        padded = np.pad(IMAGES[i].numpy(), ((4, 4), (4, 4), (0, 0)))
+        row, column = (int(k * 9) for k in drawn[:2])
+        image = Image.fromarray(np.ascontiguousarray(padded[row : row + 32, column : column + 32]))
+        if drawn[2] >= 0.5:
+            image = reference.hflip(image)
+        image = reference.rotate(image, 15 * (2 * drawn[3] - 1))
+        steps = [reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation]
+        for step in np.argsort(drawn[7:]):
+            image = steps[step](image, 1 + 0.2 * (2 * drawn[4 + step] - 1))
+        difference = (rendered[i].int() - torch.from_numpy(np.array(image)).int()).abs()
+        assert (difference > 2).float().mean() < 0.02
+
+
+def test_view_seeds_differ() -> None:
+    indices = torch.arange(8)
+    one, two = (Original(seed).render(IMAGES[:8], indices, indices * 0) for seed in (0, 1))
+    assert not torch.equal(one, two)
+    assert not np.array_equal(
+        ViewOrder(CropFlip(), 0, 8, None).shown(0, np.arange(8)),
+        ViewOrder(CropFlip(), 1, 8, None).shown(0, np.arange(8)),
+    )
+
+
+def test_more_views_than_there_are() -> None:
+    with pytest.raises(UserError, match="--views must be at most 162"):
+        build_policy("crop_flip", 0, 163)
