@@ -148,7 +148,7 @@ def _read_sample() -> Arrays:
 def _read_npz(path: Path) -> Arrays:
     required = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [key for key in required if key not in archive]
             if missing:
                 raise UserError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(required)}")

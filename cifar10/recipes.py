@@ -18,8 +18,8 @@ TEACHER = Recipe(arch="resnext29_2x64d")
 STUDENT_KD = replace(STUDENT, teacher_arch=TEACHER.arch, T=3.0, w=0.8)
 
 # bash scripts/quickstart.sh                   the embedded sample, minutes on two CPU cores: small batches, few epochs
-SAMPLE_STUDENT = replace(STUDENT, epochs=10, batch_size=32, lr=0.05, warmup=2.0)
-SAMPLE_TEACHER = replace(SAMPLE_STUDENT, arch="resnet18", epochs=4, batch_size=32, warmup=1.0)
+SAMPLE_STUDENT = replace(STUDENT, epochs=6, batch_size=32, lr=0.05, warmup=1.0)
+SAMPLE_TEACHER = replace(SAMPLE_STUDENT, arch="resnet18", epochs=3)
 SAMPLE_STUDENT_KD = replace(SAMPLE_STUDENT, teacher_arch=SAMPLE_TEACHER.arch)
 
 RECIPES = {

@@ -54,7 +54,14 @@ def _trained(recipe: Recipe, options: Options, data: ImageData, test: Evaluation
     assert recipe.teacher_arch
     run = RunDirectory(CHECKPOINTS / data.name / recipe.teacher_arch / "ce-seed0")
     config = run.read_config()
-    teacher_recipe = replace(TEACHER, arch=recipe.teacher_arch, epochs=recipe.epochs, val_split=recipe.val_split)
+    teacher_recipe = replace(
+        TEACHER,
+        arch=recipe.teacher_arch,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        lr=TEACHER.lr * recipe.batch_size / TEACHER.batch_size,
+        val_split=recipe.val_split,
+    )
     if config:
         teacher_recipe = Recipe.from_dict(config["recipe"])
         if config["facts"].get("data_digest") != data.digest:
@@ -90,4 +97,4 @@ def _seconds_per_image(arch: str, data: ImageData, test: EvaluationSet) -> float
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{max(1, round(seconds / 60))} minutes"
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(re.sub(r"^argument (?:-\w/)?(--[\w-]+)\S*: must be", r"\1 must be", message))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """parse_args that takes `_` for `-` in flags and names the nearest flag of an unknown one."""

@@ -19,10 +19,10 @@ from distill.metrics import Tally
 from distill.objectives import Objective
 from distill.optim import build_optimizer, learning_rate
 from distill.parallel import autocast, choose_precision, generator_states, restore_generators
-from distill.recipe import Options, Recipe, UserError, flag
+from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier
-from distill.run_dir import RunDirectory, open_run
-from distill.views import EvaluationSet, TrainingData
+from distill.run_dir import RunDirectory, differing, open_run, tell
+from distill.views import Batch, EvaluationSet, TrainingData
 
 FINITE_CHECK = 50  # steps between two looks at the flag of a CUDA device; each look waits for the device
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -226,11 +226,9 @@ class Trainer:
     def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
         before = {**payload.get("recipe", {}), **payload.get("facts", {})}
         now = {**self.recipe.to_dict(), **self.facts}
-        ignored = {"epochs"} if self.options.extend or before.get("epochs") == now["epochs"] else set()
-        changed = [key for key in now if before.get(key) != now[key] and key not in ignored]
+        changed = [key for key in differing(before, now) if not (key == "epochs" and self.options.extend)]
         if changed:
-            listed = ", ".join(f"{flag(key)} was {before.get(key)}, is {now[key]}" for key in changed)
-            raise checkpoint.CheckpointError(f"{source} is of another run: {listed}")
+            raise checkpoint.CheckpointError(f"{source} is of another run: {tell(changed, before, now)}")
 
     # ------------------------------------------------------------------------------------------------------- the steps
     def train_epoch(self, stop: StopRequest) -> bool:
@@ -242,7 +240,7 @@ class Trainer:
         batches = self.data.batches(state.epoch, state.step)
         bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=None)
         while state.step < steps and not stop.signal and self.steps_left != 0:
-            self.train_step(next(batches))
+            self.attempt(next(batches))
             state.step += 1
             bar.update()
             if self.steps_left is not None:
@@ -260,7 +258,18 @@ class Trainer:
         self._add_time(start)
         return state.step == steps
 
-    def train_step(self, batch: Any) -> None:
+    def attempt(self, batch: Batch) -> None:
+        """train_step, with a line for a person where memory does not suffice; the last checkpoint stays as it is."""
+        try:
+            self.train_step(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            size = self.recipe.batch_size
+            advice = f"out of memory with --batch-size {size}; try {max(1, size // 2)} with half the --lr"
+            raise Stopped(f"{advice}; checkpoints in {self.run.path} are intact", 1) from None
+
+    def train_step(self, batch: Batch) -> None:
         """One update, unless the loss is not finite."""
         state = self.state
         position = state.epoch * self.data.steps_per_epoch + state.step

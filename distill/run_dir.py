@@ -71,15 +71,14 @@ class RunDirectory:
         config = self.read_config() or {"recipe": recipe.to_dict(), "facts": facts, "starts": []}
         before = {**config["recipe"], **config["facts"]}
         now = {**recipe.to_dict(), **facts}
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        changed = differing(before, now)
         grows = "epochs" in changed and recipe.epochs > before["epochs"]
         if extend and grows:
             changed.remove("epochs")
         if changed:
-            listed = ", ".join(f"{flag(key)} was {before.get(key)}, is {now.get(key)}" for key in changed)
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
             hint += "--fresh or another --output starts a new one"
-            raise UserError(f"{self.path} holds another run: {listed}; {hint}")
+            raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
         summary = self.read_summary()
         if summary and summary["epochs"] == recipe.epochs:
             print(f"finished before: {self.path}\n{describe(summary)}", flush=True)
@@ -141,6 +140,16 @@ def _read_holder(lock: TextIO) -> str:
             return holder
         time.sleep(0.01)
     return "another process"
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The fields in which two runs (recipe and facts together) differ."""
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def tell(fields: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+    """`--lr was 0.1, is 0.2, --T was 3.0, is 4.0`."""
+    return ", ".join(f"{flag(key)} was {before.get(key)}, is {now.get(key)}" for key in fields)
 
 
 def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:

@@ -260,6 +260,13 @@ def test_signal_saves_at_the_next_step(small_npz: Path, tmp_path: Path, number: 
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
 
 
+def test_a_second_signal_ends_at_once() -> None:
+    with engine.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert {signal.getsignal(number) for number in engine.SIGNALS} == {signal.SIG_DFL}
+
+
 def test_signal_during_evaluation(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "whole", small_npz)
     monkeypatch.setattr(engine, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), evaluate(*a))[1])
@@ -331,7 +338,7 @@ class Poisoned(CrossEntropy):
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         step = super().__call__(student, batch)
-        type(self).steps += 1
+        Poisoned.steps += 1
         return Step(step.logits, step.loss * (float("nan") if self.steps == self.at else 1), ())
 
 
@@ -371,6 +378,21 @@ def test_weights_that_are_not_finite_are_not_saved(small_npz: Path, tmp_path: Pa
         train(tmp_path / "run", small_npz, replace(RECIPE, lr=1e30, warmup=0))
     for path in (tmp_path / "run").glob("*.pt"):
         assert all(torch.isfinite(v).all() for v in checkpoint.load(path)["student"].values())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory(small_npz: Path, tmp_path: Path, error: Exception) -> None:
+    class Hungry(Poisoned):
+        def __call__(self, student: nn.Module, batch: Batch) -> Step:
+            if Poisoned.steps == 6:
+                raise error
+            return super().__call__(student, batch)
+
+    Poisoned.steps = 0
+    with pytest.raises(Stopped, match="out of memory with --batch-size 8; try 4") as stop:
+        train(tmp_path / "run", small_npz, objective=Hungry())
+    assert stop.value.exit_code == 1
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- validation

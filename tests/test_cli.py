@@ -1,0 +1,169 @@
+"""Flags: their names are frozen, spellings are forgiving, and every mistake is one line that names the flag."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar10 import train_ce, train_kd
+from cifar10.recipes import RECIPES
+from distill import cli
+from distill.recipe import Options, Recipe, UserError, flag
+
+FLAGS = """--arch --teacher-arch --T --w --epochs --batch-size --lr --momentum --weight-decay --decay-all --schedule
+--warmup --label-smoothing --precision --augment --views --seed --view-seed --val-split
+--data --workers --skip-bad-images --teacher-checkpoint --init --output --recipe --show-recipe --device --steps
+--resume --save-minutes --extend --fresh --evaluate"""
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"ce": train_ce.main, "kd": train_kd.main}
+
+
+def parse(argv: list[str], default: str = "student_kd") -> tuple[Recipe, Options]:
+    return cli.parse(argv, prog="x", recipes=RECIPES, default=default, description="", examples="")
+
+
+def test_the_set_of_flags_is_frozen() -> None:
+    """People have scripts: a flag that goes or changes its name breaks them."""
+    from dataclasses import fields
+
+    flags = {flag(f.name) for owner in (Recipe, Options) for f in fields(owner)}
+    assert flags == set(FLAGS.split())
+
+
+def test_spellings_of_flags() -> None:
+    given = (
+        "-a resnet18 --teacher_arch=resnet152 --teacher_checkpoint a_b.pt -b 64 -j 4 -e --wd 0.01 --save_path my_run"
+    )
+    recipe, options = parse(given.split())
+    assert (recipe.arch, recipe.teacher_arch) == ("resnet18", "resnet152")
+    assert (recipe.batch_size, recipe.weight_decay) == (64, 0.01)
+    assert (options.teacher_checkpoint, options.workers, options.evaluate) == ("a_b.pt", 4, True)
+    assert options.output == "my_run"
+
+
+def test_recipes_and_what_is_given_beside_them() -> None:
+    assert parse([])[0] == RECIPES["student_kd"]
+    assert parse([], "student")[0] == RECIPES["student"]
+    recipe, _ = parse(["--recipe", "sample-student-kd", "--epochs", "3", "--decay-all"])
+    assert (recipe.epochs, recipe.decay_all) == (3, True)
+    assert recipe.batch_size == RECIPES["sample_student_kd"].batch_size
+
+
+def test_defaults_of_the_two_commands() -> None:
+    assert RECIPES["student"].arch == RECIPES["student_kd"].arch == "efficientnet_b0"
+    assert (RECIPES["student_kd"].teacher_arch, RECIPES["student_kd"].T, RECIPES["student_kd"].w) == (
+        "resnext29_2x64d",
+        3.0,
+        0.8,
+    )
+
+
+def test_show_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--show-recipe", "--T", "4"])
+    assert stop.value.code == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown.pop("recipe") == "student_kd"
+    assert Recipe.from_dict(shown) == parse(["--T", "4"])[0]
+
+
+def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_kd.main(["--help"])
+    shown = capsys.readouterr().out
+    for words in (
+        cli.LOSS_FORMULA,
+        "default: 3.0",
+        "bash scripts/trainKD.sh",
+        "training:",
+        "views:",
+        "sample_student_kd",
+    ):
+        assert words in shown
+    with pytest.raises(SystemExit):
+        train_ce.main(["--help"])
+    assert "--teacher" not in capsys.readouterr().out
+
+
+# fmt: off
+MISTAKES = [  # command, arguments, what the line must name
+    *[("kd", f"--{name} {value}", f"--{name} must be {allowed}") for name, allowed, values in (
+        ("T", "a number, above 0", ("0", "-1", "nan", "inf", "x", "''")),
+        ("w", "a number, at least 0, at most 1", ("-0.1", "1.1", "nan", "x")),
+        ("epochs", "an integer, at least 1", ("0", "-3", "1.5", "many", "1e3")),
+        ("batch-size", "an integer, at least 1", ("0", "-1", "1.5", "x")),
+        ("lr", "a number, above 0", ("0", "-0.1", "nan", "inf", "x")),
+        ("momentum", "a number, at least 0, at most 1", ("-0.1", "1.5", "x")),
+        ("weight-decay", "a number, at least 0", ("-1", "nan", "x")),
+        ("warmup", "a number, at least 0", ("-1", "x")),
+        ("label-smoothing", "a number, at least 0, at most 1", ("-0.1", "2", "x")),
+        ("schedule", "one of cosine, multistep, constant", ("linear", "''")),
+        ("precision", "one of auto, float32, bfloat16", ("float16", "fp32")),
+        ("augment", "one of crop_flip, original, none", ("cutout", "None")),
+        ("views", "an integer, at least 1", ("0", "-1", "all")),
+        ("seed", "an integer, at least 0", ("-1", "x", "4294967296")),
+        ("view-seed", "an integer, at least 0", ("-1", "x")),
+        ("val-split", "an integer, at least 0", ("-5", "0.1")),
+        ("workers", "an integer, at least 0", ("-1", "x", "1000")),
+        ("steps", "an integer, at least 1", ("0", "-1", "x")),
+        ("save-minutes", "a number, at least 0", ("-1", "x")),
+        ("device", "auto, cpu, cuda or cuda:N", ("tpu", "cpu:x", "mps")),
+    ) for value in values],
+    ("kd", "--device cuda:99", "--device cuda:99"),
+    ("kd", "--recipe best", "--recipe must be one of student_kd"),
+    ("kd", "--recipe student", "--recipe must be one of"),
+    ("kd", "--tempreature 3", "unknown argument --tempreature"),
+    ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-arch"),
+    ("kd", "--epoch 3", "near it: --epochs"),
+    ("kd", "extra", "unknown argument extra"),
+    ("kd", "--epochs", "--epochs: expected one argument"),
+    ("kd", "--extend --fresh", "--extend continues a run and --fresh"),
+    ("kd", "--fresh --resume x", "--resume continues a run and --fresh"),
+    ("ce", "--T 3", "unknown argument --T"),
+    ("ce", "--teacher-arch resnet18", "unknown argument --teacher-arch"),
+    ("kd", "--arch resnet51", "unknown architecture 'resnet51'"),
+    ("kd", "--teacher-arch vgg16", "unknown architecture 'vgg16'"),
+    ("ce", "--arch ''", "--arch must be text"),
+    ("ce", "--data nowhere", "--data nowhere does not exist"),
+    ("ce", "--data pyproject.toml", "neither 'sample' nor a directory nor a .npz file"),
+    ("ce", "--data distill", "has no directory 'train'"),
+    ("ce", "--data sample --batch-size 4000", "--batch-size 4000 is more than the 2000 training images"),
+    ("ce", "--data sample --val-split 1950", "--batch-size 128 is more than the 2000 training images less 1950"),
+    ("ce", "--data sample --views 163", "--views must be at most 162"),
+    ("ce", "--data sample --augment none --views 2", "--views must be at most 1"),
+    ("ce", "--data sample --init nowhere.pt", "cannot read nowhere.pt: No such file"),
+    ("ce", "--data sample --init pyproject.toml", "pyproject.toml is damaged or no checkpoint"),
+    ("ce", "--data sample --init distill", "distill is not a file"),
+    ("ce", "--data sample -e --output nowhere", "cannot read nowhere/last.pt"),
+    ("ce", "--data sample --output pyproject.toml", "cannot use pyproject.toml as a run's directory"),
+    ("kd", "--data sample --teacher-checkpoint nowhere.pt", "cannot read nowhere.pt"),
+]
+# fmt: on
+
+
+def words(arguments: str) -> list[str]:
+    return ["" if word == "''" else word for word in arguments.split()]
+
+
+@pytest.mark.parametrize(("command", "arguments", "named"), MISTAKES, ids=[f"{c} {a}" for c, a, _ in MISTAKES])
+def test_mistakes(command: str, arguments: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    with pytest.raises(UserError) as error:
+        COMMANDS[command](words(arguments))
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_at_least_sixty_kinds() -> None:
+    assert len({(command, arguments) for command, arguments, _ in MISTAKES}) >= 60
+
+
+@pytest.mark.parametrize("arguments", ["--T 0", "--data nowhere", "--arch x --data sample"])
+def test_a_mistake_is_one_line_and_exit_code_2(command: Any, arguments: str) -> None:
+    found = command("cifar10/train_kd.py", *arguments.split())
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+    assert "Traceback" not in found.stderr

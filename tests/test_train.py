@@ -1,0 +1,167 @@
+"""The entry scripts from end to end on a little data: teacher, student, evaluation, and the foreign files they meet."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cifar10 import teachers, train_ce, train_kd
+from cifar10.models import MODELS
+from cifar10.recipes import RECIPES
+from distill import checkpoint
+from distill.recipe import Options, UserError
+
+CE = replace(RECIPES["student"], epochs=2, batch_size=8)
+KD = replace(CE, teacher_arch="densenet_cifar")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where runs land by default."""
+    for module in ("distill.run_dir", "cifar10.teachers", "cifar10.data"):
+        monkeypatch.setattr(f"{module}.CHECKPOINTS", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def teacher_file(path: Path, classes: int = 4) -> str:
+    torch.save({"net": MODELS.build("densenet_cifar", classes).state_dict(), "acc": 92.4, "epoch": 1}, path)
+    return str(path)
+
+
+def test_kd_trains_its_teacher_first(home: Path, small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train_kd.train(KD, Options(data=str(small_npz)))
+    said = capsys.readouterr().out
+    assert "densenet_cifar has no finished run on small: it is trained first by CE, 2 epochs" in said
+    assert "Cheaper: --teacher-arch resnet18" in said
+    assert "loss = w * T^2 * KL" in said
+    assert summary is not None
+    run = home / "small" / "efficientnet_b0" / "kd-densenet_cifar-T3-w0.8-seed0"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    expected = {
+        "arch",
+        "teacher_arch",
+        "objective",
+        "T",
+        "w",
+        "seed",
+        "view_seed",
+        "data",
+        "augment",
+        "views",
+        "epochs",
+    }
+    expected |= {"test_accuracy", "teacher_accuracy", "agreement", "parameters", "train_images_per_second"}
+    assert expected | {"wall_seconds", "device", "torch", "commit"} <= set(summary)
+    again = train_kd.train(KD, Options(data=str(small_npz)))
+    said = capsys.readouterr().out
+    assert again == summary
+    assert "trained first" not in said
+    assert "finished before" in said
+
+
+def test_the_student_does_not_depend_on_who_trained_the_teacher(home: Path, small_npz: Path, tmp_path: Path) -> None:
+    """A teacher trained in the same process and one from a file give the same student, bit for bit."""
+    train_kd.train(KD, Options(data=str(small_npz), output=str(tmp_path / "a")))
+    teacher = home / "small" / "densenet_cifar" / "ce-seed0" / "last.pt"
+    train_kd.train(KD, Options(data=str(small_npz), output=str(tmp_path / "b"), teacher_checkpoint=str(teacher)))
+    students = [checkpoint.load(tmp_path / name / "last.pt")["student"] for name in "ab"]
+    assert checkpoint.digest(students[0]) == checkpoint.digest(students[1])
+
+
+def test_a_cut_teacher_is_finished_first(home: Path, small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="stopped after 3 steps"):
+        train_kd.train(KD, Options(data=str(small_npz), steps=3))
+    assert not (home / "small" / "efficientnet_b0").exists()
+    train_kd.train(KD, Options(data=str(small_npz)))
+    assert "continuing at epoch 1, step 3" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_a_teacher_of_other_classes_or_data_is_refused(small_npz: Path, tmp_path: Path) -> None:
+    options = Options(data=str(small_npz), teacher_checkpoint=teacher_file(tmp_path / "t.pth", classes=10))
+    with pytest.raises(UserError, match="number of classes"):
+        train_kd.train(KD, options)
+    train_ce.train(replace(CE, arch="densenet_cifar", epochs=1), Options(data=str(small_npz)))
+    other = tmp_path / "small.npz"
+    arrays = dict(np.load(small_npz))
+    np.savez(other, **{**arrays, "train_images": 255 - arrays["train_images"]})
+    with pytest.raises(UserError, match="trained on other data called 'small'"):
+        train_kd.train(KD, Options(data=str(other)))
+
+
+@pytest.mark.usefixtures("home")
+def test_a_teacher_that_saw_the_validation_images(small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_ce.train(replace(CE, arch="densenet_cifar", epochs=1), Options(data=str(small_npz)))
+    train_kd.train(replace(KD, epochs=1, val_split=8), Options(data=str(small_npz)))
+    assert "warning: this teacher has seen images of the validation part" in capsys.readouterr().out
+
+
+def test_weak_teacher_is_warned_about(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = teacher_file(tmp_path / "t.pth")
+    options = Options(data=str(small_npz), teacher_checkpoint=teacher, output=str(tmp_path / "run"), steps=1)
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_kd.train(KD, options)
+    assert "near chance (25.00 %)" in capsys.readouterr().out
+
+
+def test_init_starts_from_the_weights(small_npz: Path, tmp_path: Path) -> None:
+    train_ce.train(CE, Options(data=str(small_npz), output=str(tmp_path / "first")))
+    weights = str(tmp_path / "first" / "last.pt")
+    options = Options(data=str(small_npz), output=str(tmp_path / "tuned"), init=weights)
+    train_ce.train(replace(CE, lr=1e-9, epochs=1), options)
+    before, after = (checkpoint.load_weights(tmp_path / run / "last.pt") for run in ("first", "tuned"))
+    torch.testing.assert_close(after["linear.weight"], before["linear.weight"], rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="--init-digest was"):
+        train_ce.train(replace(CE, lr=1e-9, epochs=1), replace(options, init=None))
+
+
+def test_evaluate_flag(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(data=str(small_npz), output=str(tmp_path / "run"))
+    summary = train_ce.train(CE, options)
+    assert summary is not None
+    found = train_ce.train(CE, replace(options, evaluate=True))
+    assert found is not None
+    assert found["accuracy"] == summary["test_accuracy"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"accuracy {found['accuracy']:.2f} %  top-5 100.00 %")
+
+
+@pytest.mark.parametrize("name", ["ours", "original", "bare"])
+def test_evaluate_script(command: Any, small_npz: Path, tmp_path: Path, name: str) -> None:
+    weights = MODELS.build("densenet_cifar", 4).state_dict()
+    file = tmp_path / "ckpt.pth"
+    if name == "ours":
+        checkpoint.save(file, {"student": weights, "epoch": 3})
+    else:
+        wrapped = {"net": {f"module.{k}": v for k, v in weights.items()}, "acc": 92.4, "epoch": 3}
+        torch.save(wrapped if name == "original" else weights, file)
+    flags = ("--arch", "densenet_cifar", "--checkpoint", file, "--data", small_npz, "--json", tmp_path / "found.json")
+    found = command("scripts/evaluate.py", *flags)
+    assert found.returncode == 0, found.stderr
+    values = json.loads((tmp_path / "found.json").read_text())
+    assert set(values) == {"accuracy", "top5", "loss", "images", "images_per_second"}
+    assert found.stdout.startswith(f"accuracy {values['accuracy']:.2f} %  top-5 {values['top5']:.2f} %  loss ")
+    assert values["images"] == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--arch and --checkpoint are needed"),
+        (["--arch", "resnet18", "--checkpoint", "nowhere.pt"], "cannot read nowhere.pt"),
+        (["--split", "val"], "--split must be one of test, train"),
+    ],
+)
+def test_evaluate_script_mistakes(command: Any, flags: list[str], message: str) -> None:
+    found = command("scripts/evaluate.py", *flags)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_cheaper_suggestion_is_another_network() -> None:
+    assert all(MODELS.resolve(arch) == arch for arch in teachers.CHEAP)
+    assert len(set(teachers.CHEAP)) > 1
