@@ -40,6 +40,7 @@ class CropFlip:
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
         batch, height, width, channels = images.shape
+        views = views.to(images.device, non_blocking=True)
         flipped, crop = views >= OFFSETS * OFFSETS, views % (OFFSETS * OFFSETS)
         rows, columns = crop // OFFSETS, crop % OFFSETS
         padded_height, padded_width = height + 2 * PADDING, width + 2 * PADDING
@@ -78,7 +79,7 @@ class Original:
 
     def _drawn(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
         """The draws (B, 10) in [0, 1) of the views; those of image i stand in row i, however many rows are drawn."""
-        rows, shown = indices.cpu().numpy(), views.cpu().numpy()
+        rows, shown = indices.numpy(), views.numpy()
         found = np.empty((len(rows), self.draws))
         image_count = 1 << int(rows.max()).bit_length()  # a power of two, so that few tables are drawn
         for view in np.unique(shown):

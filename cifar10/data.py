@@ -3,7 +3,6 @@
 import hashlib
 import os
 import warnings
-import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test im
 DEFAULT = ROOT / "data" / "cifar10"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
-LARGEST = 50_000_000  # pixels of one image file; more is a mistake or a decompression bomb
+LARGEST = 30_000_000  # pixels of one image file; more is a mistake or a decompression bomb
 
 Pixels = NDArray[np.uint8]
 Arrays = dict[str, NDArray[Any]]
@@ -112,7 +111,12 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
         highest = max(highest, int(labels.max()))
         tensors[f"{split}_images"] = torch.from_numpy(_resize(images, source))
         tensors[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))
-    classes = tuple(str(c) for c in arrays["classes"]) if "classes" in arrays else tuple(map(str, range(highest + 1)))
+    named = arrays.get("classes")
+    if (named is not None and named.ndim != 1) or highest >= len(tensors["train_labels"]):
+        raise UserError(
+            f"{source}: labels up to {highest} for {len(tensors['train_labels'])} images, or no list of classes"
+        )
+    classes = tuple(str(c) for c in named) if named is not None else tuple(map(str, range(highest + 1)))
     if highest >= len(classes) or len(classes) < 2:
         raise UserError(
             f"{source}: {len(classes)} classes, labels up to {highest}; it takes a class for each label, and two"
@@ -123,7 +127,7 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
 def _resize(images: Pixels, source: str) -> Pixels:
     if images.shape[1:3] == (SIZE, SIZE):
         return np.ascontiguousarray(images)
-    print(f"{source}: images of {images.shape[1]}x{images.shape[2]} are resized to {SIZE}x{SIZE}", flush=True)
+    print(f"{source}: images of {images.shape[1]}x{images.shape[2]} are resized to {SIZE}x{SIZE}")
     return np.stack([_fit(Image.fromarray(image)) for image in images])
 
 
@@ -153,9 +157,9 @@ def _read_npz(path: Path) -> Arrays:
             if missing:
                 raise UserError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(required)}")
             return {key: archive[key] for key in [*required, "classes"] if key in archive}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise nearly anything on damaged input
         raise UserError(f"{path} is damaged or no .npz file of plain arrays ({error})") from None
 
 
@@ -179,13 +183,12 @@ def _read_folder(path: Path, workers: int, skip_bad_images: bool) -> Arrays:
                 key: value.numpy() if isinstance(value, Tensor) else np.array(value) for key, value in stored.items()
             }
         except checkpoint.CheckpointError as error:
-            print(f"{error}; decoding again", flush=True)
+            print(f"{error}; decoding again")
     arrays: Arrays = {"classes": np.array(names)}
     for split in ("train", "test"):
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = _decode(files[split], split, workers, skip_bad_images)
-    cache.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: torch.from_numpy(value) for key, value in arrays.items() if key != "classes"}
-    checkpoint.save(cache, {"classes": names, **tensors})
+    checkpoint.save_cache(cache, {"classes": names, **tensors})
     return arrays
 
 
@@ -198,6 +201,8 @@ def _list_images(path: Path, split: str) -> dict[str, list[Path]]:
     for folder in sorted(root.iterdir()):
         if folder.name.startswith(".") or not folder.is_dir():
             continue
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise UserError(f"cannot read the folder {folder}")
         names = sorted(n for n in os.listdir(folder) if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES)
         if not names:
             raise UserError(f"class {folder.name!r} in {root} has no images ({', '.join(sorted(SUFFIXES))})")
@@ -208,15 +213,17 @@ def _list_images(path: Path, split: str) -> dict[str, list[Path]]:
 
 
 def _stamp(path: Path, files: Iterable[tuple[Path, int]], skip_bad_images: bool) -> str:
-    """Digest of what a decoding depends on: the files' names, sizes and times of change."""
-    total = hashlib.sha256(f"1 {SIZE} {skip_bad_images}".encode())
+    """Digest of what a decoding depends on: where the files lie, their names, sizes, and times of any change."""
+    total = hashlib.sha256(f"1 {SIZE} {skip_bad_images} {path.resolve()}".encode(errors="surrogateescape"))
     for file, _ in files:
         try:
             status = file.stat()
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         total.update(
-            f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
+            f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode(
+                errors="surrogateescape"
+            )
         )
     return total.hexdigest()[:32]
 
@@ -226,7 +233,11 @@ def _decode(
 ) -> tuple[Pixels, NDArray[np.int64]]:
     images = np.empty((len(files), SIZE, SIZE, 3), dtype=np.uint8)
     problems, resized, good = [], 0, np.ones(len(files), dtype=bool)
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter's lock
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(max(1, workers)) as pool,
+    ):  # Pillow decodes without holding the interpreter's lock
+        warnings.simplefilter("ignore")  # of large images, which are refused below, and of odd metadata
         decoded = pool.map(_decode_file, (file for file, _ in files), chunksize=64)
         for i, (pixels, other_size, problem) in enumerate(tqdm(decoded, f"decoding {split}", len(files), disable=None)):
             resized += other_size
@@ -239,9 +250,9 @@ def _decode(
             else:
                 images[i] = pixels
     for problem in problems:
-        print(f"left out: {problem}", flush=True)
+        print(f"left out: {problem}")
     if resized:
-        print(f"{split}: {resized} of {len(files)} images are resized to {SIZE}x{SIZE}", flush=True)
+        print(f"{split}: {resized} of {len(files)} images are resized to {SIZE}x{SIZE}")
     labels = np.array([label for _, label in files], dtype=np.int64)
     return images[good], labels[good]
 
@@ -249,13 +260,11 @@ def _decode(
 def _decode_file(file: Path) -> tuple[Pixels, bool, str]:
     """(pixels, whether they were resized, problem); CMYK, palettes, grey, 16 bits and transparency become RGB."""
     try:
-        with warnings.catch_warnings(), Image.open(file) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(file) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {LARGEST:,}")
             if image.mode.startswith("I"):  # 16 bits: Pillow would clip them instead of scaling
-                eight_bits = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                rgb = Image.fromarray(eight_bits).convert("RGB")
+                rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             else:
                 rgb = image.convert("RGB")
             return _fit(rgb), rgb.size != (SIZE, SIZE), ""

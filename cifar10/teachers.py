@@ -1,12 +1,13 @@
 """Where the teacher of a CIFAR run comes from: a file, an earlier CE run, or a CE run made now."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cifar10 import train_ce
 from cifar10.data import ImageData
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
@@ -19,7 +20,7 @@ from distill.run_dir import CHECKPOINTS, RunDirectory
 from distill.teacher import Teacher, accuracy, chance_warning
 from distill.views import EvaluationSet
 
-CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher; the first that is not the one asked for
+CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,18 @@ class Known:
     predictions: Tensor
 
 
-def load_teacher(recipe: Recipe, options: Options, data: ImageData, test: EvaluationSet) -> tuple[Teacher, Known]:
-    """The frozen teacher of `recipe`, trained first if there is none yet, and what it knows, both printed.
+def load_teacher(
+    recipe: Recipe, options: Options, data: ImageData, test: EvaluationSet, train: Callable[[Recipe, Options], Any]
+) -> tuple[Teacher, Known]:
+    """The frozen teacher of `recipe`, trained first by `train` if there is none yet, and what it knows, both printed.
 
     Raises UserError if the weights do not fit the architecture or the number of classes.
     """
     assert recipe.teacher_arch
     device = test.images.device
-    path = Path(options.teacher_checkpoint) if options.teacher_checkpoint else _trained(recipe, options, data, test)
+    path = (
+        Path(options.teacher_checkpoint) if options.teacher_checkpoint else _trained(recipe, options, data, test, train)
+    )
     network = MODELS.build(recipe.teacher_arch, len(data.classes))
     checkpoint.apply_weights(network, checkpoint.load_weights(path), str(path))
     teacher = Teacher(Classifier(network, CIFAR_INPUT), device, choose_precision(recipe.precision, device))
@@ -49,7 +54,9 @@ def load_teacher(recipe: Recipe, options: Options, data: ImageData, test: Evalua
     return teacher, known
 
 
-def _trained(recipe: Recipe, options: Options, data: ImageData, test: EvaluationSet) -> Path:
+def _trained(
+    recipe: Recipe, options: Options, data: ImageData, test: EvaluationSet, train: Callable[[Recipe, Options], Any]
+) -> Path:
     """The checkpoint of the teacher's own CE run on this data; that run is finished first where it is not."""
     assert recipe.teacher_arch
     run = RunDirectory(CHECKPOINTS / data.name / recipe.teacher_arch / "ce-seed0")
@@ -66,34 +73,41 @@ def _trained(recipe: Recipe, options: Options, data: ImageData, test: Evaluation
         teacher_recipe = Recipe.from_dict(config["recipe"])
         if config["facts"].get("data_digest") != data.digest:
             raise UserError(f"{run.path} was trained on other data called {data.name!r}; name a --teacher-checkpoint")
+        if teacher_recipe.epochs < recipe.epochs:
+            print(
+                f"warning: the teacher in {run.path} has {teacher_recipe.epochs} epochs; trainCE.sh --extend trains it "
+                "longer, --teacher-checkpoint names another"
+            )
         if teacher_recipe.val_split < recipe.val_split:
             print(
                 "warning: this teacher has seen images of the validation part; what is chosen on it is too optimistic"
             )
-    if not run.read_summary():
-        _announce(teacher_recipe, data, test)
+    if not run.finished(teacher_recipe):
+        _announce(teacher_recipe, recipe.arch, data, test)
         here = Options(data=options.data, workers=options.workers, device=options.device, steps=options.steps)
-        train_ce.train(teacher_recipe, replace(here, skip_bad_images=options.skip_bad_images))
+        train(teacher_recipe, replace(here, skip_bad_images=options.skip_bad_images))
     return run.path / checkpoint.LAST
 
 
-def _announce(recipe: Recipe, data: ImageData, test: EvaluationSet) -> None:
+def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet) -> None:
     """Say that the teacher is trained first, how long that may take here, and what would be cheaper."""
     images = recipe.epochs * len(data.train_images)
-    cheap = next(arch for arch in CHEAP if arch != recipe.arch)
-    times = {arch: _duration(images * _seconds_per_image(arch, data, test)) for arch in (recipe.arch, cheap)}
+    times = {arch: images * _seconds_per_image(arch, data, test) for arch in {recipe.arch, *CHEAP}}
+    cheap = min(CHEAP, key=times.__getitem__)
+    advice = "fewer --epochs"
+    if times[cheap] < 0.7 * times[recipe.arch]:
+        advice = f"--teacher-arch {cheap} --arch {student}, about {_duration(times[cheap])}"
     print(
         f"teacher: {recipe.arch} has no finished run on {data.name}: it is trained first by CE, "
-        f"{recipe.epochs} epochs, about {times[recipe.arch]}. Cheaper: --teacher-arch {cheap}, about {times[cheap]}. "
-        "Or name its weights by --teacher-checkpoint FILE.",
-        flush=True,
+        f"{recipe.epochs} epochs, about {_duration(times[recipe.arch])}. Cheaper: {advice}. "
+        "Or name its weights by --teacher-checkpoint FILE."
     )
 
 
 def _seconds_per_image(arch: str, data: ImageData, test: EvaluationSet) -> float:
     with torch.random.fork_rng():
         network = Classifier(MODELS.build(arch, len(data.classes)), CIFAR_INPUT).to(test.images.device)
-    return seconds_per_image(network, test.images[:32], test.labels[:32])
+    return seconds_per_image(network, test.images[:32])
 
 
 def _duration(seconds: float) -> str:

@@ -45,7 +45,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     recipe = replace(recipe, arch=MODELS.resolve(recipe.arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
-    views, tests = prepare(data, recipe, device)
+    training, tests = prepare(data, recipe, device)
     student, init_digest = build_student(recipe, len(data.classes), options.init, device)
     facts = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
     if options.evaluate:
@@ -59,11 +59,18 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             options,
             student=student,
             objective=CrossEntropy(recipe.label_smoothing),
-            data=views,
+            data=training,
             tests=tests,
             facts=facts,
         )
-        return run.finish(recipe, facts, student.network, device, **fitted.to_dict())
+        return run.finish(
+            recipe,
+            facts,
+            student.network,
+            device,
+            views=training.plan.order.view_count or recipe.epochs,
+            **fitted.to_dict(),
+        )
 
 
 if __name__ == "__main__":

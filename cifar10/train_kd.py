@@ -14,6 +14,7 @@ from typing import Any
 if not __package__:  # called as a file: python cifar10/train_kd.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cifar10 import train_ce
 from cifar10.recipes import RECIPES
 from distill import cli
 from distill.recipe import Options, Recipe
@@ -48,18 +49,17 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     recipe = replace(recipe, arch=MODELS.resolve(recipe.arch), teacher_arch=MODELS.resolve(recipe.teacher_arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
-    views, tests = prepare(data, recipe, device)
+    training, tests = prepare(data, recipe, device)
     student, init_digest = build_student(recipe, len(data.classes), options.init, device)
     if options.evaluate:
         return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
-    teacher, known = load_teacher(recipe, options, data, tests["test"])
-    facts = {
-        "data": data.name,
-        "data_digest": data.digest,
-        "init_digest": init_digest,
-        "teacher_digest": teacher.digest,
-    }
+    facts = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
     with open_run(options, recipe, data.name) as run:
+        run.check(recipe, facts, extend=options.extend)  # before hours of a teacher's training
+        if not options.teacher_checkpoint and (summary := run.report(recipe)):
+            return summary
+        teacher, known = load_teacher(recipe, options, data, tests["test"], train_ce.train)
+        facts["teacher_digest"] = teacher.digest
         if summary := run.claim(recipe, facts, device, extend=options.extend):
             return summary
         print(f"{cli.LOSS_FORMULA}  with T = {recipe.T:g}, w = {recipe.w:g}")
@@ -69,7 +69,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             options,
             student=student,
             objective=Distillation(teacher, recipe.T, recipe.w, recipe.label_smoothing),
-            data=views,
+            data=training,
             tests=tests,
             facts=facts,
         )
@@ -80,6 +80,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             student.network,
             device,
             **fitted.to_dict(),
+            views=training.plan.order.view_count or recipe.epochs,
             teacher_accuracy=known.accuracy,
             agreement=agreement(fitted.test.predictions, known.predictions),
         )

@@ -68,7 +68,7 @@ def _pieces(value: Any) -> Iterator[Any]:
 # -------------------------------------------------------------------------------------------------------------- saving
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Make `path` hold `content`, or leave it as it was. Raises CheckpointError with path, cause and free bytes."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = _temporary(path)
     try:
         _write(temporary, content)
         os.replace(temporary, path)
@@ -84,15 +84,40 @@ def save(path: Path, payload: dict[str, Any], *, keep_previous: bool = False) ->
     """
     buffer = io.BytesIO()  # torch's own writer hides the errno of a full disk
     torch.save({**payload, "digest": digest(payload)}, buffer)
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = _temporary(path)
     try:
         _write(temporary, buffer.getbuffer())
         if keep_previous and path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
+            _keep(path)
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
         raise _save_error(path, temporary, error) from error
+
+
+def save_cache(path: Path, payload: dict[str, Any]) -> None:
+    """`save` for what can be computed again: where it cannot be written, a line says so and work goes on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, payload)
+    except (OSError, CheckpointError) as error:
+        print(f"note: {error}; it will be computed again next time")
+
+
+def _temporary(path: Path) -> Path:
+    """In the same directory, so that a rename is atomic; of this process, as others may write the same file."""
+    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+
+
+def _keep(path: Path) -> None:
+    """Make PREVIOUS the file that `path` is, and leave `path` there for readers where the file system has links."""
+    spare = _temporary(path.with_name(PREVIOUS))
+    try:
+        os.link(path, spare)
+    except OSError:
+        os.replace(path, path.with_name(PREVIOUS))
+    else:
+        os.replace(spare, path.with_name(PREVIOUS))
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
@@ -113,6 +138,7 @@ def _sync_directory(directory: Path) -> None:
 def _save_error(path: Path, temporary: Path, error: OSError) -> CheckpointError:
     try:
         temporary.unlink(missing_ok=True)
+        _temporary(path.with_name(PREVIOUS)).unlink(missing_ok=True)
         free = f"{shutil.disk_usage(path.parent).free:,} bytes free"
     except OSError:
         free = "free bytes unknown"
@@ -133,9 +159,9 @@ def read(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise CheckpointError(f"{path} refused: it asks for {refused[1]}, which is no plain weight") from None
+        raise CheckpointError(f"{path} is damaged or no checkpoint") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is damaged or no checkpoint") from None  # torch's text proposes the unsafe way
-    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({_brief(error)})") from None
     except (MemoryError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({_brief(error)})") from None
     _check_tensors(path, content, size)
@@ -219,19 +245,29 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _check_tensors(path: Path, content: Any, size: int) -> None:
-    """No tensor is larger than the file it came from, so that nothing expands in memory later."""
-    stack = [content]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.numel() * value.element_size() > size:
-                raise CheckpointError(
-                    f"{path} refused: it claims a tensor {tuple(value.shape)}, more than its {size} bytes"
-                )
-        elif isinstance(value, Mapping):
-            stack.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            stack.extend(value)
+    """No tensor is larger than the file it came from, and nothing is nested without end: nothing expands later."""
+    level, depth = [content], 0
+    while level:
+        deeper: list[Any] = []
+        for value in level:
+            _check_size(path, value, size)
+            if isinstance(value, Mapping):
+                deeper += value.values()
+            elif isinstance(value, (list, tuple)):
+                deeper += value
+        level, depth = deeper, depth + 1
+        # Lists that hold one another multiply from level to level, or never end.
+        if depth > 50 or len(level) > max(size, 1000):
+            raise CheckpointError(f"{path} refused: its content is nested {depth} deep with {len(level)} entries")
+
+
+def _check_size(path: Path, value: Any, size: int) -> None:
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.numel() * value.element_size() > size:
+            raise CheckpointError(
+                f"{path} refused: it claims a tensor {tuple(value.shape)}, more than its {size} bytes"
+            )
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn, TypeVar
 
-from distill.recipe import Options, Recipe, UserError, allowed, flag, value_type
+from distill.recipe import Options, Recipe, UserError, allowed, flag, out_of_memory, value_type
 
 LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)"
 LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
@@ -119,6 +120,8 @@ def parse(
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run `main` with the command line, then exit: 0, or 2 with one line, or 128 + N after signal N."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file has every line, also of a run that is killed
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -128,6 +131,17 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("distill", "cifar10", "imagenet"):
+            raise
+        install = "bash scripts/quickstart.sh installs everything, pip install -r requirements.txt what is needed"
+        print(f"error: the package {error.name} is missing; {install}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory; try a smaller --batch-size; what was saved is kept", file=sys.stderr)
+        code = 1
     except BrokenPipeError:
         sys.stderr.close()
         code = 141

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,38 +21,10 @@ from distill.parallel import autocast, choose_precision, generator_states, resto
 from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier
 from distill.run_dir import RunDirectory, differing, open_run, tell
+from distill.stop import Stopped, StopRequest, memory_advice
 from distill.views import Batch, EvaluationSet, TrainingData
 
 FINITE_CHECK = 50  # steps between two looks at the flag of a CUDA device; each look waits for the device
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Stopped(UserError):
-    """A run ended early by itself or by a signal: a line that says where it stands, and the exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class StopRequest:
-    """While entered: a signal only sets a flag, read at the next step boundary; a second signal ends at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for known in SIGNALS:
-            signal.signal(known, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -168,9 +139,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ save and restore
     def save(self) -> None:
         """Write last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
-        self._check_finite()
-        if not all(bool(torch.isfinite(p).all()) for p in self.student.parameters()):
-            raise self._not_finite("a weight")
+        self.check_state()
         state = self.state
         payload = {
             "format": 1,
@@ -188,16 +157,30 @@ class Trainer:
         checkpoint.save(self.run.path / checkpoint.LAST, payload, keep_previous=True)
         self.last_save = time.monotonic()
 
+    def check_state(self) -> None:
+        """Raises Stopped if a loss was not finite, or a weight or running statistic is not."""
+        self._check_finite()
+        floating = (v for v in self.student.state_dict().values() if v.is_floating_point())
+        if not all(bool(torch.isfinite(value).all()) for value in floating):
+            raise self._not_finite("a weight")
+
     def restore(self) -> None:
-        """Continue from --resume or the newest whole checkpoint of the run, if there is one."""
-        if self.options.resume:
-            payload: dict[str, Any] | None = checkpoint.load(Path(self.options.resume))
-            source = self.options.resume
-        else:
+        """Continue from the newest whole checkpoint of the run, else from --resume, if there is one."""
+        named, payload = self.options.resume, None
+        start = checkpoint.load(Path(named)) if named else None  # a wrong path is an error in any case
+        try:
             payload, warnings = checkpoint.load_latest(self.run.path)
-            source = str(self.run.path)
-            for warning in warnings:
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+        except checkpoint.CheckpointError as error:
+            if not named:
+                raise
+            warnings = [str(error)]
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        source = str(self.run.path)
+        if payload and named:
+            print(f"continuing from the run's own checkpoint, not from {named}, where it may have begun")
+        elif named:
+            payload, source = start, named
         if payload is None:
             return
         self._check_same_run(payload, source)
@@ -224,7 +207,10 @@ class Trainer:
         self.run.write_metrics(self.state.records)  # a kill may have come between the checkpoint and this file
 
     def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
-        before = {**payload.get("recipe", {}), **payload.get("facts", {})}
+        try:
+            before = {**Recipe.from_dict(payload["recipe"]).to_dict(), **payload["facts"]}
+        except (KeyError, TypeError):
+            raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
         now = {**self.recipe.to_dict(), **self.facts}
         changed = [key for key in differing(before, now) if not (key == "epochs" and self.options.extend)]
         if changed:
@@ -236,17 +222,17 @@ class Trainer:
         state = self.state
         self.student.train()
         images_before, start = int(state.tally.sums[0].item()), time.perf_counter()
-        steps = self.data.steps_per_epoch
+        steps, shown = self.data.steps_per_epoch, 0.0
         batches = self.data.batches(state.epoch, state.step)
         bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=None)
         while state.step < steps and not stop.signal and self.steps_left != 0:
-            self.attempt(next(batches))
+            self.train_step(next(batches))
             state.step += 1
             bar.update()
             if self.steps_left is not None:
                 self.steps_left -= 1
-            if not bar.disable and state.step % FINITE_CHECK == 0:
-                found = state.tally.summary()
+            if not bar.disable and time.monotonic() - shown > 1:  # reading the sums waits for the device
+                found, shown = state.tally.summary(), time.monotonic()
                 rate = (found["images"] - images_before) / (time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {found['loss']:.3f} accuracy {found['accuracy']:.1f} % {rate:.0f} images/s")
             if state.step < steps and time.monotonic() - self.last_save >= 60 * self.options.save_minutes:
@@ -257,17 +243,6 @@ class Trainer:
         self._check_finite()  # waits for the device, so that the time is that of finished work
         self._add_time(start)
         return state.step == steps
-
-    def attempt(self, batch: Batch) -> None:
-        """train_step, with a line for a person where memory does not suffice; the last checkpoint stays as it is."""
-        try:
-            self.train_step(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            size = self.recipe.batch_size
-            advice = f"out of memory with --batch-size {size}; try {max(1, size // 2)} with half the --lr"
-            raise Stopped(f"{advice}; checkpoints in {self.run.path} are intact", 1) from None
 
     def train_step(self, batch: Batch) -> None:
         """One update, unless the loss is not finite."""
@@ -307,6 +282,7 @@ class Trainer:
 
     def record_epoch(self, tests: dict[str, Evaluation]) -> None:
         """Close the epoch: its line of metrics.jsonl, and the best weights where a validation part decides."""
+        self.check_state()
         state = self.state
         trained = state.tally.summary()
         seconds, images = state.timings["epoch"], trained.pop("images")
@@ -331,7 +307,6 @@ class Trainer:
             f"epoch {record['epoch']}/{self.recipe.epochs}  loss {record['train_loss']:.4f}  "
             f"accuracy {record['train_accuracy']:.2f} %  {measured}  lr {record['lr']:.4g}  "
             f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
-            flush=True,
         )
 
 
@@ -358,16 +333,15 @@ def fit(
     trainer.restore()
     state, found = trainer.state, None
     if state.epoch or state.step:
-        print(f"continuing at epoch {state.epoch + 1}, step {state.step} of {data.steps_per_epoch}", flush=True)
-    with StopRequest() as stop:
+        print(f"continuing at epoch {state.epoch + 1}, step {state.step} of {data.steps_per_epoch}")
+    with StopRequest() as stop, memory_advice(recipe, run.path):
         while state.epoch < recipe.epochs:
             complete = trainer.train_epoch(stop)
             start = time.perf_counter()
             try:
                 if not complete:
                     raise EvaluationStopped
-                asked = lambda: stop.signal is not None  # noqa: E731
-                found = {n: evaluate(student, t.batches(), trainer.precision, asked) for n, t in tests.items()}
+                found = {n: evaluate(student, t.batches(), trainer.precision, stop.asked) for n, t in tests.items()}
             except EvaluationStopped:
                 trainer.save()
                 raise _stopped(trainer, stop) from None
@@ -382,7 +356,8 @@ def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
     state = trainer.state
     why = f"by {signal.Signals(stop.signal).name}" if stop.signal else f"after {trainer.options.steps} steps"
     where = f"epoch {state.epoch + 1}, step {state.step} of {trainer.data.steps_per_epoch}"
-    message = f"stopped {why} at {where}; saved in {trainer.run.path}; the same command continues"
+    same = f"--output {trainer.run.path} in place of --fresh" if trainer.options.fresh else "the same command"
+    message = f"stopped {why} at {where}; saved in {trainer.run.path}; {same} continues"
     return Stopped(message, 128 + stop.signal if stop.signal else 0)
 
 
@@ -398,11 +373,10 @@ def evaluate_checkpoint(
     return found.to_dict()
 
 
-def seconds_per_image(network: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Roughly the seconds that a training step takes per image, from one step after a first that warms up."""
+@torch.no_grad()
+def seconds_per_image(network: Classifier, images: Tensor) -> float:
+    """Roughly the seconds that a training step takes per image: three times a forward pass, after one that warms up."""
     for _ in range(2):
         start = time.perf_counter()
-        loss = F.cross_entropy(network.train()(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        loss.item()  # waits for the device
-    return (time.perf_counter() - start) / len(images)
+        network.train()(images).sum().item()  # waits for the device
+    return 3 * (time.perf_counter() - start) / len(images)

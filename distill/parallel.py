@@ -28,9 +28,15 @@ def describe_device(device: torch.device) -> str:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 pays on few processors."""
+    """`auto` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 pays on few processors.
+
+    float32 on CUDA means float32: torch's default for convolutions is TF32, with 10 bits of mantissa.
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
+    if name == "float32" and device.type == "cuda":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

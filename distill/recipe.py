@@ -37,7 +37,7 @@ class Recipe:
 
     arch: str = knob("efficientnet_b0", "the student (trainCE: the network)", group="networks", flags=("-a",))
     teacher_arch: str | None = knob(None, "the teacher", group="networks")
-    T: float = knob(3.0, "temperature of both softmaxes", group="distillation", above=0)
+    T: float = knob(3.0, "temperature of both softmaxes", group="distillation", above=0, most=1e4)
     w: float = knob(0.8, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
     epochs: int = knob(60, "passes over the training images", group="training", least=1)
     batch_size: int = knob(
@@ -55,7 +55,9 @@ class Recipe:
         group="training",
         choices=("cosine", "multistep", "constant"),
     )
-    warmup: float = knob(5.0, "epochs of linear warm-up; a quarter of the run at most", group="training", least=0)
+    warmup: float = knob(
+        5.0, "epochs of linear warm-up; a quarter of the run at most", group="training", least=0, most=1e6
+    )
     label_smoothing: float = knob(0.0, "of the CE term", group="training", least=0, most=1)
     precision: str = knob(
         "auto",
@@ -98,7 +100,7 @@ class Recipe:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise UserError(f"the recipe has fields that this version does not know: {', '.join(unknown)}")
-        return cls(**values)
+        return cls(**values)  # what an older version did not know is at its default
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Options:
     show_recipe: bool = knob(False, "print the complete recipe and exit", group="running")
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="running")
     steps: int | None = knob(None, "stop after N training steps of this call and save", group="running", least=1)
-    resume: str | None = knob(None, "continue from this checkpoint (default: the run's own)", group="running")
+    resume: str | None = knob(None, "start from this checkpoint a run that has none of its own yet", group="running")
     save_minutes: float = knob(10.0, "minutes between checkpoints within an epoch", group="running", least=0)
     extend: bool = knob(False, "allow more epochs than the run was started with", group="running")
     fresh: bool = knob(False, "start over in a new directory beside an existing run", group="running")
@@ -188,3 +190,8 @@ def check(owner: type, known: "Field[Any]", value: Any) -> None:
         fits = math.isfinite(value) and limits["least"] <= value <= limits["most"] and value > limits["above"]
     if not fits:
         raise UserError(f"{flag(known.name)} must be {allowed(known, kind)}, got {value!r}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a MemoryError or RuntimeError says that memory ran out, on the host or on a device."""
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error)

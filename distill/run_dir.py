@@ -43,13 +43,18 @@ class RunDirectory:
             raise UserError(f"cannot use {self.path} as a run's directory: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = _read_holder(lock)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
+            lock.flush()
+        except BlockingIOError:
+            time.sleep(0.1)  # the holder may have taken the lock a moment ago and not have written yet
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
             lock.close()
             raise UserError(f"{self.path} is in use by {holder}; wait for it, or choose another --output") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
-        lock.flush()
+        except OSError as error:
+            lock.close()
+            raise UserError(f"cannot lock {self.path / LOCK}: {error.strerror}; choose an --output elsewhere") from None
         self._lock = lock
         for leftover in self.path.glob(f"*{checkpoint.TEMPORARY}"):  # of a process killed inside a save
             leftover.unlink(missing_ok=True)
@@ -60,16 +65,13 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def claim(
-        self, recipe: Recipe, facts: dict[str, Any], device: torch.device, *, extend: bool = False
-    ) -> dict[str, Any] | None:
-        """Record that this process continues or starts the run of `recipe` and `facts` (digests of data, teacher, ...).
-
-        Returns the summary, after printing it, if that run is finished. Raises UserError, naming the fields that
-        differ, if the directory holds another run; `extend` lets `epochs` grow.
-        """
-        config = self.read_config() or {"recipe": recipe.to_dict(), "facts": facts, "starts": []}
-        before = {**config["recipe"], **config["facts"]}
+    def check(self, recipe: Recipe, facts: dict[str, Any], *, extend: bool = False) -> None:
+        """Raises UserError, naming the fields that differ, if the directory holds another run than that of `recipe`
+        and `facts` (digests of data, teacher, ...), as far as they are given. `extend` lets `epochs` grow."""
+        config = self.read_config()
+        if not config:
+            return
+        before = Recipe.from_dict(config["recipe"]).to_dict() | {k: v for k, v in config["facts"].items() if k in facts}
         now = {**recipe.to_dict(), **facts}
         changed = differing(before, now)
         grows = "epochs" in changed and recipe.epochs > before["epochs"]
@@ -79,23 +81,41 @@ class RunDirectory:
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
-        summary = self.read_summary()
-        if summary and summary["epochs"] == recipe.epochs:
-            print(f"finished before: {self.path}\n{describe(summary)}", flush=True)
+
+    def report(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The summary, after printing it, if the run is finished."""
+        summary = self.finished(recipe)
+        if summary:
+            print(f"finished before: {self.path}\n{describe(summary)}")
+        return summary
+
+    def claim(
+        self, recipe: Recipe, facts: dict[str, Any], device: torch.device, *, extend: bool = False
+    ) -> dict[str, Any] | None:
+        """`check`, and `report` of a finished run; otherwise record in config.json that this process starts or
+        continues the run, with a line where torch or the device are not those of the last time."""
+        self.check(recipe, facts, extend=extend)
+        if summary := self.report(recipe):
             return summary
+        starts = (self.read_config() or {"starts": []})["starts"]
         start: dict[str, Any] = {"time": _now(), "argv": sys.argv, "commit": commit()}
         start |= {"versions": versions(), "machine": machine(device)}
-        updated = {"recipe": recipe.to_dict(), "facts": facts, "starts": [*config["starts"], start]}
+        for what, value in (("versions", start["versions"]), ("device", start["machine"]["device"])):
+            former = {**starts[-1], **starts[-1]["machine"]}[what] if starts else value
+            if former != value:
+                print(f"note: {what} {former} before, {value} now: the result may differ in the last bits")
+        updated = {"recipe": recipe.to_dict(), "facts": facts, "starts": [*starts, start]}
         checkpoint.write_atomically(self.path / CONFIG, _json(updated))
         return None
 
     def read_config(self) -> dict[str, Any] | None:
         """config.json, or None in a new directory. Raises UserError if it cannot be read."""
-        return _read_json(self.path / CONFIG, required=("recipe", "facts", "starts"))
+        return _read_json(self.path / CONFIG, {"recipe": dict, "facts": dict, "starts": list})
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """summary.json, or None while the run is not finished."""
-        return _read_json(self.path / SUMMARY)
+    def finished(self, recipe: Recipe) -> dict[str, Any] | None:
+        """summary.json, or None while the run is not at the end of `recipe` (it may have been extended since)."""
+        summary = _read_json(self.path / SUMMARY, {"epochs": int})
+        return summary if summary and summary["epochs"] == recipe.epochs else None
 
     def finish(
         self, recipe: Recipe, facts: dict[str, Any], network: nn.Module, device: torch.device, **results: Any
@@ -112,7 +132,6 @@ class RunDirectory:
             "view_seed": recipe.view_seed,
             "data": {"name": facts["data"], "digest": facts["data_digest"]},
             "augment": recipe.augment,
-            "views": recipe.views,
             "epochs": recipe.epochs,
             "teacher_accuracy": None,
             "agreement": None,
@@ -123,7 +142,7 @@ class RunDirectory:
             "commit": commit(),
         }
         checkpoint.write_atomically(self.path / SUMMARY, _json(summary))
-        print(describe(summary), flush=True)
+        print(describe(summary))
         return summary
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
@@ -132,24 +151,15 @@ class RunDirectory:
         checkpoint.write_atomically(self.path / METRICS, lines.encode())
 
 
-def _read_holder(lock: TextIO) -> str:
-    """What the holder wrote of itself; it may have taken the lock a moment ago and not have written yet."""
-    for _ in range(50):
-        lock.seek(0)
-        if holder := lock.read().strip():
-            return holder
-        time.sleep(0.01)
-    return "another process"
-
-
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The fields in which two runs (recipe and facts together) differ."""
     return [key for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
 def tell(fields: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
-    """`--lr was 0.1, is 0.2, --T was 3.0, is 4.0`."""
-    return ", ".join(f"{flag(key)} was {before.get(key)}, is {now.get(key)}" for key in fields)
+    """`--lr was 0.1, is 0.2, data_digest was 1, is 2`: flags of the recipe, and facts."""
+    known = Recipe.__dataclass_fields__
+    return ", ".join(f"{flag(k) if k in known else k} was {before.get(k)}, is {now.get(k)}" for k in fields)
 
 
 def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:
@@ -201,13 +211,13 @@ def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _read_json(path: Path, required: tuple[str, ...] = ()) -> dict[str, Any] | None:
+def _read_json(path: Path, required: dict[str, type]) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; put it back or choose another --output") from None
-    if not isinstance(content, dict) or any(key not in content for key in required):
+    if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in required.items()):
         raise UserError(f"{path} is not what this program wrote; put it back or choose another --output")
     return content

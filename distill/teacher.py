@@ -55,10 +55,9 @@ class Teacher:
             try:
                 return checkpoint.load(path)["logits"].float()  # type: ignore[no-any-return]
             except checkpoint.CheckpointError as error:
-                print(f"{error}; measuring the teacher again", flush=True)
+                print(f"{error}; measuring the teacher again")
         answers = torch.cat([self.logits(images).cpu() for images, _ in batches])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, {"logits": answers.half()})
+        checkpoint.save_cache(path, {"logits": answers.half()})
         return answers
 
 

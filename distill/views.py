@@ -47,7 +47,8 @@ class ViewPolicy(Protocol):
     view_count: int | None  # distinct views of an image; None where parameters are continuous
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3), indices, views: int64 (B,) -> uint8 (B, H, W, 3), row by row independent."""
+        """images: uint8 (B, H, W, 3) on any device, indices, views: int64 (B,) on the CPU, where parameters are drawn
+        without waiting for a device -> uint8 (B, H, W, 3) on the images' device, row by row independent."""
         ...
 
 
@@ -147,10 +148,10 @@ class TensorData:
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         device = self.images.device
         for chosen, shown in self.plan.steps(epoch, first_step):
-            indices = torch.from_numpy(chosen).to(device, non_blocking=True)
-            views = torch.from_numpy(shown).to(device, non_blocking=True)
-            images = self.policy.render(self.images[indices], indices, views)
-            yield Batch(images, self.labels[indices], indices, views)
+            indices, views = torch.from_numpy(chosen), torch.from_numpy(shown)
+            here = indices.to(device, non_blocking=True)
+            images = self.policy.render(self.images[here], indices, views)
+            yield Batch(images, self.labels[here], here, views.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Evaluate:
     precision: str = knob("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
     workers: int = knob(2, "threads that decode a folder of images", group="how", flags=("-j",), least=0, most=256)
+    skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %%", group="how")
     json: str | None = knob(None, "write accuracy, top5, loss, images, images_per_second to this file", group="how")
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(options.device)
     arch = MODELS.resolve(options.arch)
     weights = checkpoint.load_weights(Path(options.checkpoint))
-    data = load_data(options.data, workers=options.workers)
+    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     network = MODELS.build(arch, len(data.classes))
     checkpoint.apply_weights(network, weights, options.checkpoint)
     images, labels = {

@@ -5,17 +5,18 @@
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 
+runs=${DISTILL_CHECKPOINTS:-checkpoints}/quickstart
 run() { # name, launcher, flags: the three runs stand side by side, whatever else was trained on the sample
     local name=$1 launcher=$2
     shift 2
     echo "== $name"
-    bash "scripts/$launcher" --data sample --output "checkpoints/quickstart/$name" "$@"
+    bash "scripts/$launcher" --data sample --output "$runs/$name" "$@"
 }
 run teacher trainCE.sh --recipe sample_teacher
 run student_alone trainCE.sh --recipe sample_student
-run student_taught trainKD.sh --recipe sample_student_kd --teacher-checkpoint checkpoints/quickstart/teacher/last.pt
+run student_taught trainKD.sh --recipe sample_student_kd --teacher-checkpoint "$runs/teacher/last.pt"
 
-.venv/bin/python scripts/results.py checkpoints/quickstart/{teacher,student_alone,student_taught}
+.venv/bin/python scripts/results.py "$runs"/{teacher,student_alone,student_taught}

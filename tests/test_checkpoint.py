@@ -1,6 +1,7 @@
 """Saves that survive, loads that verify, and the files that people really hand over."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import zipfile
@@ -85,6 +86,39 @@ def test_full_disk() -> None:
         checkpoint._write(Path("/dev/full"), b"x")
 
 
+def save_often(path: Path, count: int) -> None:
+    for _ in range(count):
+        checkpoint.save(path, PAYLOAD)
+
+
+def test_two_processes_write_one_file(saved: Path) -> None:
+    """As two runs do with a teacher's answers in the cache: both get through, and the file is whole."""
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=save_often, args=(saved, 100)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        checkpoint.load(saved)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [p.name for p in saved.parent.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_former_file_is_kept(saved: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:  # as on a file system without them
+        monkeypatch.setattr("distill.checkpoint.os.link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "")))
+    for epoch in (4, 5):
+        checkpoint.save(saved, {"epoch": epoch}, keep_previous=True)
+    assert checkpoint.load(saved)["epoch"] == 5
+    assert checkpoint.load(saved.with_name("previous.pt"))["epoch"] == 4
+    assert len(list(saved.parent.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save_cache(saved / "below a file" / "x.pt", {"a": 1})
+    assert "computed again next time" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------------------------------------- damage
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
@@ -146,8 +180,32 @@ def attack(path: Path) -> None:
     torch.save({"student": Attack()}, path)
 
 
+def endless(path: Path) -> None:
+    content: list[Any] = []
+    content += [content, content]
+    torch.save({"student": content}, path)
+
+
+def multiplying(path: Path) -> None:
+    content: list[Any] = [0]
+    for _ in range(40):
+        content = [content] * 8
+    torch.save({"student": content}, path)
+
+
+def deep(path: Path) -> None:
+    content: dict[str, Any] = {"digest": ""}
+    for _ in range(200):
+        content = {"digest": "", "student": content}
+    torch.save(content, path)
+
+
+def meta(path: Path) -> None:
+    torch.save({"student": {"weight": torch.empty(3, device="meta")}}, path)
+
+
 DAMAGES = [truncate, truncate_to_head, empty, noise, web_page, lfs_pointer, directory, fifo, broken_link]
-DAMAGES += [other_pickle, compressed, attack]
+DAMAGES += [other_pickle, compressed, attack, endless, multiplying, deep, meta]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)

@@ -88,6 +88,8 @@ def test_npz_of_another_size_is_resized(tmp_path: Path, capsys: pytest.CaptureFi
         ({"train_labels": np.full(6, -1)}, "must be integers from 0 on"),
         ({"classes": np.array(["a", "b"])}, "2 classes, labels up to 2"),
         ({"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)}, "1 classes"),
+        ({"classes": np.array(3)}, "no list of classes"),
+        ({"train_labels": np.array([0, 1, 2, 0, 1, 10**10])}, "labels up to 10000000000 for 6 images"),
         ({"classes": np.array(["a", "b", {"c": 1}], dtype=object)}, "no .npz file of plain arrays"),
     ],
 )
@@ -103,6 +105,21 @@ def test_truncated_npz(tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="damaged"):
         load_data(str(path))
+
+
+def test_flipped_bits_in_a_compressed_npz(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    arrays = dict(np.load(make_npz(path)))
+    np.savez_compressed(path, **arrays)
+    content = path.read_bytes()
+    for position in range(0, len(content), 7):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+        try:
+            data = load_data(str(path))
+        except UserError:
+            continue
+        assert torch.equal(data.train_labels, torch.from_numpy(arrays["train_labels"]))  # a bit that means nothing
+        assert not data.train_images.any()
 
 
 # ------------------------------------------------------------------------------------------------------------- folders

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from cifar10.data import load_data, prepare
 from distill import checkpoint, engine
-from distill.engine import Fitted, Stopped, evaluate, fit
+from distill.engine import Fitted, evaluate, fit
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step
 from distill.optim import build_optimizer, learning_rate
 from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier, InputSpec
 from distill.run_dir import RunDirectory
+from distill.stop import SIGNALS, Stopped, StopRequest
 from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning
 from distill.views import Batch, EvaluationSet
 
@@ -251,20 +252,20 @@ def test_signal_saves_at_the_next_step(small_npz: Path, tmp_path: Path, number: 
                 os.kill(os.getpid(), number)
             return super().__call__(student, batch)
 
-    handlers = [signal.getsignal(s) for s in engine.SIGNALS]
+    handlers = [signal.getsignal(s) for s in SIGNALS]
     with pytest.raises(Stopped, match=f"stopped by {number.name} at epoch 2, step 2 of 5") as stop:
         train(tmp_path / "cut", small_npz, objective=Signalling())
     assert stop.value.exit_code == 128 + number
-    assert [signal.getsignal(s) for s in engine.SIGNALS] == handlers
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
     train(tmp_path / "cut", small_npz)
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    with engine.StopRequest() as stop:
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
-        assert {signal.getsignal(number) for number in engine.SIGNALS} == {signal.SIG_DFL}
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_DFL}
 
 
 def test_signal_during_evaluation(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,15 +290,26 @@ def test_damaged_last_checkpoint_falls_back(
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
 
 
-def test_resume_from_a_named_checkpoint(small_npz: Path, tmp_path: Path) -> None:
+def test_resume_starts_a_run_from_a_named_checkpoint(small_npz: Path, tmp_path: Path) -> None:
     train(tmp_path / "whole", small_npz)
-    named = str(tmp_path / "whole" / "previous.pt")
+    with pytest.raises(Stopped):
+        train(tmp_path / "part", small_npz, options=Options(steps=7))
+    named = str(tmp_path / "part" / "last.pt")
+    with pytest.raises(Stopped, match="at epoch 3, step 0"):
+        train(tmp_path / "again", small_npz, options=Options(resume=named, steps=3))
+    # The same command continues from the run's own checkpoint, or a preempted job would never end.
+    with pytest.raises(Stopped, match="at epoch 3, step 3"):
+        train(tmp_path / "again", small_npz, options=Options(resume=named, steps=3))
+    train(tmp_path / "again", small_npz, options=Options(resume=named))
+    assert state(tmp_path / "again") == state(tmp_path / "whole")
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "again" / name).write_bytes(b"damaged")
     train(tmp_path / "again", small_npz, options=Options(resume=named))
     assert state(tmp_path / "again") == state(tmp_path / "whole")
     with pytest.raises(UserError, match=r"is of another run: --lr was 0\.05, is 0\.1"):
         train(tmp_path / "other", small_npz, replace(RECIPE, lr=0.1), Options(resume=named))
     with pytest.raises(UserError, match="No such file"):
-        train(tmp_path / "other", small_npz, options=Options(resume=str(tmp_path / "nothing.pt")))
+        train(tmp_path / "whole", small_npz, options=Options(resume=str(tmp_path / "nothing.pt")))
 
 
 ABSURD: list[dict[str, Any]] = [
@@ -312,6 +324,8 @@ ABSURD: list[dict[str, Any]] = [
     {"tally": torch.zeros(3)},
     {"student": {"x": torch.zeros(1)}},
     {"generators": {"cpu": torch.zeros(3)}},
+    {"recipe": [1]},
+    {"facts": 3},
 ]
 
 
@@ -393,6 +407,14 @@ def test_out_of_memory(small_npz: Path, tmp_path: Path, error: Exception) -> Non
         train(tmp_path / "run", small_npz, objective=Hungry())
     assert stop.value.exit_code == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def test_running_statistics_that_are_not_finite_are_not_saved(small_npz: Path, tmp_path: Path) -> None:
+    student = small_network()
+    student.network[1].running_var.fill_(math.inf)  # type: ignore[index, operator, union-attr]
+    with pytest.raises(Stopped, match="a weight is not finite"):
+        train(tmp_path / "run", small_npz, replace(RECIPE, val_split=8), student=student)
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 # ----------------------------------------------------------------------------------------------------------- validation

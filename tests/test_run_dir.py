@@ -1,5 +1,6 @@
 """One run, one directory: what it is, who holds it."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -59,10 +60,41 @@ def test_claim_records_what_the_run_is(tmp_path: Path) -> None:
     assert set(config["starts"][0]) == {"time", "argv", "commit", "versions", "machine"}
 
 
+def test_a_recipe_of_an_older_version_has_the_defaults_of_what_came_later(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path) as run:
+        run.claim(Recipe(), FACTS, CPU)
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["recipe"]["label_smoothing"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        run.claim(Recipe(), FACTS, CPU)
+
+
+def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDirectory(tmp_path) as run:
+        run.claim(Recipe(), FACTS, CPU)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["starts"][0]["machine"]["device"] = "NVIDIA H200"
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        run.claim(Recipe(), FACTS, CPU)
+    assert "note: device NVIDIA H200 before, cpu" in capsys.readouterr().out
+
+
+def test_a_lock_that_cannot_be_had_for_another_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    with pytest.raises(UserError, match=r"cannot lock .*No locks available"), RunDirectory(tmp_path):
+        pass
+
+
+def test_the_former_holder_is_not_named(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("process 4711 on elsewhere")
+    with RunDirectory(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"), RunDirectory(tmp_path):
+        pass
+
+
 def test_another_recipe_is_refused_with_the_fields(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
         run.claim(Recipe(epochs=3), FACTS, CPU)
-        with pytest.raises(UserError, match=r"--lr was 0.1, is 0.2, --data-digest was 1, is 2"):
+        with pytest.raises(UserError, match=r"--lr was 0\.1, is 0\.2, data_digest was 1, is 2"):
             run.claim(Recipe(epochs=3, lr=0.2), {**FACTS, "data_digest": "2"}, CPU)
         with pytest.raises(UserError, match=r"--epochs was 3, is 5; --extend"):
             run.claim(Recipe(epochs=5), FACTS, CPU)
@@ -74,7 +106,9 @@ def test_another_recipe_is_refused_with_the_fields(tmp_path: Path) -> None:
         assert config["recipe"]["epochs"] == 5
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"recipe": {}}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"recipe": {}}', "\x00", '{"recipe": [], "facts": {}, "starts": []}']
+)
 def test_damaged_config(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with RunDirectory(tmp_path) as run, pytest.raises(UserError, match=r"config\.json"):

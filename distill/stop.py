@@ -1,0 +1,55 @@
+"""How a run ends before its end: signals, and memory that does not suffice."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from distill.recipe import Recipe, UserError, out_of_memory
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(UserError):
+    """A run ended early by itself or by a signal: a line that says where it stands, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopRequest:
+    """While entered: a signal only sets a flag, read at the next step boundary; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        for known in SIGNALS:
+            signal.signal(known, signal.SIG_DFL)
+
+
+@contextmanager
+def memory_advice(recipe: Recipe, run: Path) -> Iterator[None]:
+    """Turns running out of memory into a line with the batch size; the last checkpoint stays as it is."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        size = recipe.batch_size
+        advice = f"out of memory with --batch-size {size}; try {max(1, size // 2)} with half the --lr"
+        raise Stopped(f"{advice}; checkpoints in {run} are intact", 1) from None
