@@ -1,4 +1,4 @@
-"""CIFAR-10 and other small images, all as one uint8 tensor: the embedded sample, image folders, .npz files."""
+"""CIFAR-10 and other small images, all as one uint8 tensor: the sample, the archive, image folders, .npz files."""
 
 import hashlib
 import os
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from cifar10 import official
 from cifar10.augment import build_policy
 from distill import checkpoint
 from distill.recipe import Recipe, UserError
@@ -57,7 +58,8 @@ class ImageData:
 
 
 def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = False) -> ImageData:
-    """`sample`, a directory with train/CLASS/* and test/CLASS/*, or a .npz file; None is data/cifar10.
+    """`sample`, a directory with train/CLASS/* and test/CLASS/* or with CIFAR-10's archive or its unpacked batches, or
+    a .npz file. None is data/cifar10, which is filled by download when it is not there.
 
     Images of another size are resized to 32x32, with a line that says so. Raises UserError.
     """
@@ -67,7 +69,9 @@ def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = F
     if not path.exists():
         if source:
             raise UserError(f"--data {source} does not exist")
-        raise UserError(f"no data in {DEFAULT}: put train/CLASS/* and test/CLASS/* images there, or try --data sample")
+        official.download(path)
+    if path.is_dir() and official.is_official(path):
+        return _from_arrays(path.resolve().name, official.read_official(path), str(path))
     if path.is_dir():
         return _from_arrays(path.resolve().name, _read_folder(path, workers, skip_bad_images), str(path))
     if path.suffix == ".npz" and path.is_file():

@@ -266,9 +266,3 @@ def test_wrong_folders(tmp_path: Path, change: Callable[[Path], None], message: 
 def test_one_class_is_not_enough(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 classes"):
         load_data(str(make_folder(tmp_path / "pets", ("cat",))))
-
-
-def test_default_directory_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "DEFAULT", tmp_path / "data" / "cifar10")
-    with pytest.raises(UserError, match=r"put train/CLASS/.* there, or try --data sample"):
-        load_data(None)
