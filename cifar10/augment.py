@@ -57,6 +57,27 @@ class CropFlip:
         return torch.where(flipped.view(-1, 1, 1, 1), cropped.flip(2), cropped)
 
 
+class ViewDraws:
+    """`columns` uniform numbers for each (view seed, purpose, i, v); drawn view by view for all images."""
+
+    def __init__(self, view_seed: int, purpose: str, columns: int) -> None:
+        self._view_seed, self._purpose, self._columns = view_seed, purpose, columns
+        self._table = lru_cache(maxsize=CropFlip.view_count)(self._draw)  # an epoch of crop_flip shows all its views
+
+    def _draw(self, view: int, image_count: int) -> NDArray[np.float32]:
+        return uniforms(self._view_seed, self._purpose, view, (image_count, self._columns)).astype(np.float32)
+
+    def rows(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
+        """(B, columns) in [0, 1]; the numbers of image i stand in row i of a table, however many rows are drawn."""
+        chosen, shown = indices.numpy(), views.numpy()
+        found = np.empty((len(chosen), self._columns))
+        image_count = 1 << int(chosen.max()).bit_length()  # a power of two, so that few tables are drawn
+        for view in np.unique(shown):
+            where = shown == view
+            found[where] = self._table(int(view), image_count)[chosen[where]]
+        return found
+
+
 class Original:
     """The original repository's transforms: crop and flip as above, rotation, colour jitter.
 
@@ -71,24 +92,10 @@ class Original:
     draws = 10  # row, column, flip, angle, three factors, three keys whose order is the order of the jitters
 
     def __init__(self, view_seed: int) -> None:
-        self.view_seed = view_seed
-        self._table = lru_cache(maxsize=2)(self._draw)
-
-    def _draw(self, view: int, image_count: int) -> NDArray[np.float64]:
-        return uniforms(self.view_seed, "original", view, (image_count, self.draws))
-
-    def _drawn(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
-        """The draws (B, 10) in [0, 1) of the views; those of image i stand in row i, however many rows are drawn."""
-        rows, shown = indices.numpy(), views.numpy()
-        found = np.empty((len(rows), self.draws))
-        image_count = 1 << int(rows.max()).bit_length()  # a power of two, so that few tables are drawn
-        for view in np.unique(shown):
-            chosen = shown == view
-            found[chosen] = self._table(int(view), image_count)[rows[chosen]]
-        return found
+        self._drawn = ViewDraws(view_seed, "original", self.draws)
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
-        drawn = self._drawn(indices, views)
+        drawn = self._drawn.rows(indices, views)
         angle = (2 * drawn[:, 3] - 1) * math.radians(self.degrees)
         offsets = np.floor(drawn[:, :2] * OFFSETS) - PADDING
         # In float64 on the CPU, where cosines do not depend on the device.
@@ -136,10 +143,35 @@ class Original:
         return images
 
 
-def build_policy(name: str, view_seed: int, views: int | None) -> ViewPolicy:
-    """The policy called `name`. Raises UserError if it has fewer than `views` views."""
+class Cutout:
+    """A policy's views with a square of `size` pixels blotted out, centred on any pixel, so that the edge may cut it.
+
+    The square is part of the view: it is drawn for (view seed, i, v). It has the mean colour of CIFAR-10, which is 0
+    for a network that normalises by it. DeVries and Taylor 2017, arXiv:1708.04552 (16 pixels for CIFAR-10).
+    """
+
+    colour = (125, 123, 114)
+
+    def __init__(self, policy: ViewPolicy, size: int, view_seed: int) -> None:
+        self.name, self.view_count = f"{policy.name}+cutout{size}", policy.view_count
+        self._policy, self._size = policy, size
+        self._drawn = ViewDraws(view_seed, "cutout", 2)
+
+    def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        height, width = images.shape[1:3]
+        start = np.floor(self._drawn.rows(indices, views) * (height, width)) - self._size // 2
+        top, left = torch.from_numpy(start.astype(np.int64)).to(images.device, non_blocking=True).unbind(1)
+        y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+        rows = (y >= top.view(-1, 1)) & (y < top.view(-1, 1) + self._size)
+        columns = (x >= left.view(-1, 1)) & (x < left.view(-1, 1) + self._size)
+        square = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(3)
+        return torch.where(square, images.new_tensor(self.colour), self._policy.render(images, indices, views))
+
+
+def build_policy(name: str, view_seed: int, views: int | None, cutout: int = 0) -> ViewPolicy:
+    """The policy called `name`, with `cutout` pixels cut out. Raises UserError if it has fewer than `views` views."""
     policies: dict[str, ViewPolicy] = {p.name: p for p in (CropFlip(), Original(view_seed), NoChange())}
     policy = policies[name]
     if views and policy.view_count and views > policy.view_count:
         raise UserError(f"--views must be at most {policy.view_count} with --augment {name}, got {views}")
-    return policy
+    return Cutout(policy, cutout, view_seed) if cutout else policy

@@ -28,7 +28,7 @@ SIZE = 32
 SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
 DEFAULT = ROOT / "data" / "cifar10"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 LARGEST = 30_000_000  # pixels of one image file; more is a mistake or a decompression bomb
 
 Pixels = NDArray[np.uint8]
@@ -84,7 +84,7 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
 
     Images lie on `device` as uint8. Raises UserError if there are too few of them.
     """
-    policy = build_policy(recipe.augment, recipe.view_seed, recipe.views)
+    policy = build_policy(recipe.augment, recipe.view_seed, recipe.views, recipe.cutout)
     count = len(data.train_images)
     if count - recipe.val_split < recipe.batch_size:
         held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""
@@ -115,6 +115,9 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
         highest = max(highest, int(labels.max()))
         tensors[f"{split}_images"] = torch.from_numpy(_resize(images, source))
         tensors[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))
+    unseen = sorted(set(arrays["test_labels"].tolist()) - set(arrays["train_labels"].tolist()))
+    if unseen:
+        raise UserError(f"{source}: class {unseen[0]} is in test_labels but not in train_labels")
     named = arrays.get("classes")
     if (named is not None and named.ndim != 1) or highest >= len(tensors["train_labels"]):
         raise UserError(
@@ -164,7 +167,7 @@ def _read_npz(path: Path) -> Arrays:
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise nearly anything on damaged input
-        raise UserError(f"{path} is damaged or no .npz file of plain arrays ({error})") from None
+        raise UserError(f"{path} is damaged or no .npz file of plain arrays ({type(error).__name__})") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -207,7 +210,10 @@ def _list_images(path: Path, split: str) -> dict[str, list[Path]]:
             continue
         if not os.access(folder, os.R_OK | os.X_OK):
             raise UserError(f"cannot read the folder {folder}")
-        names = sorted(n for n in os.listdir(folder) if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES)
+        files = [n for n in os.listdir(folder) if not n.startswith(".")]
+        names = sorted(n for n in files if Path(n).suffix.lower() in SUFFIXES)
+        if others := len(files) - len(names):
+            print(f"note: {others} files in {folder} are no images by their names and are passed by")
         if not names:
             raise UserError(f"class {folder.name!r} in {root} has no images ({', '.join(sorted(SUFFIXES))})")
         listing[folder.name] = [folder / n for n in names]
@@ -250,7 +256,7 @@ def _decode(
                 problems.append(problem)
                 if not skip_bad_images or len(problems) > max(1, len(files) // 1000):
                     pool.shutdown(cancel_futures=True)
-                    raise UserError(f"{problem}; --skip-bad-images leaves out up to 0.1 % of the images")
+                    raise UserError(f"{problem}; --skip-bad-images leaves out up to 0.1 % of them, or one")
             else:
                 images[i] = pixels
     for problem in problems:

@@ -14,12 +14,14 @@ from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
 from distill.parallel import choose_precision
-from distill.recipe import Options, Recipe, UserError
+from distill.recipe import Options, Recipe, flag
 from distill.registry import Classifier
-from distill.run_dir import CHECKPOINTS, RunDirectory
+from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
 from distill.teacher import Teacher, accuracy, chance_warning
 from distill.views import EvaluationSet
 
+# Options that are the student's alone, as they are when the teacher is trained.
+PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
 CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
 
 
@@ -59,9 +61,7 @@ def _trained(
 ) -> Path:
     """The checkpoint of the teacher's own CE run on this data; that run is finished first where it is not."""
     assert recipe.teacher_arch
-    run = RunDirectory(CHECKPOINTS / data.name / recipe.teacher_arch / "ce-seed0")
-    config = run.read_config()
-    teacher_recipe = replace(
+    expected = replace(
         TEACHER,
         arch=recipe.teacher_arch,
         epochs=recipe.epochs,
@@ -69,24 +69,32 @@ def _trained(
         lr=TEACHER.lr * recipe.batch_size / TEACHER.batch_size,
         val_split=recipe.val_split,
     )
-    if config:
-        teacher_recipe = Recipe.from_dict(config["recipe"])
-        if config["facts"].get("data_digest") != data.digest:
-            raise UserError(f"{run.path} was trained on other data called {data.name!r}; name a --teacher-checkpoint")
-        if teacher_recipe.epochs < recipe.epochs:
-            print(
-                f"warning: the teacher in {run.path} has {teacher_recipe.epochs} epochs; trainCE.sh --extend trains it "
-                "longer, --teacher-checkpoint names another"
-            )
-        if teacher_recipe.val_split < recipe.val_split:
-            print(
-                "warning: this teacher has seen images of the validation part; what is chosen on it is too optimistic"
-            )
-    if not run.finished(teacher_recipe):
-        _announce(teacher_recipe, recipe.arch, data, test)
-        here = Options(data=options.data, workers=options.workers, device=options.device, steps=options.steps)
-        train(teacher_recipe, replace(here, skip_bad_images=options.skip_bad_images))
+    run, own = _find_run(CHECKPOINTS / data.name / recipe.teacher_arch, expected, data.digest)
+    other = differing(expected.to_dict(), own.to_dict())
+    if other:
+        what = ", ".join(f"{flag(key)} {getattr(own, key)} for {getattr(expected, key)}" for key in other)
+        print(f"note: the teacher in {run.path} has a recipe of its own: {what}; --teacher-checkpoint names another")
+    if own.val_split < recipe.val_split:
+        print("warning: this teacher has seen images of the validation part; what is chosen on it is too optimistic")
+    if not run.finished(own):
+        _announce(own, recipe.arch, data, test)
+        train(own, replace(options, output=str(run.path), **PLAIN))
     return run.path / checkpoint.LAST
+
+
+def _find_run(directory: Path, expected: Recipe, data_digest: str) -> tuple[RunDirectory, Recipe]:
+    """The teacher's CE run on this data and its recipe: a finished one, else one that was begun, else a new one."""
+    found = []
+    for path in sorted(directory.glob("ce-*")):
+        run = RunDirectory(path)
+        config = run.read_config()
+        if config and run.has_begun() and config["facts"].get("data_digest") == data_digest:
+            found.append((run, Recipe.from_dict(config["recipe"])))
+    finished = [pair for pair in found if pair[0].finished(pair[1])]
+    if finished or found:
+        return (finished or found)[0]
+    new = RunDirectory(directory / expected.run_name)
+    return (RunDirectory(next_free(new.path)) if new.has_begun() else new), expected
 
 
 def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet) -> None:
@@ -99,8 +107,9 @@ def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet
         advice = f"--teacher-arch {cheap} --arch {student}, about {_duration(times[cheap])}"
     print(
         f"teacher: {recipe.arch} has no finished run on {data.name}: it is trained first by CE, "
-        f"{recipe.epochs} epochs, about {_duration(times[recipe.arch])}. Cheaper: {advice}. "
-        "Or name its weights by --teacher-checkpoint FILE."
+        f"{recipe.epochs} epochs, "
+        f"lr {recipe.lr:g}, batch {recipe.batch_size}, about {_duration(times[recipe.arch])}. "
+        f"Cheaper: {advice}. Or name its weights by --teacher-checkpoint FILE."
     )
 
 

@@ -41,7 +41,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from distill.parallel import choose_device
     from distill.run_dir import open_run
 
-    device = choose_device(options.device)
+    device = choose_device(options.device, deterministic=options.deterministic)
     recipe = replace(recipe, arch=MODELS.resolve(recipe.arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)

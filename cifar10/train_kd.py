@@ -44,7 +44,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from distill.run_dir import open_run
     from distill.teacher import agreement
 
-    device = choose_device(options.device)
+    device = choose_device(options.device, deterministic=options.deterministic)
     assert recipe.teacher_arch
     recipe = replace(recipe, arch=MODELS.resolve(recipe.arch), teacher_arch=MODELS.resolve(recipe.teacher_arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)

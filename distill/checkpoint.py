@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from distill.recipe import UserError
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-WRAPPERS = ("student", "net", "state_dict", "model")  # ours, kuangliu's, torchvision's and timm's, many others'
+WRAPPERS = (
+    "average",
+    "student",
+    "net",
+    "state_dict",
+    "model_state_dict",
+    "model",
+)  # ours (with --ema the average), then others'
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 TEMPORARY = ".partial"
 
@@ -306,6 +313,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def load_arch(path: Path) -> str | None:
+    """The architecture that a checkpoint of ours names; None in one of others."""
+    content = read(path)
+    recipe = content.get("recipe", content) if isinstance(content, dict) else {}
+    arch = recipe.get("arch") if isinstance(recipe, dict) else None
+    return arch if isinstance(arch, str) else None
+
+
 def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load `weights` into `network`, every key and shape as it must be. Raises CheckpointError naming what differs.
 
@@ -318,22 +333,19 @@ def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str
     extra = [k for k in given if k not in own]
     shapes = [k for k in given if k in own and given[k].shape != own[k].shape]
     if missing or extra:
-        raise CheckpointError(
-            f"{source} does not fit the architecture: {_listed('lacks', missing)}{_listed('has', extra)}"
-        )
+        problems = [*_listed("lacks", missing), *_listed("has", extra)]
+        raise CheckpointError(f"{source} does not fit the architecture: it {' and '.join(problems)}")
     if shapes:
         pairs = [f"{k} {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in shapes]
-        raise CheckpointError(
-            f"{source} does not fit the architecture or the number of classes: {_listed('has', pairs)}"
-        )
+        fit = f"{source} does not fit the architecture or the number of classes"
+        raise CheckpointError(f"{fit}: it {_listed('has', pairs)[0]}")
     bad = [k for k, v in given.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
-        raise CheckpointError(f"{source} has weights that are not finite: {_listed('in', bad)}")
+        raise CheckpointError(f"{source} has weights that are not finite: {_listed('in', bad)[0]}")
     network.load_state_dict(given, strict=False)
 
 
-def _listed(verb: str, names: list[str]) -> str:
-    if not names:
-        return ""
+def _listed(verb: str, names: list[str]) -> list[str]:
+    """[`lacks a, b, c and 2 more`], or [] without names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{verb} {', '.join(names[:3])}{more} "
+    return [f"{verb} {', '.join(names[:3])}{more}"] if names else []

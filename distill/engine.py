@@ -16,7 +16,7 @@ from tqdm import tqdm
 from distill import checkpoint
 from distill.metrics import Tally
 from distill.objectives import Objective
-from distill.optim import build_optimizer, learning_rate
+from distill.optim import WeightAverage, build_optimizer, learning_rate
 from distill.parallel import autocast, choose_precision, generator_states, restore_generators
 from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier
@@ -106,6 +106,8 @@ class Fitted:
             "test_top5": self.test.top5,
             "test_loss": self.test.loss,
         }
+        if "raw_test_accuracy" in self.records[-1]:
+            named["raw_test_accuracy"] = self.records[-1]["raw_test_accuracy"]
         validated = [record for record in self.records if "val_accuracy" in record]
         if validated:
             best = max(validated, key=lambda record: record["val_accuracy"])
@@ -131,6 +133,7 @@ class Trainer:
         self.device = student.mean.device
         self.precision = choose_precision(recipe.precision, self.device)
         self.optimizer = build_optimizer(student, recipe)
+        self.average = WeightAverage(student, recipe.ema) if recipe.ema else None
         self.state = State(Tally(self.device, objective.parts))
         self.steps_left = options.steps
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
@@ -146,6 +149,7 @@ class Trainer:
             "recipe": self.recipe.to_dict(),
             "facts": self.facts,
             "student": self.student.network.state_dict(),
+            "average": self.average.network.network.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "generators": generator_states(self.device),
             "epoch": state.epoch,
@@ -186,6 +190,8 @@ class Trainer:
         self._check_same_run(payload, source)
         try:
             checkpoint.apply_weights(self.student.network, payload["student"], source)
+            if self.average:
+                checkpoint.apply_weights(self.average.network.network, payload["average"], source)
             self.optimizer.load_state_dict(payload["optimizer"])
             restore_generators(payload["generators"], self.device)
             if payload["tally"].shape != self.state.tally.sums.shape:
@@ -214,7 +220,8 @@ class Trainer:
         now = {**self.recipe.to_dict(), **self.facts}
         changed = [key for key in differing(before, now) if not (key == "epochs" and self.options.extend)]
         if changed:
-            raise checkpoint.CheckpointError(f"{source} is of another run: {tell(changed, before, now)}")
+            hint = "; --extend allows more epochs" if changed == ["epochs"] else ""
+            raise checkpoint.CheckpointError(f"{source} is of another run: {tell(changed, before, now)}{hint}")
 
     # ------------------------------------------------------------------------------------------------------- the steps
     def train_epoch(self, stop: StopRequest) -> bool:
@@ -254,11 +261,16 @@ class Trainer:
             step = self.objective(self.student, batch)
         self.optimizer.zero_grad(set_to_none=True)
         step.loss.backward()  # type: ignore[no-untyped-call]
-        bad = (self.first_bad_step < 0) & ~torch.isfinite(step.loss.detach())
-        self.first_bad_step.masked_fill_(bad, position)
+        finite = torch.isfinite(step.loss.detach())
+        if self.recipe.clip_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip_norm)
+            finite &= torch.isfinite(norm)
+        self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, position)
         # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself.
         self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self.average:
+            self.average.update(self.student, position)
         state.tally.add(step.logits.detach(), batch.labels, step.loss.detach(), step.parts)
         if self.device.type == "cpu" or position % FINITE_CHECK == 0:
             self._check_finite()
@@ -270,7 +282,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         if self.first_bad_step.item() >= 0:
-            raise self._not_finite("the loss")
+            raise self._not_finite("the loss or its gradient")
 
     def _not_finite(self, what: str) -> Stopped:
         step = int(self.first_bad_step.item())
@@ -294,7 +306,8 @@ class Trainer:
         record |= {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
         best = max((r["val_accuracy"] for r in state.records if "val_accuracy" in r), default=-1.0)
         if "val" in tests and tests["val"].accuracy > best:
-            weights = {"student": self.student.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
+            network = self.average.network if self.average else self.student
+            weights = {"student": network.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
             checkpoint.save(self.run.path / "best.pt", weights)
         state.records.append(record)
         state.epoch, state.step = state.epoch + 1, 0
@@ -324,14 +337,17 @@ def fit(
     """Train `student` to the end of the recipe, continuing where the run's checkpoint stands; evaluate each epoch.
 
     `tests`: what each epoch is evaluated on, by name; `test` must be there, and with `val` the weights of its best
-    epoch are kept in best.pt. `facts`: digests of data, teacher and initial weights, which belong to the run's
-    identity. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and torch.
+    epoch are kept in best.pt. With an average of the weights (recipe.ema) it is the average that is evaluated and
+    counts; the raw weights stand beside it as `raw_test`. `facts`: digests of data, teacher and initial weights, which
+    belong to the run's identity. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and
+    torch (on CUDA with --deterministic).
     Raises Stopped after a signal (exit code 128 + N), after --steps (0), or when the loss is not finite (1).
     """
     torch.manual_seed(recipe.seed)  # what a teacher drew before, trained in this process or not, plays no part
     trainer = Trainer(run, recipe, options, student, objective, data, facts)
     trainer.restore()
     state, found = trainer.state, None
+    result = trainer.average.network if trainer.average else student
     if state.epoch or state.step:
         print(f"continuing at epoch {state.epoch + 1}, step {state.step} of {data.steps_per_epoch}")
     with StopRequest() as stop, memory_advice(recipe, run.path):
@@ -341,13 +357,15 @@ def fit(
             try:
                 if not complete:
                     raise EvaluationStopped
-                found = {n: evaluate(student, t.batches(), trainer.precision, stop.asked) for n, t in tests.items()}
+                found = {n: evaluate(result, t.batches(), trainer.precision, stop.asked) for n, t in tests.items()}
+                if trainer.average:
+                    found["raw_test"] = evaluate(student, tests["test"].batches(), trainer.precision, stop.asked)
             except EvaluationStopped:
                 trainer.save()
                 raise _stopped(trainer, stop) from None
             state.timings["wall"] += time.perf_counter() - start
             trainer.record_epoch(found)
-    test = found["test"] if found else evaluate(student, tests["test"].batches(), trainer.precision)
+    test = found["test"] if found else evaluate(result, tests["test"].batches(), trainer.precision)
     images = state.epoch * data.steps_per_epoch * recipe.batch_size
     return Fitted(state.records, test, images / max(state.timings["train"], 1e-9), state.timings["wall"])
 
@@ -357,7 +375,7 @@ def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
     why = f"by {signal.Signals(stop.signal).name}" if stop.signal else f"after {trainer.options.steps} steps"
     where = f"epoch {state.epoch + 1}, step {state.step} of {trainer.data.steps_per_epoch}"
     same = f"--output {trainer.run.path} in place of --fresh" if trainer.options.fresh else "the same command"
-    message = f"stopped {why} at {where}; saved in {trainer.run.path}; {same} continues"
+    message = f"{trainer.recipe.arch} stopped {why} at {where}; saved in {trainer.run.path}; {same} continues"
     return Stopped(message, 128 + stop.signal if stop.signal else 0)
 
 

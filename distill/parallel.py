@@ -1,5 +1,6 @@
 """Devices, precision and seeds."""
 
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -7,8 +8,12 @@ import torch
 from distill.recipe import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:N`. Raises UserError if it is not there."""
+def choose_device(name: str, *, deterministic: bool = False) -> torch.device:
+    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:N`. Raises UserError if it is not there.
+
+    `deterministic`: only algorithms that give the same bits each time; an operation that has none raises. On the CPU
+    the operations of this repository are so in any case.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -19,6 +24,10 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     return device
 
 

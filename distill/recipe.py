@@ -25,10 +25,11 @@ def knob(
     least: float = -math.inf,
     most: float = math.inf,
     above: float = -math.inf,
+    below: float = math.inf,
 ) -> Any:
     """A field with its flag: `help`, the `group` it is listed under, further `flags`, and the values it allows."""
     metadata = {"help": help, "group": group, "flags": flags, "choices": choices}
-    return field(default=default, metadata={**metadata, "least": least, "most": most, "above": above})
+    return field(default=default, metadata={**metadata, "least": least, "most": most, "above": above, "below": below})
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Recipe:
         128, "images a step; the last partial batch is dropped", group="training", flags=("-b",), least=1
     )
     lr: float = knob(0.1, "peak learning rate", group="training", above=0)
+    optimizer: str = knob("sgd", "sgd (Nesterov momentum) or adamw", group="training", choices=("sgd", "adamw"))
     momentum: float = knob(0.9, "of SGD (Nesterov's form where it is not 0)", group="training", least=0, most=1)
     weight_decay: float = knob(
         5e-4, "L2 penalty, not on BatchNorm and biases", group="training", flags=("--wd",), least=0
@@ -51,12 +53,31 @@ class Recipe:
     decay_all: bool = knob(False, "weight decay on BatchNorm and biases too", group="training")
     schedule: str = knob(
         "cosine",
-        "of the learning rate after the warm-up: cosine to 0, or a tenth at 50 %% and at 75 %% of the run",
+        "of the learning rate after the warm-up: cosine to 0; multistep, a tenth at 50 %% and at 75 %% of the run; "
+        "onecycle, with a warm-up of its own over 30 %% of the run",
         group="training",
-        choices=("cosine", "multistep", "constant"),
+        choices=("cosine", "multistep", "onecycle", "constant"),
     )
     warmup: float = knob(
         5.0, "epochs of linear warm-up; a quarter of the run at most", group="training", least=0, most=1e6
+    )
+    clip_norm: float = knob(0.0, "largest norm of the gradient; 0 is off", group="training", least=0)
+    ema: float = knob(
+        0.0,
+        "decay a step of the weights' moving average, which then is the result; 0 is off",
+        group="training",
+        least=0,
+        below=1,
+    )
+    dropout: float | None = knob(
+        None, "before the classifier of the student (default: its own)", group="training", least=0, below=1
+    )
+    drop_connect: float = knob(
+        0.0,
+        "rate at the last block of the student at which it is skipped, rising from 0",
+        group="training",
+        least=0,
+        below=1,
     )
     label_smoothing: float = knob(0.0, "of the CE term", group="training", least=0, most=1)
     precision: str = knob(
@@ -70,6 +91,9 @@ class Recipe:
         "what a view is: crop_flip (162 views), original (crop, flip, rotation, colour jitter), none",
         group="views",
         choices=("crop_flip", "original", "none"),
+    )
+    cutout: int = knob(
+        0, "side in pixels of a square in the views that is blotted out; 0 is off", group="views", least=0, most=1000
     )
     views: int | None = knob(None, "views of an image that are shown in turn (default: all)", group="views", least=1)
     seed: int = knob(0, "of initialisation, order of the images, dropout", group="views", least=0, most=2**32 - 1)
@@ -116,7 +140,7 @@ class Options:
     workers: int = knob(
         2, "threads that decode a folder of images", group="data and files", flags=("-j",), least=0, most=256
     )
-    skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %%", group="data and files")
+    skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %% or one", group="data and files")
     teacher_checkpoint: str | None = knob(None, "the teacher's weights, ours or foreign", group="data and files")
     init: str | None = knob(None, "weights the student starts from (default: from scratch)", group="data and files")
     output: str | None = knob(
@@ -125,6 +149,7 @@ class Options:
     recipe: str | None = knob(None, "a named recipe; flags given beside it win", group="running")
     show_recipe: bool = knob(False, "print the complete recipe and exit", group="running")
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="running")
+    deterministic: bool = knob(False, "on CUDA too, the same bits each time; slower", group="running")
     steps: int | None = knob(None, "stop after N training steps of this call and save", group="running", least=1)
     resume: str | None = knob(None, "start from this checkpoint a run that has none of its own yet", group="running")
     save_minutes: float = knob(10.0, "minutes between checkpoints within an epoch", group="running", least=0)
@@ -164,6 +189,8 @@ def allowed(known: "Field[Any]", kind: type) -> str:
         words.append(f"above {limits['above']:g}")
     if limits["least"] > -math.inf:
         words.append(f"at least {limits['least']:g}")
+    if limits["below"] < math.inf:
+        words.append(f"below {limits['below']:g}")
     if limits["most"] < math.inf:
         words.append(f"at most {limits['most']:.10g}")
     return ", ".join(words)
@@ -188,7 +215,8 @@ def check(owner: type, known: "Field[Any]", value: Any) -> None:
         fits = value in choices if choices else value != ""
     elif fits:
         limits = known.metadata
-        fits = math.isfinite(value) and limits["least"] <= value <= limits["most"] and value > limits["above"]
+        fits = math.isfinite(value) and limits["least"] <= value <= limits["most"]
+        fits = fits and limits["above"] < value < limits["below"]
     if not fits:
         raise UserError(f"{flag(known.name)} must be {allowed(known, kind)}, got {value!r}")
 

@@ -69,7 +69,7 @@ class RunDirectory:
         """Raises UserError, naming the fields that differ, if the directory holds another run than that of `recipe`
         and `facts` (digests of data, teacher, ...), as far as they are given. `extend` lets `epochs` grow."""
         config = self.read_config()
-        if not config:
+        if not config or not self.has_begun():
             return
         before = Recipe.from_dict(config["recipe"]).to_dict() | {k: v for k, v in config["facts"].items() if k in facts}
         now = {**recipe.to_dict(), **facts}
@@ -81,6 +81,11 @@ class RunDirectory:
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
+
+    def has_begun(self) -> bool:
+        """Whether anything was saved: a run that was refused or failed before that leaves its directory to another."""
+        names = (checkpoint.LAST, checkpoint.PREVIOUS, f"{checkpoint.LAST}.damaged", SUMMARY)
+        return any(os.path.lexists(self.path / name) for name in names)
 
     def report(self, recipe: Recipe) -> dict[str, Any] | None:
         """The summary, after printing it, if the run is finished."""
@@ -97,7 +102,8 @@ class RunDirectory:
         self.check(recipe, facts, extend=extend)
         if summary := self.report(recipe):
             return summary
-        starts = (self.read_config() or {"starts": []})["starts"]
+        config = self.read_config()
+        starts = config["starts"] if config and self.has_begun() else []
         start: dict[str, Any] = {"time": _now(), "argv": sys.argv, "commit": commit()}
         start |= {"versions": versions(), "machine": machine(device)}
         for what, value in (("versions", start["versions"]), ("device", start["machine"]["device"])):
@@ -159,18 +165,26 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def tell(fields: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
     """`--lr was 0.1, is 0.2, data_digest was 1, is 2`: flags of the recipe, and facts."""
     known = Recipe.__dataclass_fields__
-    return ", ".join(f"{flag(k) if k in known else k} was {before.get(k)}, is {now.get(k)}" for k in fields)
+    shown = [{key: str(values.get(key))[:24] for key in fields} for values in (before, now)]  # of a digest enough
+    return ", ".join(f"{flag(k) if k in known else k} was {shown[0][k]}, is {shown[1][k]}" for k in fields)
 
 
 def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:
     """The directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free."""
     path = Path(options.output) if options.output else CHECKPOINTS / data_name / recipe.arch / recipe.run_name
-    return RunDirectory(next_free(path) if options.fresh else path)
+    if options.fresh and path.exists():
+        path = next_free(path)
+        print(f"starting over in {path}; to continue it, --output {path} in place of --fresh")
+    return RunDirectory(path)
 
 
 def describe(summary: dict[str, Any]) -> str:
     """A run's result in a line."""
-    line = f"{summary['arch']}: test accuracy {summary['test_accuracy']:.2f} % after {summary['epochs']} epochs"
+    epochs = f"{summary['epochs']} epoch{'s' if summary['epochs'] > 1 else ''}"
+    line = f"{summary['arch']}: test accuracy {summary['test_accuracy']:.2f} % after {epochs}"
+    if best := summary.get("best_epoch"):
+        line += f" (best.pt, by {best['val_accuracy']:.2f} % on the validation part in epoch {best['epoch']}: "
+        line += f"{best['test_accuracy']:.2f} %)"
     if summary["teacher_arch"]:
         line += f", teacher {summary['teacher_arch']} {summary['teacher_accuracy']:.2f} %"
         line += f", they agree on {summary['agreement']:.2f} %"

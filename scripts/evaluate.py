@@ -21,7 +21,7 @@ from distill.recipe import UserError, knob, validate  # noqa: E402
 class Evaluate:
     """The flags of this script."""
 
-    arch: str | None = knob(None, "the network's architecture", group="what", flags=("-a",))
+    arch: str | None = knob(None, "the network's architecture (not needed for ours)", group="what", flags=("-a",))
     checkpoint: str | None = knob(None, "its weights: last.pt of a run, or a file of others", group="what")
     data: str | None = knob(None, "'sample', a directory, or a .npz file (default: data/cifar10)", group="what")
     split: str = knob("test", "which images", group="what", choices=("test", "train"))
@@ -29,7 +29,7 @@ class Evaluate:
     precision: str = knob("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
     workers: int = knob(2, "threads that decode a folder of images", group="how", flags=("-j",), least=0, most=256)
-    skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %%", group="how")
+    skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %% or one", group="how")
     json: str | None = knob(None, "write accuracy, top5, loss, images, images_per_second to this file", group="how")
 
     def __post_init__(self) -> None:
@@ -38,8 +38,10 @@ class Evaluate:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Evaluate(), prog="evaluate.py", description=__doc__ or "")
-    if not options.arch or not options.checkpoint:
-        raise UserError("--arch and --checkpoint are needed; --help shows an example")
+    if not options.checkpoint:
+        raise UserError("--checkpoint is needed; --help shows an example")
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no such directory")
     from cifar10.data import load_data
     from cifar10.models import CIFAR_INPUT, MODELS
     from distill import checkpoint
@@ -49,8 +51,11 @@ def main(argv: Sequence[str]) -> None:
     from distill.views import EvaluationSet
 
     device = choose_device(options.device)
-    arch = MODELS.resolve(options.arch)
     weights = checkpoint.load_weights(Path(options.checkpoint))
+    named = options.arch or checkpoint.load_arch(Path(options.checkpoint))
+    if not named:
+        raise UserError(f"--arch is needed: {options.checkpoint} does not say what network it is of")
+    arch = MODELS.resolve(named)
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     network = MODELS.build(arch, len(data.classes))
     checkpoint.apply_weights(network, weights, options.checkpoint)

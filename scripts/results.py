@@ -15,23 +15,28 @@ from distill import cli  # noqa: E402
 from distill.recipe import UserError  # noqa: E402
 
 
-def row(summary: dict[str, Any]) -> tuple[str, ...]:
-    teacher = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
-    accuracy = f"{summary['test_accuracy']:.2f} %"
-    return summary["arch"], teacher, f"{summary['parameters']:,}", accuracy, f"{summary['wall_seconds']:.0f}"
+def row(path: Path) -> tuple[str, ...]:
+    """A line of the table, with dashes for a run that is not finished. Raises UserError where there is no run."""
+    try:
+        text = (path / "summary.json").read_text()
+    except FileNotFoundError:
+        if not (path / "config.json").exists():
+            raise UserError(f"{path} is no directory of a run") from None
+        return (path.name, "not finished", "-", "-", "-", "-")
+    try:
+        summary: dict[str, Any] = json.loads(text)
+        teacher = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
+        numbers = (f"{summary['parameters']:,}", f"{summary['epochs']}", f"{summary['test_accuracy']:.2f} %")
+        return (summary["arch"], teacher, *numbers, f"{summary['wall_seconds']:.0f}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'summary.json'} is no summary of a run ({error!r})") from None
 
 
 def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
         return
-    rows: list[tuple[str, ...]] = [("network", "trained by", "parameters", "test accuracy", "seconds")]
-    for name in argv:
-        path = Path(name) / "summary.json"
-        try:
-            rows.append(row(json.loads(path.read_text())))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is no summary of a finished run ({error})") from None
+    rows = [("network", "trained by", "parameters", "epochs", "test accuracy", "seconds"), *map(row, map(Path, argv))]
     widths = [max(len(line[k]) for line in rows) for k in range(len(rows[0]))]
     for line in rows:
         left = [line[k].ljust(widths[k]) for k in (0, 1)]

@@ -303,7 +303,7 @@ def fits(path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("wrapper", [None, "net", "state_dict", "model"])
+@pytest.mark.parametrize("wrapper", [None, "net", "state_dict", "model", "model_state_dict"])
 def test_foreign_formats(tmp_path: Path, weights: dict[str, torch.Tensor], prefix: str, wrapper: str | None) -> None:
     content: dict[str, Any] = {prefix + key: value for key, value in weights.items()}
     if wrapper == "net":
@@ -348,7 +348,7 @@ def change(name: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     [
         ("missing", "lacks bn.weight"),
         ("extra", "has bonus"),
-        ("classes", r"number of classes: has fc.weight \(100, 456\) instead of \(10, 456\)"),
+        ("classes", r"number of classes: it has fc.weight \(100, 456\) instead of \(10, 456\)"),
         ("nan", "not finite: in fc.bias"),
     ],
 )

@@ -12,10 +12,12 @@ from cifar10.recipes import RECIPES
 from distill import cli
 from distill.recipe import Options, Recipe, UserError, flag
 
-FLAGS = """--arch --teacher-arch --T --w --epochs --batch-size --lr --momentum --weight-decay --decay-all --schedule
---warmup --label-smoothing --precision --augment --views --seed --view-seed --val-split
---data --workers --skip-bad-images --teacher-checkpoint --init --output --recipe --show-recipe --device --steps
---resume --save-minutes --extend --fresh --evaluate"""
+FLAGS = """--arch --teacher-arch --T --w
+--epochs --batch-size --lr --optimizer --momentum --weight-decay --decay-all --schedule --warmup --clip-norm --ema
+--dropout --drop-connect --label-smoothing --precision
+--augment --cutout --views --seed --view-seed --val-split
+--data --workers --skip-bad-images --teacher-checkpoint --init --output
+--recipe --show-recipe --device --deterministic --steps --resume --save-minutes --extend --fresh --evaluate"""
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"ce": train_ce.main, "kd": train_kd.main}
 
 
@@ -97,10 +99,16 @@ MISTAKES = [  # command, arguments, what the line must name
         ("momentum", "a number, at least 0, at most 1", ("-0.1", "1.5", "x")),
         ("weight-decay", "a number, at least 0", ("-1", "nan", "x")),
         ("warmup", "a number, at least 0", ("-1", "x")),
+        ("optimizer", "one of sgd, adamw", ("adam",)),
+        ("clip-norm", "a number, at least 0", ("-1", "x")),
+        ("ema", "a number, at least 0, below 1", ("1", "-0.5", "x")),
+        ("dropout", "a number, at least 0, below 1", ("1", "-0.5", "x")),
+        ("drop-connect", "a number, at least 0, below 1", ("1", "x")),
         ("label-smoothing", "a number, at least 0, at most 1", ("-0.1", "2", "x")),
-        ("schedule", "one of cosine, multistep, constant", ("linear", "''")),
+        ("schedule", "one of cosine, multistep, onecycle, constant", ("linear", "''")),
         ("precision", "one of auto, float32, bfloat16", ("float16", "fp32")),
         ("augment", "one of crop_flip, original, none", ("cutout", "None")),
+        ("cutout", "an integer, at least 0", ("-1", "8.5", "x")),
         ("views", "an integer, at least 1", ("0", "-1", "all")),
         ("seed", "an integer, at least 0", ("-1", "x", "4294967296")),
         ("view-seed", "an integer, at least 0", ("-1", "x")),
@@ -124,6 +132,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("ce", "--teacher-arch resnet18", "unknown argument --teacher-arch"),
     ("kd", "--arch resnet51", "unknown architecture 'resnet51'"),
     ("kd", "--teacher-arch vgg16", "unknown architecture 'vgg16'"),
+    ("ce", "--data sample --arch resnet18 --dropout 0.3", "--dropout and --drop-connect: resnet18 has neither"),
     ("ce", "--arch ''", "--arch must be text"),
     ("ce", "--data nowhere", "--data nowhere does not exist"),
     ("ce", "--data pyproject.toml", "neither 'sample' nor a directory nor a .npz file"),

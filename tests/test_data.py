@@ -88,6 +88,7 @@ def test_npz_of_another_size_is_resized(tmp_path: Path, capsys: pytest.CaptureFi
         ({"train_labels": np.full(6, -1)}, "must be integers from 0 on"),
         ({"classes": np.array(["a", "b"])}, "2 classes, labels up to 2"),
         ({"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)}, "1 classes"),
+        ({"test_labels": np.array([0, 1, 3])}, "class 3 is in test_labels but not in train_labels"),
         ({"classes": np.array(3)}, "no list of classes"),
         ({"train_labels": np.array([0, 1, 2, 0, 1, 10**10])}, "labels up to 10000000000 for 6 images"),
         ({"classes": np.array(["a", "b", {"c": 1}], dtype=object)}, "no .npz file of plain arrays"),
@@ -159,13 +160,14 @@ def test_damaged_cache_is_named_and_made_anew(
     assert "decoding again" in capsys.readouterr().out
 
 
-def test_passes_by_what_is_no_image(tmp_path: Path) -> None:
+def test_passes_by_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_folder(tmp_path / "pets")
     (root / "train" / ".hidden").mkdir()
     (root / "train" / "README.txt").write_text("x")
     (root / "train" / "cat" / ".DS_Store").write_text("x")
     (root / "train" / "cat" / "Thumbs.db").write_text("x")
     assert len(load_data(str(root)).train_images) == 6
+    assert "note: 1 files in" in capsys.readouterr().out
 
 
 def test_resizing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +225,7 @@ def test_skip_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert data.train_labels.bincount().tolist() == [19, 20]
     assert "left out" in capsys.readouterr().out
     text(root / "train" / "dog" / "007.png")
-    with pytest.raises(UserError, match=r"up to 0\.1 %"):
+    with pytest.raises(UserError, match=r"up to 0\.1 % of them, or one"):
         load_data(str(root), skip_bad_images=True)
 
 

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,15 @@ from distill import checkpoint, engine
 from distill.engine import Fitted, evaluate, fit
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step
-from distill.optim import build_optimizer, learning_rate
+from distill.optim import WeightAverage, build_optimizer, learning_rate
 from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier, InputSpec
 from distill.run_dir import RunDirectory
-from distill.stop import SIGNALS, Stopped, StopRequest
+from distill.stop import SIGNALS, Stopped
 from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning
 from distill.views import Batch, EvaluationSet
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SPEC = InputSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, warmup=0.5)
@@ -90,6 +93,104 @@ def test_learning_rate() -> None:
     assert [learning_rate(s, steps, 10) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert learning_rate(99, replace(recipe, schedule="constant"), 10) == 1.0
     assert learning_rate(0, replace(recipe, epochs=1, warmup=5), 4) == 1.0  # a quarter of the run: one step of four
+
+
+@pytest.mark.parametrize("total", [10, 100, 1000])
+def test_onecycle_is_torchs(total: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=total, cycle_momentum=False)
+    recipe = Recipe(epochs=10, lr=0.5, schedule="onecycle")
+    for step in range(total):
+        assert learning_rate(step, recipe, total // 10) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        theirs.step() if step < total - 1 else None
+
+
+def test_adamw_is_torchs_and_can_be_held_back() -> None:
+    network, other = small_network(), small_network()
+    optimizer = build_optimizer(network, replace(RECIPE, optimizer="adamw", weight_decay=0.1))
+    weights = [p for p in other.parameters() if p.dim() > 1]
+    vectors = [p for p in other.parameters() if p.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=RECIPE.lr)
+    for _ in range(3):
+        for p, q in zip(network.parameters(), other.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        theirs.step()
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    before = [p.detach().clone() for p in network.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+
+
+def test_weight_average_is_the_formula() -> None:
+    """Of weights and BatchNorm statistics, with a warm-up; counters are copied."""
+    network = small_network()
+    average = WeightAverage(network, 0.5)
+    expected = {k: v.clone() for k, v in network.state_dict().items()}
+    for step in range(20):
+        for value in network.state_dict().values():
+            value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
+        average.update(network, step)
+        keep = min(0.5, (1 + step) / (10 + step))
+        for key, value in network.state_dict().items():
+            expected[key] = keep * expected[key] + (1 - keep) * value if value.is_floating_point() else value.clone()
+    for key, value in average.network.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    assert not any(p.requires_grad for p in average.network.parameters())
+
+
+def test_the_average_is_what_counts(small_npz: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=4, ema=0.9, val_split=8)
+    fitted = train(tmp_path / "run", small_npz, recipe)
+    payload = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert checkpoint.digest(payload["average"]) != checkpoint.digest(payload["student"])
+    test = prepare(load_data(str(small_npz)), recipe, CPU)[1]["test"]
+    for key, name in (("average", "test"), ("student", "raw_test")):
+        network = small_network()
+        network.network.load_state_dict(payload[key])
+        assert evaluate(network, test.batches()).loss == fitted.records[-1][f"{name}_loss"]
+    assert fitted.test.loss == fitted.records[-1]["test_loss"]
+    assert fitted.to_dict()["raw_test_accuracy"] == fitted.records[-1]["raw_test_accuracy"]
+    loaded = checkpoint.load_weights(tmp_path / "run" / "last.pt")
+    assert checkpoint.digest(loaded) == checkpoint.digest(payload["average"])
+
+
+def test_clipped_gradient(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+            super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "SGD", Watched)
+    train(tmp_path / "run", small_npz, replace(RECIPE, clip_norm=0.01))
+    assert norms == pytest.approx([0.01] * 15, rel=1e-3)
+
+
+class BadGradient(CrossEntropy):
+    """A finite loss whose gradient is infinite."""
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        step = super().__call__(student, batch)
+        return Step(step.logits, step.loss + (step.logits.sum() * 0).sqrt(), ())
+
+
+def test_a_gradient_that_is_not_finite(small_npz: Path, tmp_path: Path) -> None:
+    """Clipping measures the gradient's norm, so that it blocks the update; otherwise nothing of it is saved."""
+    student = small_network()
+    with pytest.raises(Stopped, match="the loss or its gradient is not finite at step 0"):
+        train(tmp_path / "clip", small_npz, replace(RECIPE, clip_norm=1.0), objective=BadGradient(), student=student)
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+    with pytest.raises(Stopped, match="not finite"):
+        train(tmp_path / "run", small_npz, objective=BadGradient())
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_weight_decay_spares_batchnorm_and_biases() -> None:
@@ -208,10 +309,18 @@ def test_warning_near_chance() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- continuing, bit for bit
-@pytest.mark.parametrize("augment", ["crop_flip", "original"])
-def test_cut_anywhere_and_continued(small_npz: Path, tmp_path: Path, augment: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": "crop_flip"},
+        {"augment": "original"},
+        {"optimizer": "adamw", "lr": 0.001, "ema": 0.9, "clip_norm": 1.0, "schedule": "onecycle"},
+    ],
+    ids=str,
+)
+def test_cut_anywhere_and_continued(small_npz: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Stopped after every single step, in a new process's state each time: the same weights, optimiser and metrics."""
-    recipe = replace(RECIPE, augment=augment)
+    recipe = replace(RECIPE, **changes)
     train(tmp_path / "whole", small_npz, recipe, objective=teaching()[1])
     for stop in range(3 * 5 - 1):
         torch.manual_seed(stop)  # what the generators hold before must play no part
@@ -261,11 +370,22 @@ def test_signal_saves_at_the_next_step(small_npz: Path, tmp_path: Path, number: 
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
 
 
-def test_a_second_signal_ends_at_once() -> None:
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_DFL}
+@pytest.mark.parametrize("numbers", [("SIGINT", "SIGTERM"), ("SIGUSR1", "SIGINT"), ("SIGTERM", "SIGTERM")])
+def test_a_second_signal_ends_at_once(numbers: tuple[str, str]) -> None:
+    """With and without time between the two; without, two of a kind may arrive as one, as signals do."""
+    first, second = (signal.Signals[name] for name in numbers)
+    for pause in (0.1, 0):
+        code = f"""if True:
+            import os, time
+            from distill.stop import StopRequest
+            with StopRequest() as stop:
+                os.kill(os.getpid(), {int(first)}); time.sleep({pause}); os.kill(os.getpid(), {int(second)})
+                time.sleep(5)
+            """
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert found.returncode in (128 + first, 128 + second)
+        assert found.stderr == ""
 
 
 def test_signal_during_evaluation(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +479,9 @@ class Poisoned(CrossEntropy):
 def test_no_update_is_made_from_a_loss_that_is_not_finite(small_npz: Path, tmp_path: Path) -> None:
     Poisoned.steps = 0
     student = small_network()
-    with pytest.raises(Stopped, match=r"the loss is not finite at step 6 \(lr 0\.0.*last good checkpoint is") as stop:
+    with pytest.raises(
+        Stopped, match=r"the loss or its gradient is not finite at step 6 \(lr 0\.0.*last good checkpoint is"
+    ) as stop:
         train(tmp_path / "run", small_npz, objective=Poisoned(), student=student)
     assert stop.value.exit_code == 1
     assert all(torch.isfinite(p).all() for p in student.parameters())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cifar10.models import MODELS
+from cifar10.models.efficientnet import Block, EfficientNet
 from distill.recipe import UserError
 from distill.registry import Classifier, InputSpec, Registry
 
@@ -68,6 +69,19 @@ def test_contract(name: str) -> None:
     again.load_state_dict(network.state_dict())
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(again.eval()(images), network.eval()(images))
+
+
+def test_drop_connect_leaves_out_whole_images_by_depth() -> None:
+    network = MODELS.build("efficientnet_b0", 10)
+    assert isinstance(network, EfficientNet)
+    network.set_dropout(0.0, 0.8)
+    rates = [block.drop_connect for block in network.layers if isinstance(block, Block)]
+    assert rates == pytest.approx([0.8 * i / 16 for i in range(16)])
+    block = network.layers[14].train()
+    images = torch.randn(64, 192, 2, 2)
+    changed = (block(images) != images).flatten(1).any(1)
+    assert 0.1 < changed.float().mean() < 0.6  # kept with 0.3
+    assert (block.eval()(images) != images).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
 def test_claim_records_what_the_run_is(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "run") as run:
         assert run.claim(Recipe(), FACTS, CPU) is None
+        (tmp_path / "run" / "last.pt").touch()
         assert run.claim(Recipe(), FACTS, CPU) is None
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert Recipe.from_dict(config["recipe"]) == Recipe()
@@ -63,6 +64,7 @@ def test_claim_records_what_the_run_is(tmp_path: Path) -> None:
 def test_a_recipe_of_an_older_version_has_the_defaults_of_what_came_later(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
         run.claim(Recipe(), FACTS, CPU)
+        (tmp_path / "last.pt").touch()
         config = json.loads((tmp_path / "config.json").read_text())
         del config["recipe"]["label_smoothing"]
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -72,6 +74,7 @@ def test_a_recipe_of_an_older_version_has_the_defaults_of_what_came_later(tmp_pa
 def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunDirectory(tmp_path) as run:
         run.claim(Recipe(), FACTS, CPU)
+        (tmp_path / "last.pt").touch()
         config = json.loads((tmp_path / "config.json").read_text())
         config["starts"][0]["machine"]["device"] = "NVIDIA H200"
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -93,7 +96,9 @@ def test_the_former_holder_is_not_named(tmp_path: Path) -> None:
 
 def test_another_recipe_is_refused_with_the_fields(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
-        run.claim(Recipe(epochs=3), FACTS, CPU)
+        run.claim(Recipe(epochs=9, lr=1e9), FACTS, CPU)
+        run.claim(Recipe(epochs=3), FACTS, CPU)  # the former never saved anything
+        (tmp_path / "last.pt").touch()
         with pytest.raises(UserError, match=r"--lr was 0\.1, is 0\.2, data_digest was 1, is 2"):
             run.claim(Recipe(epochs=3, lr=0.2), {**FACTS, "data_digest": "2"}, CPU)
         with pytest.raises(UserError, match=r"--epochs was 3, is 5; --extend"):

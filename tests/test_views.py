@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from cifar10.augment import CropFlip, NoChange, Original, build_policy
+from cifar10.augment import CropFlip, Cutout, NoChange, Original, build_policy
 from cifar10.data import load_data
 from distill.recipe import UserError
 from distill.views import (
@@ -23,7 +23,7 @@ from distill.views import (
 IMAGES = load_data("sample").train_images
 RECORDED_DRAWS = [3998611724445730424, 4336785009336206839, 15072604215656766132]
 RECORDED_PERMUTATION = [2, 6, 7, 1, 5, 4, 0, 3]
-POLICIES: list[ViewPolicy] = [CropFlip(), Original(0), NoChange()]
+POLICIES: list[ViewPolicy] = [CropFlip(), Original(0), NoChange(), Cutout(CropFlip(), 16, 0), Cutout(Original(0), 7, 0)]
 
 
 # ------------------------------------------------------------------------------------------------- numbers by counter
@@ -172,6 +172,20 @@ def test_original_agrees_with_torchvision_on_pil_images() -> None:
             image = steps[step](image, 1 + 0.2 * (2 * drawn[4 + step] - 1))
         difference = (rendered[i].int() - torch.from_numpy(np.array(image)).int()).abs()
         assert (difference > 2).float().mean() < 0.02
+
+
+def test_cutout_blots_out_one_square() -> None:
+    images, indices = torch.full((2000, 32, 32, 3), 255, dtype=torch.uint8), torch.arange(2000)
+    rendered = Cutout(NoChange(), 16, 0).render(images, indices, indices % 7)
+    blotted = (rendered == torch.tensor(Cutout.colour)).all(3)
+    assert torch.equal(blotted, (rendered != 255).any(3))
+    rows, columns = blotted.any(2).sum(1), blotted.any(1).sum(1)
+    assert torch.equal(blotted.sum((1, 2)), rows * columns)  # a rectangle: a square that the edge may cut
+    assert rows.min() == columns.min() == 8
+    assert rows.max() == columns.max() == 16
+    centre = blotted.float().mean(0)
+    assert centre[16, 16] == pytest.approx(1 / 4, abs=0.04)
+    assert centre[0, 0] == pytest.approx(1 / 16 * 1.13, abs=0.03)
 
 
 def test_view_seeds_differ() -> None:

@@ -1,20 +1,25 @@
 """CIFAR networks by name, for 32x32 images; state_dict keys and function agree with the reference definitions.
 
-To add one: write `@MODELS.register def my_network(num_classes: int) -> nn.Module` in a file of this folder and
-import the file below. The contract tests pick it up by themselves.
+To add one: write `@MODELS.register def my_network(num_classes: int) -> nn.Module` in a file of this folder. It is
+found, and the contract tests pick it up, by themselves.
 """
 
+import importlib
+import pkgutil
 from pathlib import Path
 
 import torch
 
-from cifar10.models import densenet, efficientnet, mobilenetv2, resnet, resnext
+from cifar10.models.efficientnet import EfficientNet
 from cifar10.models.registry import CIFAR_INPUT, MODELS
 from distill import checkpoint
-from distill.recipe import Recipe
+from distill.recipe import Recipe, UserError
 from distill.registry import Classifier
 
-__all__ = ["CIFAR_INPUT", "MODELS", "build_student", "densenet", "efficientnet", "mobilenetv2", "resnet", "resnext"]
+__all__ = ["CIFAR_INPUT", "MODELS", "build_student"]
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 
 def build_student(
@@ -23,6 +28,10 @@ def build_student(
     """The network of `recipe`, initialised from its seed or from the file `init`, and the digest of those weights."""
     torch.manual_seed(recipe.seed)
     network = MODELS.build(recipe.arch, num_classes)
+    if isinstance(network, EfficientNet):
+        network.set_dropout(recipe.dropout, recipe.drop_connect)
+    elif recipe.dropout or recipe.drop_connect:
+        raise UserError(f"--dropout and --drop-connect: {recipe.arch} has neither; efficientnet_b0 has both")
     init_digest = None
     if init:
         weights = checkpoint.load_weights(Path(init))

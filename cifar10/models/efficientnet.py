@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth  # type: ignore[import-untyped]
 
 from cifar10.models.registry import MODELS
 
@@ -61,12 +62,15 @@ class Block(nn.Module):
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.has_skip = stride == 1 and in_channels == out_channels
+        self.drop_connect = 0.0  # rate at which the block is left out, image by image, in training
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.silu(self.bn1(self.conv1(x))) if self.expands else x
         out = self.se(F.silu(self.bn2(self.conv2(out))))
         out = self.bn3(self.conv3(out))
-        return out + x if self.has_skip else out
+        if not self.has_skip:
+            return out
+        return stochastic_depth(out, self.drop_connect, "row", self.training) + x
 
 
 class EfficientNet(nn.Module):
@@ -75,7 +79,8 @@ class EfficientNet(nn.Module):
         self.dropout = dropout
         self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
-        blocks, in_channels = [], 32
+        blocks: list[Block] = []
+        in_channels = 32
         for stage in stages:
             for i in range(stage.depth):
                 stride = stage.stride if i == 0 else 1
@@ -83,6 +88,13 @@ class EfficientNet(nn.Module):
                 in_channels = stage.channels
         self.layers = nn.Sequential(*blocks)
         self.linear = nn.Linear(in_channels, num_classes)
+
+    def set_dropout(self, dropout: float | None, drop_connect: float) -> None:
+        """Dropout before the classifier (None: as it is); drop-connect rises linearly from 0 to its rate at the end."""
+        self.dropout = self.dropout if dropout is None else dropout
+        blocks = [block for block in self.layers if isinstance(block, Block)]
+        for i, block in enumerate(blocks):
+            block.drop_connect = drop_connect * i / len(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layers(F.silu(self.bn1(self.conv1(x)))).mean((2, 3))
