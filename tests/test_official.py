@@ -99,7 +99,7 @@ def test_wrong_digest(tmp_path: Path) -> None:
         ("test_batch", {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, "with a label each"),
         ("test_batch", {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, "x"]}, "with a label each"),
         ("test_batch", {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, -1]}, "from 0 on"),
-        ("test_batch", {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 7]}, "labels up to 7"),
+        ("test_batch", {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 7]}, "class 7 is in test_labels"),
         ("test_batch", None, "has no cifar-10-batches-py/test_batch"),
         ("batches.meta", {b"label_names": 3}, "does not name the classes"),
     ],
