@@ -5,15 +5,13 @@ on the number of threads; so a view is the same in any batch, order and process.
 """
 
 import math
-from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.recipe import UserError
-from distill.views import ViewPolicy, uniforms
+from distill.views import ViewDraws, ViewPolicy
 
 PADDING = 4  # black pixels on each side before the crop
 OFFSETS = 2 * PADDING + 1
@@ -55,27 +53,6 @@ class CropFlip:
         cropped = windows[torch.arange(batch, device=images.device), rows, columns]
         cropped = cropped.view(batch, height, width, channels)
         return torch.where(flipped.view(-1, 1, 1, 1), cropped.flip(2), cropped)
-
-
-class ViewDraws:
-    """`columns` uniform numbers for each (view seed, purpose, i, v); drawn view by view for all images."""
-
-    def __init__(self, view_seed: int, purpose: str, columns: int) -> None:
-        self._view_seed, self._purpose, self._columns = view_seed, purpose, columns
-        self._table = lru_cache(maxsize=CropFlip.view_count)(self._draw)  # an epoch of crop_flip shows all its views
-
-    def _draw(self, view: int, image_count: int) -> NDArray[np.float32]:
-        return uniforms(self._view_seed, self._purpose, view, (image_count, self._columns)).astype(np.float32)
-
-    def rows(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
-        """(B, columns) in [0, 1]; the numbers of image i stand in row i of a table, however many rows are drawn."""
-        chosen, shown = indices.numpy(), views.numpy()
-        found = np.empty((len(chosen), self._columns))
-        image_count = 1 << int(chosen.max()).bit_length()  # a power of two, so that few tables are drawn
-        for view in np.unique(shown):
-            where = shown == view
-            found[where] = self._table(int(view), image_count)[chosen[where]]
-        return found
 
 
 class Original:

@@ -22,7 +22,7 @@ from cifar10.augment import build_policy
 from distill import checkpoint
 from distill.recipe import Recipe, UserError
 from distill.run_dir import CHECKPOINTS, ROOT
-from distill.views import EpochPlan, EvaluationSet, TensorData, ViewOrder, split_validation
+from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewOrder, split_validation
 
 SIZE = 32
 SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
@@ -92,7 +92,8 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
     trained, held_out = split_validation(count, recipe.val_split)
     order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
     plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size)
-    views = TensorData(data.train_images.to(device), data.train_labels.to(device), plan, policy)
+    mixup = ViewDraws(recipe.view_seed, "mixup", 2) if recipe.mixup else None
+    views = TensorData(data.train_images.to(device), data.train_labels.to(device), plan, policy, mixup)
     tests = {"test": EvaluationSet(data.test_images.to(device), data.test_labels.to(device))}
     if len(held_out):
         chosen = torch.from_numpy(held_out).to(device)

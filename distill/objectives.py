@@ -29,6 +29,18 @@ class Objective(Protocol):
     def __call__(self, student: nn.Module, batch: Batch) -> Step: ...
 
 
+def cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """CE in nats, mean over the batch; of mixed images the CE of both labels, weighted by their shares u and 1 - u."""
+    if batch.mixture is None:
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
+    share = batch.mixture.share
+    own, other = (
+        F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="none")
+        for labels in (batch.labels, batch.mixture.labels)
+    )
+    return (share * own + (1 - share) * other).mean()
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     """CE(s, y) in nats, mean over the batch; `label_smoothing` e mixes the label with the uniform distribution,
@@ -39,7 +51,7 @@ class CrossEntropy:
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         logits = student(batch.images)
-        return Step(logits, F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing), ())
+        return Step(logits, cross_entropy(logits, batch, self.label_smoothing), ())
 
 
 @dataclass(frozen=True)
@@ -59,5 +71,5 @@ class Distillation:
         teacher_logits = self.teacher_logits(batch)
         logits = student(batch.images)
         soft = kd(logits, teacher_logits, temperature=self.temperature)
-        hard = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        hard = cross_entropy(logits, batch, self.label_smoothing)
         return Step(logits, self.w * soft + (1 - self.w) * hard, (soft.detach(), hard.detach()))

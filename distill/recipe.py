@@ -95,6 +95,7 @@ class Recipe:
     cutout: int = knob(
         0, "side in pixels of a square in the views that is blotted out; 0 is off", group="views", least=0, most=1000
     )
+    mixup: bool = knob(False, "views are mixtures of two images, by a share uniform in [0, 1)", group="views")
     views: int | None = knob(None, "views of an image that are shown in turn (default: all)", group="views", least=1)
     seed: int = knob(0, "of initialisation, order of the images, dropout", group="views", least=0, most=2**32 - 1)
     view_seed: int = knob(0, "of the views; runs with one view seed share them", group="views", least=0, most=2**32 - 1)

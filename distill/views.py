@@ -8,6 +8,7 @@ and student see the same pixels.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -86,6 +87,15 @@ class ViewOrder:
 
 # ------------------------------------------------------------------------------------------------------------- batches
 @dataclass(frozen=True)
+class Mixture:
+    """What the images of a batch are mixed with: the partners' labels int64 (B,), and the share float32 (B,) in [0, 1]
+    that each image has of its own."""
+
+    labels: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's input. images: uint8 (B, H, W, 3), the rest int64 (B,); `indices` count in the whole training set."""
 
@@ -93,6 +103,7 @@ class Batch:
     labels: Tensor
     indices: Tensor
     views: Tensor
+    mixture: Mixture | None = None
 
 
 class TrainingData(Protocol):
@@ -137,12 +148,40 @@ def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64]
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-class TensorData:
-    """Training data that lies in memory as one tensor, on the CPU or a GPU; views are rendered where it lies."""
+class ViewDraws:
+    """`columns` uniform numbers for each (view seed, purpose, i, v), drawn view by view for all images at once."""
 
-    def __init__(self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy) -> None:
-        """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device."""
-        self.images, self.labels, self.plan, self.policy = images, labels, plan, policy
+    def __init__(self, view_seed: int, purpose: str, columns: int) -> None:
+        self._view_seed, self._purpose, self._columns = view_seed, purpose, columns
+        self._table = lru_cache(maxsize=256)(self._draw)  # an epoch of numbered views shows all of them
+
+    def _draw(self, view: int, image_count: int) -> NDArray[np.float32]:
+        return uniforms(self._view_seed, self._purpose, view, (image_count, self._columns)).astype(np.float32)
+
+    def rows(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
+        """(B, columns) in [0, 1]; the numbers of image i stand in row i of a table, however many rows are drawn."""
+        chosen, shown = indices.numpy(), views.numpy()
+        found = np.empty((len(chosen), self._columns))
+        image_count = 1 << int(chosen.max()).bit_length()  # a power of two, so that few tables are drawn
+        for view in np.unique(shown):
+            where = shown == view
+            found[where] = self._table(int(view), image_count)[chosen[where]]
+        return found
+
+
+class TensorData:
+    """Training data that lies in memory as one tensor, on the CPU or a GPU; views are rendered where it lies.
+
+    `mixup` (Zhang et al. 2017, arXiv:1710.09412, with Beta(1, 1)) is part of the view: image i in view v is mixed with
+    the same view of a partner, u * own + (1 - u) * partner, rounded to uint8. Partner and share u, uniform in [0, 1),
+    are drawn for (view seed, i, v) from the whole training subset, so that nothing depends on the batch.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy, mixup: ViewDraws | None = None
+    ) -> None:
+        """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device; mixup: draws of two columns."""
+        self.images, self.labels, self.plan, self.policy, self.mixup = images, labels, plan, policy, mixup
         self.steps_per_epoch = plan.steps_per_epoch
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -151,7 +190,22 @@ class TensorData:
             indices, views = torch.from_numpy(chosen), torch.from_numpy(shown)
             here = indices.to(device, non_blocking=True)
             images = self.policy.render(self.images[here], indices, views)
-            yield Batch(images, self.labels[here], here, views.to(device, non_blocking=True))
+            mixture = None
+            if self.mixup:
+                images, mixture = self._mix(images, indices, views, self.mixup.rows(indices, views))
+            yield Batch(images, self.labels[here], here, views.to(device, non_blocking=True), mixture)
+
+    def _mix(
+        self, images: Tensor, indices: Tensor, views: Tensor, drawn: NDArray[np.float64]
+    ) -> tuple[Tensor, Mixture]:
+        subset = self.plan.indices
+        partners = torch.from_numpy(subset[np.minimum(drawn[:, 0] * len(subset), len(subset) - 1).astype(np.int64)])
+        there = partners.to(images.device, non_blocking=True)
+        others = self.policy.render(self.images[there], partners, views)
+        share = torch.from_numpy(drawn[:, 1].astype(np.float32)).to(images.device, non_blocking=True)
+        weight = share.view(-1, 1, 1, 1)
+        mixed = (weight * images + (1 - weight) * others).round().to(torch.uint8)
+        return mixed, Mixture(self.labels[there], share)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from distill.recipe import Options, Recipe, UserError, flag
 FLAGS = """--arch --teacher-arch --T --w
 --epochs --batch-size --lr --optimizer --momentum --weight-decay --decay-all --schedule --warmup --clip-norm --ema
 --dropout --drop-connect --label-smoothing --precision
---augment --cutout --views --seed --view-seed --val-split
+--augment --cutout --mixup --views --seed --view-seed --val-split
 --data --workers --skip-bad-images --teacher-checkpoint --init --output
 --recipe --show-recipe --device --deterministic --steps --resume --save-minutes --extend --fresh --evaluate"""
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"ce": train_ce.main, "kd": train_kd.main}

@@ -26,7 +26,7 @@ from distill.registry import Classifier, InputSpec
 from distill.run_dir import RunDirectory
 from distill.stop import SIGNALS, Stopped
 from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning
-from distill.views import Batch, EvaluationSet
+from distill.views import Batch, EvaluationSet, Mixture
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -253,6 +253,21 @@ def test_distillation_is_the_weighted_sum() -> None:
     torch.testing.assert_close(alone.loss, CrossEntropy()(student, batch).loss)
 
 
+def test_cross_entropy_of_mixed_images() -> None:
+    """The same as CE with the two labels as one distribution."""
+    logits, labels, others = torch.randn(6, 5), torch.arange(6) % 5, torch.tensor([4, 4, 2, 0, 4, 1])
+    share = torch.tensor([0.0, 0.2, 0.5, 0.7, 0.9, 1.0])
+    one_hot = nn.functional.one_hot(labels, 5) * share[:, None] + nn.functional.one_hot(others, 5) * (
+        1 - share[:, None]
+    )
+    batch = Batch(logits, labels, labels, labels, Mixture(others, share))
+    for smoothing in (0.0, 0.1):
+        expected = nn.functional.cross_entropy(logits, one_hot, label_smoothing=smoothing)
+        torch.testing.assert_close(CrossEntropy(smoothing)(nn.Identity(), batch).loss, expected)
+    step = Distillation(lambda _: torch.zeros(6, 5), 1.0, 0.0)(nn.Identity(), batch)
+    torch.testing.assert_close(step.loss, nn.functional.cross_entropy(logits, one_hot))
+
+
 def test_training_lowers_the_loss_and_beats_chance(small_npz: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, epochs=30, lr=0.1, augment="none")
     for name, objective in (("ce", CrossEntropy()), ("kd", teaching()[1])):
@@ -314,6 +329,7 @@ def test_warning_near_chance() -> None:
     [
         {"augment": "crop_flip"},
         {"augment": "original"},
+        {"mixup": True, "cutout": 9, "augment": "original"},
         {"optimizer": "adamw", "lr": 0.001, "ema": 0.9, "clip_norm": 1.0, "schedule": "onecycle"},
     ],
     ids=str,

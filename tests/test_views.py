@@ -12,6 +12,7 @@ from distill.recipe import UserError
 from distill.views import (
     EpochPlan,
     TensorData,
+    ViewDraws,
     ViewOrder,
     ViewPolicy,
     permutation,
@@ -126,6 +127,36 @@ def test_view_does_not_depend_on_the_position_in_a_run(name: str) -> None:
                     again += (i, v) in seen
                     assert torch.equal(seen.setdefault((i, v), pixels), pixels)
     assert again > 50
+
+
+def test_mixture_is_part_of_the_view() -> None:
+    """Partner, share and pixels of (i, v) are the same in any batch, and what the formula says."""
+    policy, labels = CropFlip(), torch.arange(64)
+    order = ViewOrder(policy, 0, 64, 3)
+    seen: dict[tuple[int, int], tuple[torch.Tensor, int, float]] = {}
+    again = 0
+    for seed, batch_size in ((0, 16), (1, 7)):
+        plan = EpochPlan(np.arange(4, 60), order, seed, batch_size)
+        for epoch in (0, 1, 3):
+            for batch in TensorData(IMAGES[:64], labels, plan, policy, ViewDraws(0, "mixup", 2)).batches(epoch):
+                assert batch.mixture is not None
+                assert torch.equal(batch.labels, batch.indices)
+                mixed = zip(batch.images, batch.mixture.labels.tolist(), batch.mixture.share.tolist(), strict=True)
+                for i, v, found in zip(batch.indices.tolist(), batch.views.tolist(), mixed, strict=True):
+                    again += (i, v) in seen
+                    first = seen.setdefault((i, v), found)
+                    assert torch.equal(first[0], found[0])
+                    assert first[1:] == found[1:]
+    assert again > 50
+    for (i, v), (pixels, partner, share) in seen.items():
+        pair = torch.tensor([i, partner])
+        own, other = policy.render(IMAGES[pair], pair, torch.tensor([v, v])).double()
+        assert (pixels - (share * own + (1 - share) * other)).abs().max() <= 0.51
+    partners, shares = [found[1] for found in seen.values()], [found[2] for found in seen.values()]
+    assert 4 <= min(partners) <= max(partners) < 60  # of the images that are trained on
+    assert len(set(partners)) > 40
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.07)
+    assert np.min(shares) < 0.05 < 0.95 < np.max(shares)
 
 
 def test_view_does_not_depend_on_threads() -> None:
