@@ -1,6 +1,7 @@
 """The architecture, held by tests: imports run one way, entry scripts are thin, one loop, one tree in the README."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,11 @@ def test_every_file_is_in_the_tree_of_the_readme() -> None:
     for file in listed:
         if not file.startswith(("tests/", ".")) and Path(file).name != "__init__.py":
             assert Path(file).name in readme, f"{file} is not in the tree of the README"
+
+
+def test_code_in_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:  # each in a process of its own: the model that is added must not stay for other tests
+        found = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
