@@ -121,8 +121,8 @@ def test_damaged_config(tmp_path: Path, content: str) -> None:
 
 
 def test_unknown_fields_of_another_version() -> None:
-    with pytest.raises(UserError, match="does not know: mixup"):
-        Recipe.from_dict({**Recipe().to_dict(), "mixup": 1})
+    with pytest.raises(UserError, match="does not know: no_such_field"):
+        Recipe.from_dict({**Recipe().to_dict(), "no_such_field": 1})
 
 
 def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
