@@ -66,9 +66,9 @@ def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = F
     if source == "sample":
         return _from_arrays("sample", _read_sample(), str(SAMPLE))
     path = Path(source) if source else DEFAULT
-    if not path.exists():
-        if source:
-            raise UserError(f"--data {source} does not exist")
+    if source and not path.exists():
+        raise UserError(f"--data {source} does not exist")
+    if not source and not official.is_begun(path):
         official.download(path)
     if path.is_dir() and official.is_official(path):
         return _from_arrays(path.resolve().name, official.read_official(path), str(path))

@@ -54,6 +54,11 @@ def is_official(path: Path) -> bool:
     return any((path / name).exists() for name in (ARCHIVE, FOLDER, BATCHES["train"][0]))
 
 
+def is_begun(directory: Path) -> bool:
+    """Whether the directory holds anything but what a download that was cut leaves behind."""
+    return directory.is_dir() and any(not entry.name.endswith(".partial") for entry in directory.iterdir())
+
+
 def read_official(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a .npz file of images, from the archive in the directory or from its unpacked batches.
 
