@@ -48,7 +48,7 @@ def run_with_kills(command: list[str], output: Path, kills: int, seed: int) -> i
             while process.poll() is None and not list(output.glob(f"*{checkpoint.TEMPORARY}")):
                 pass
         else:
-            time.sleep(chance.uniform(0, 1))
+            time.sleep(chance.uniform(0, 0.25))  # a step and its save; longer, a fast machine would be done too soon
         ended = process.poll() is not None
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
