@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cifar10 import official
 from cifar10.augment import build_policy
 from distill import checkpoint
+from distill.parallel import first_here, share
 from distill.recipe import Recipe, UserError
 from distill.run_dir import CHECKPOINTS, ROOT
 from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewOrder, split_validation
@@ -58,6 +59,12 @@ class ImageData:
 
 
 def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = False) -> ImageData:
+    """What `read_data` reads: of several processes on a machine one downloads and decodes."""
+    with first_here():
+        return read_data(source, workers=workers, skip_bad_images=skip_bad_images)
+
+
+def read_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = False) -> ImageData:
     """`sample`, a directory with train/CLASS/* and test/CLASS/* or with CIFAR-10's archive or its unpacked batches, or
     a .npz file. None is data/cifar10, which is filled by download when it is not there.
 
@@ -91,7 +98,7 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
         raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training images{held_out_too}")
     trained, held_out = split_validation(count, recipe.val_split)
     order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
-    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size)
+    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, share())
     mixup = ViewDraws(recipe.view_seed, "mixup", 2) if recipe.mixup else None
     views = TensorData(data.train_images.to(device), data.train_labels.to(device), plan, policy, mixup)
     tests = {"test": EvaluationSet(data.test_images.to(device), data.test_labels.to(device))}

@@ -13,7 +13,7 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
-from distill.parallel import choose_precision
+from distill.parallel import choose_precision, first_here, on_main
 from distill.recipe import Options, Recipe, flag
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
@@ -46,9 +46,11 @@ def load_teacher(
         Path(options.teacher_checkpoint) if options.teacher_checkpoint else _trained(recipe, options, data, test, train)
     )
     network = MODELS.build(recipe.teacher_arch, len(data.classes))
-    checkpoint.apply_weights(network, checkpoint.load_weights(path), str(path))
-    teacher = Teacher(Classifier(network, CIFAR_INPUT), device, choose_precision(recipe.precision, device))
-    answers = teacher.test_logits(test.batches(), data.digest, CHECKPOINTS / "cache" / "teachers")
+    checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(path), str(path))
+    classifier = Classifier(network, CIFAR_INPUT, choose_precision(recipe.precision, device))
+    teacher = Teacher(classifier.to(device), options.device)
+    with first_here():
+        answers = teacher.test_logits(test.batches(), data.digest, CHECKPOINTS / "cache" / "teachers")
     known = Known(accuracy(answers, test.labels.cpu()), answers.argmax(1))
     print(f"teacher: {recipe.teacher_arch} from {path}, test accuracy {known.accuracy:.2f} %")
     if warning := chance_warning(known.accuracy, len(data.classes)):
@@ -69,21 +71,23 @@ def _trained(
         lr=TEACHER.lr * recipe.batch_size / TEACHER.batch_size,
         val_split=recipe.val_split,
     )
-    run, own = _find_run(CHECKPOINTS / data.name / recipe.teacher_arch, expected, data.digest)
+    path, own = _find_run(CHECKPOINTS / data.name / recipe.teacher_arch, expected, data.digest)
+    run = RunDirectory(path)
     other = differing(expected.to_dict(), own.to_dict())
     if other:
         what = ", ".join(f"{flag(key)} {getattr(own, key)} for {getattr(expected, key)}" for key in other)
         print(f"note: the teacher in {run.path} has a recipe of its own: {what}; --teacher-checkpoint names another")
     if own.val_split < recipe.val_split:
         print("warning: this teacher has seen images of the validation part; what is chosen on it is too optimistic")
-    if not run.finished(own):
+    if not on_main(run.finished)(own):
         _announce(own, recipe.arch, data, test)
         train(own, replace(options, output=str(run.path), **PLAIN))
     return run.path / checkpoint.LAST
 
 
-def _find_run(directory: Path, expected: Recipe, data_digest: str) -> tuple[RunDirectory, Recipe]:
-    """The teacher's CE run on this data and its recipe: a finished one, else one that was begun, else a new one."""
+@on_main
+def _find_run(directory: Path, expected: Recipe, data_digest: str) -> tuple[Path, Recipe]:
+    """Directory and recipe of the teacher's CE run on this data: a finished one, else one that was begun, else new."""
     found = []
     for path in sorted(directory.glob("ce-*")):
         run = RunDirectory(path)
@@ -92,9 +96,10 @@ def _find_run(directory: Path, expected: Recipe, data_digest: str) -> tuple[RunD
             found.append((run, Recipe.from_dict(config["recipe"])))
     finished = [pair for pair in found if pair[0].finished(pair[1])]
     if finished or found:
-        return (finished or found)[0]
-    new = RunDirectory(directory / expected.run_name)
-    return (RunDirectory(next_free(new.path)) if new.has_begun() else new), expected
+        run, own = (finished or found)[0]
+        return run.path, own
+    path = directory / expected.run_name
+    return next_free(path) if RunDirectory(path).has_begun() else path, expected
 
 
 def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet) -> None:

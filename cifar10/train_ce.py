@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> None:
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
     train(recipe, options)
+    from distill.parallel import leave
+
+    leave()
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
@@ -38,16 +41,17 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.models import MODELS, build_student
     from distill.engine import evaluate_checkpoint, fit
     from distill.objectives import CrossEntropy
-    from distill.parallel import choose_device
+    from distill.parallel import shares, start
     from distill.run_dir import open_run
 
-    device = choose_device(options.device, deterministic=options.deterministic)
+    device = start(options.device, deterministic=options.deterministic)
     recipe = replace(recipe, arch=MODELS.resolve(recipe.arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)
     student, init_digest = build_student(recipe, len(data.classes), options.init, device)
-    facts = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
+    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
+    facts["world_size"] = shares(options.device)
     if options.evaluate:
         return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
     with open_run(options, recipe, data.name) as run:

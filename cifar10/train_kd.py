@@ -30,6 +30,9 @@ def main(argv: Sequence[str]) -> None:
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
     train(recipe, options)
+    from distill.parallel import leave
+
+    leave()
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
@@ -40,11 +43,11 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.teachers import load_teacher
     from distill.engine import evaluate_checkpoint, fit
     from distill.objectives import Distillation
-    from distill.parallel import choose_device
+    from distill.parallel import shares, start
     from distill.run_dir import open_run
     from distill.teacher import agreement
 
-    device = choose_device(options.device, deterministic=options.deterministic)
+    device = start(options.device, deterministic=options.deterministic)
     assert recipe.teacher_arch
     recipe = replace(recipe, arch=MODELS.resolve(recipe.arch), teacher_arch=MODELS.resolve(recipe.teacher_arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
@@ -53,7 +56,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     student, init_digest = build_student(recipe, len(data.classes), options.init, device)
     if options.evaluate:
         return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
-    facts = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
+    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
+    facts["world_size"] = shares(options.device)
     with open_run(options, recipe, data.name) as run:
         run.check(recipe, facts, extend=options.extend)  # before hours of a teacher's training
         if not options.teacher_checkpoint and (summary := run.report(recipe)):

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn, TypeVar
 
-from distill.recipe import Options, Recipe, UserError, allowed, flag, out_of_memory, value_type
+from distill.recipe import Options, Recipe, UserError, allowed, flag, lost_process, out_of_memory, value_type
 
 LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)"
 LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
@@ -122,11 +123,16 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run `main` with the command line, then exit: 0, or 2 with one line, or 128 + N after signal N."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file has every line, also of a run that is killed
+    rank = int(os.environ.get("RANK", "0"))  # of several processes; all print the same
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as this process lives
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         line = " ".join(str(error).split())
-        print(f"error: {line}" if error.exit_code in (1, 2) else line, file=sys.stderr)
+        if not error.told:
+            line = f"error: {line}" if error.exit_code in (1, 2) else line
+            print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -138,9 +144,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         print(f"error: the package {error.name} is missing; {install}", file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if lost_process(error):
+            line = f"another process of the run is gone ({str(error).splitlines()[0]:.160}); what was saved is kept"
+        elif out_of_memory(error):
+            line = "out of memory; try a smaller --batch-size; what was saved is kept"
+        else:
             raise
-        print("error: out of memory; try a smaller --batch-size; what was saved is kept", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         code = 1
     except BrokenPipeError:
         sys.stderr.close()

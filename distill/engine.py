@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,26 @@ from distill import checkpoint
 from distill.metrics import Tally
 from distill.objectives import Objective
 from distill.optim import WeightAverage, build_optimizer, learning_rate
-from distill.parallel import autocast, choose_precision, generator_states, restore_generators
+from distill.parallel import (
+    any_of,
+    gather,
+    generator_states,
+    on_main,
+    rank,
+    reduce,
+    restore_generators,
+    share,
+    share_buffers,
+    spread,
+    world_size,
+)
 from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier
 from distill.run_dir import RunDirectory, differing, open_run, tell
 from distill.stop import Stopped, StopRequest, memory_advice
 from distill.views import Batch, EvaluationSet, TrainingData
 
-FINITE_CHECK = 50  # steps between two looks at the flag of a CUDA device; each look waits for the device
+LOOK = 50  # steps between two looks at flags, on a CUDA device or of other processes there; a look waits for them
 
 
 @dataclass(frozen=True)
@@ -55,35 +67,33 @@ class EvaluationStopped(Exception):
 
 
 @torch.no_grad()
-def evaluate(
-    network: Classifier,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    precision: torch.dtype = torch.float32,
-    stop: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """Cross-entropy and accuracies of `network` in eval mode over (images, labels). Raises EvaluationStopped."""
+def evaluate(network: Classifier, test: EvaluationSet, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    """Cross-entropy and accuracies of `network` in eval mode. Each process takes its share of the images, each image is
+    seen once, and every process gets the whole result. Raises EvaluationStopped."""
     device = network.mean.device
-    tally, predictions, start = Tally(device), [], time.perf_counter()
+    tally, start = Tally(device), time.perf_counter()
+    predictions = [torch.empty(0, dtype=torch.int64, device=device)]
+    share_buffers(network)
     network.eval()
-    for images, labels in batches:
+    for images, labels in test.batches(share()):
         if stop():
-            raise EvaluationStopped
-        with autocast(device, precision):
-            logits = network(images).float()
+            break
+        logits = network(images)
         tally.add(logits, labels, F.cross_entropy(logits, labels))
         predictions.append(logits.argmax(1))
-    found = tally.summary()
+    if any_of(stop())[0]:
+        raise EvaluationStopped
+    reduce(tally.sums)
+    found, everything = tally.summary(), torch.cat(gather(torch.cat(predictions).cpu()))
     seconds = time.perf_counter() - start
-    return Evaluation(
-        found["loss"], found["accuracy"], found["top5"], int(found["images"]), seconds, torch.cat(predictions).cpu()
-    )
+    return Evaluation(found["loss"], found["accuracy"], found["top5"], int(found["images"]), seconds, everything)
 
 
 @dataclass
 class State:
     """Everything of a run that changes, beside the student, the optimiser and torch's generators."""
 
-    tally: Tally  # of the current epoch so far
+    tally: Tally  # of the current epoch so far, and of this process
     epoch: int = 0
     step: int = 0  # within the epoch
     records: list[dict[str, Any]] = field(default_factory=list)  # one an epoch: the lines of metrics.jsonl
@@ -131,7 +141,8 @@ class Trainer:
         self.run, self.recipe, self.options, self.facts = run, recipe, options, facts
         self.student, self.objective, self.data = student, objective, data
         self.device = student.mean.device
-        self.precision = choose_precision(recipe.precision, self.device)
+        self.spread = spread(student, recipe, options.device)
+        self.board = run.open_board() if options.tensorboard else None
         self.optimizer = build_optimizer(student, recipe)
         self.average = WeightAverage(student, recipe.ema) if recipe.ema else None
         self.state = State(Tally(self.device, objective.parts))
@@ -144,6 +155,7 @@ class Trainer:
         """Write last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
         self.check_state()
         state = self.state
+        own = {"generators": generator_states(self.device), "tally": state.tally.sums.cpu()}
         payload = {
             "format": 1,
             "recipe": self.recipe.to_dict(),
@@ -151,25 +163,26 @@ class Trainer:
             "student": self.student.network.state_dict(),
             "average": self.average.network.network.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
-            "generators": generator_states(self.device),
+            "ranks": gather(own),
             "epoch": state.epoch,
             "step": state.step,
-            "tally": state.tally.sums,
             "records": state.records,
             "timings": state.timings,
         }
-        checkpoint.save(self.run.path / checkpoint.LAST, payload, keep_previous=True)
+        on_main(checkpoint.save)(self.run.path / checkpoint.LAST, payload, keep_previous=True)
         self.last_save = time.monotonic()
 
     def check_state(self) -> None:
         """Raises Stopped if a loss was not finite, or a weight or running statistic is not."""
         self._check_finite()
+        share_buffers(self.student)
         floating = (v for v in self.student.state_dict().values() if v.is_floating_point())
         if not all(bool(torch.isfinite(value).all()) for value in floating):
             raise self._not_finite("a weight")
 
-    def restore(self) -> None:
-        """Continue from the newest whole checkpoint of the run, else from --resume, if there is one."""
+    @on_main
+    def _newest(self) -> tuple[dict[str, Any] | None, str]:
+        """The newest whole checkpoint of the run, else --resume, if there is one; and the name of its source."""
         named, payload = self.options.resume, None
         start = checkpoint.load(Path(named)) if named else None  # a wrong path is an error in any case
         try:
@@ -185,18 +198,25 @@ class Trainer:
             print(f"continuing from the run's own checkpoint, not from {named}, where it may have begun")
         elif named:
             payload, source = start, named
+        if payload:
+            self._check_same_run(payload, source)
+        return payload, source
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint of the run, else from --resume, if there is one."""
+        payload, source = self._newest()
         if payload is None:
             return
-        self._check_same_run(payload, source)
         try:
             checkpoint.apply_weights(self.student.network, payload["student"], source)
             if self.average:
                 checkpoint.apply_weights(self.average.network.network, payload["average"], source)
             self.optimizer.load_state_dict(payload["optimizer"])
-            restore_generators(payload["generators"], self.device)
-            if payload["tally"].shape != self.state.tally.sums.shape:
-                raise ValueError(f"sums of {tuple(payload['tally'].shape)}")
-            self.state.tally.sums.copy_(payload["tally"])
+            own = payload["ranks"][rank()]
+            restore_generators(own["generators"], self.device)
+            if own["tally"].shape != self.state.tally.sums.shape:
+                raise ValueError(f"sums of {tuple(own['tally'].shape)}")
+            self.state.tally.sums.copy_(own["tally"])
             epoch, step, records = payload["epoch"], payload["step"], payload["records"]
             if (
                 not 0 <= epoch <= self.recipe.epochs
@@ -206,7 +226,7 @@ class Trainer:
                 raise ValueError(f"epoch {epoch}, step {step}, {len(records)} records")
             self.state.epoch, self.state.step, self.state.records = epoch, step, records
             self.state.timings = payload["timings"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise checkpoint.CheckpointError(f"{source} does not hold a state of this run ({error!r:.160})") from None
@@ -227,22 +247,28 @@ class Trainer:
     def train_epoch(self, stop: StopRequest) -> bool:
         """Train from the state's step to the end of its epoch. False if it stopped before that, by request."""
         state = self.state
-        self.student.train()
+        self.spread.train()
         images_before, start = int(state.tally.sums[0].item()), time.perf_counter()
         steps, shown = self.data.steps_per_epoch, 0.0
         batches = self.data.batches(state.epoch, state.step)
-        bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=None)
-        while state.step < steps and not stop.signal and self.steps_left != 0:
+        shows = None if rank() == 0 else True  # None: on a terminal
+        bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=shows)
+        stopping, due = any_of(stop.asked(), False)
+        while state.step < steps and not stopping and self.steps_left != 0:
             self.train_step(next(batches))
             state.step += 1
             bar.update()
             if self.steps_left is not None:
                 self.steps_left -= 1
+            if self.device.type == "cpu" or world_size() == 1 or state.step % LOOK == 0:
+                late = time.monotonic() - self.last_save >= 60 * self.options.save_minutes
+                stopping, due = any_of(stop.asked(), late)
             if not bar.disable and time.monotonic() - shown > 1:  # reading the sums waits for the device
                 found, shown = state.tally.summary(), time.monotonic()
                 rate = (found["images"] - images_before) / (time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {found['loss']:.3f} accuracy {found['accuracy']:.1f} % {rate:.0f} images/s")
-            if state.step < steps and time.monotonic() - self.last_save >= 60 * self.options.save_minutes:
+            if due and state.step < steps:
+                due = False
                 self._add_time(start)
                 start, images_before = time.perf_counter(), int(state.tally.sums[0].item())
                 self.save()
@@ -257,8 +283,7 @@ class Trainer:
         position = state.epoch * self.data.steps_per_epoch + state.step
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(position, self.recipe, self.data.steps_per_epoch)
-        with autocast(self.device, self.precision):
-            step = self.objective(self.student, batch)
+        step = self.objective(self.spread, batch)
         self.optimizer.zero_grad(set_to_none=True)
         step.loss.backward()  # type: ignore[no-untyped-call]
         finite = torch.isfinite(step.loss.detach())
@@ -266,13 +291,14 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip_norm)
             finite &= torch.isfinite(norm)
         self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, position)
+        reduce(self.first_bad_step, "max")  # one process is enough to stop all of them
         # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself.
         self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.average:
             self.average.update(self.student, position)
         state.tally.add(step.logits.detach(), batch.labels, step.loss.detach(), step.parts)
-        if self.device.type == "cpu" or position % FINITE_CHECK == 0:
+        if self.device.type == "cpu" or position % LOOK == 0:
             self._check_finite()
 
     def _add_time(self, start: float) -> None:
@@ -290,12 +316,14 @@ class Trainer:
         rate = learning_rate(step, self.recipe, self.data.steps_per_epoch)
         last = self.run.path / checkpoint.LAST
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-        return Stopped(f"{what} is not finite at step {step} (lr {rate:.4g}); {kept}; try a lower --lr", 1)
+        message = f"{what} is not finite at step {step} (lr {rate:.4g}); {kept}; try a lower --lr"
+        return Stopped(message, 1, told=rank() > 0)
 
     def record_epoch(self, tests: dict[str, Evaluation]) -> None:
         """Close the epoch: its line of metrics.jsonl, and the best weights where a validation part decides."""
         self.check_state()
         state = self.state
+        reduce(state.tally.sums)
         trained = state.tally.summary()
         seconds, images = state.timings["epoch"], trained.pop("images")
         step = (state.epoch + 1) * self.data.steps_per_epoch
@@ -308,13 +336,17 @@ class Trainer:
         if "val" in tests and tests["val"].accuracy > best:
             network = self.average.network if self.average else self.student
             weights = {"student": network.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
-            checkpoint.save(self.run.path / "best.pt", weights)
+            on_main(checkpoint.save)(self.run.path / "best.pt", weights)
         state.records.append(record)
         state.epoch, state.step = state.epoch + 1, 0
         state.tally.sums.zero_()
         state.timings["epoch"] = 0.0
         self.save()
         self.run.write_metrics(state.records)
+        if self.board:
+            for name in record.keys() - {"epoch", "step"}:
+                self.board.add_scalar(name, record[name], record["epoch"])
+            self.board.flush()
         measured = "  ".join(f"{name} {found.accuracy:.2f} %" for name, found in tests.items())
         print(
             f"epoch {record['epoch']}/{self.recipe.epochs}  loss {record['train_loss']:.4f}  "
@@ -343,7 +375,10 @@ def fit(
     torch (on CUDA with --deterministic).
     Raises Stopped after a signal (exit code 128 + N), after --steps (0), or when the loss is not finite (1).
     """
-    torch.manual_seed(recipe.seed)  # what a teacher drew before, trained in this process or not, plays no part
+    if len({repr(other) for other in gather(facts)}) > 1:
+        raise UserError("the processes of this run do not have the same data, teacher or initial weights")
+    # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.
+    torch.manual_seed(recipe.seed + (rank() << 32))
     trainer = Trainer(run, recipe, options, student, objective, data, facts)
     trainer.restore()
     state, found = trainer.state, None
@@ -357,26 +392,26 @@ def fit(
             try:
                 if not complete:
                     raise EvaluationStopped
-                found = {n: evaluate(result, t.batches(), trainer.precision, stop.asked) for n, t in tests.items()}
+                found = {name: evaluate(result, test, stop.asked) for name, test in tests.items()}
                 if trainer.average:
-                    found["raw_test"] = evaluate(student, tests["test"].batches(), trainer.precision, stop.asked)
+                    found["raw_test"] = evaluate(student, tests["test"], stop.asked)
             except EvaluationStopped:
                 trainer.save()
                 raise _stopped(trainer, stop) from None
             state.timings["wall"] += time.perf_counter() - start
             trainer.record_epoch(found)
-    test = found["test"] if found else evaluate(result, tests["test"].batches(), trainer.precision)
+    test = found["test"] if found else evaluate(result, tests["test"])
     images = state.epoch * data.steps_per_epoch * recipe.batch_size
     return Fitted(state.records, test, images / max(state.timings["train"], 1e-9), state.timings["wall"])
 
 
 def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
-    state = trainer.state
-    why = f"by {signal.Signals(stop.signal).name}" if stop.signal else f"after {trainer.options.steps} steps"
+    state, number = trainer.state, max(number or 0 for number in gather(stop.signal))
+    why = f"by {signal.Signals(number).name}" if number else f"after {trainer.options.steps} steps"
     where = f"epoch {state.epoch + 1}, step {state.step} of {trainer.data.steps_per_epoch}"
     same = f"--output {trainer.run.path} in place of --fresh" if trainer.options.fresh else "the same command"
     message = f"{trainer.recipe.arch} stopped {why} at {where}; saved in {trainer.run.path}; {same} continues"
-    return Stopped(message, 128 + stop.signal if stop.signal else 0)
+    return Stopped(message, 128 + number if number else 0, told=rank() > 0)
 
 
 def evaluate_checkpoint(
@@ -385,8 +420,8 @@ def evaluate_checkpoint(
     """--evaluate: the accuracy of --resume, --init or the run's last checkpoint on the test images, printed."""
     named = options.resume or options.init
     path = Path(named) if named else open_run(options, recipe, data_name).path / checkpoint.LAST
-    checkpoint.apply_weights(student.network, checkpoint.load_weights(path), str(path))
-    found = evaluate(student, test.batches(), choose_precision(recipe.precision, test.images.device))
+    checkpoint.apply_weights(student.network, on_main(checkpoint.load_weights)(path), str(path))
+    found = evaluate(student, test)
     print(found)
     return found.to_dict()
 

@@ -10,12 +10,16 @@ from torch import nn
 from distill.recipe import Recipe
 
 
+RESTART_EPOCHS = 10
+
+
 def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
     """The learning rate of step 0, 1, ..., epochs * steps_per_epoch - 1.
 
     Warm-up: lr * (step + 1) / W over W steps. Then with p in [0, 1), the share of the remaining steps that is done:
-    cosine lr * (1 + cos(pi p)) / 2 (Loshchilov and Hutter 2016, arXiv:1608.03983, without restarts), constant lr,
-    multistep lr, lr / 10 and lr / 100 from 50 % and 75 % of the whole run on. onecycle (Smith and Topin 2017,
+    cosine lr * (1 + cos(pi p)) / 2 (Loshchilov and Hutter 2016, arXiv:1608.03983), constant lr,
+    multistep lr, lr / 10 and lr / 100 from 50 % and 75 % of the whole run on. restarts: the cosine every 10 epochs anew
+    (SGDR, the same paper). onecycle (Smith and Topin 2017,
     arXiv:1708.07120, as torch's OneCycleLR without a cycle of the momentum): half a cosine from lr / 25 up to lr over
     30 % of the run, then one down to lr / 250,000.
     """
@@ -29,7 +33,10 @@ def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
     if recipe.schedule == "cosine":
-        return recipe.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return _half_cosine(recipe.lr, 0.0, (step - warmup) / (total - warmup))
+    if recipe.schedule == "restarts":
+        period = RESTART_EPOCHS * steps_per_epoch
+        return _half_cosine(recipe.lr, 0.0, (step - warmup) % period / period)
     if recipe.schedule == "multistep":
         return recipe.lr * 0.1 ** ((step >= total * 0.5) + (step >= total * 0.75))
     return recipe.lr

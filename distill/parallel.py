@@ -1,34 +1,123 @@
-"""Devices, precision and seeds."""
+"""Devices and precision; several GPUs in one process; several processes, here or on many machines, as one run.
+
+A launcher (torchrun) starts the same command in n processes. Each trains on its share of every batch and evaluates its
+share of the test images; gradients are averaged, counts summed. Files are the business of rank 0 alone (`on_main`).
+With one process everything here does nothing.
+"""
 
 import os
-from contextlib import AbstractContextManager
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from distill.recipe import UserError
+from distill.recipe import Recipe, UserError
+from distill.registry import Classifier
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
-def choose_device(name: str, *, deterministic: bool = False) -> torch.device:
-    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:N`. Raises UserError if it is not there.
+# ------------------------------------------------------------------------------------------------------------- devices
+def start(name: str, *, deterministic: bool = False) -> torch.device:
+    """The device of this process, after it has joined the other processes of its run, if a launcher started several.
 
-    `deterministic`: only algorithms that give the same bits each time; an operation that has none raises. On the CPU
-    the operations of this repository are so in any case.
+    name: as for `devices`; with several processes on CUDA each takes the GPU of its local rank.
+    deterministic: only algorithms that give the same bits each time; an operation that has none raises. On the CPU the
+    operations of this repository are so in any case. Raises UserError if the device is not there.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    here = devices(name)
+    device = here[0]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            if local_rank() >= len(here):
+                raise UserError(f"{local_rank() + 1} or more processes for {len(here)} CUDA devices: lower NPROC")
+            device = here[local_rank()]
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return device
+
+
+def leave() -> None:
+    """Leave the other processes, after good work: after an error the launcher ends them."""
+    if dist.is_initialized():
+        any_of(False)  # rank 0 has the listening socket, and must not go first
+        dist.destroy_process_group()
+
+
+def devices(name: str) -> list[torch.device]:
+    """`auto` (all visible GPUs, or the CPU), `cpu`, `cuda` (all visible GPUs), `cuda:N`, `cuda:N,M,...` (these).
+
+    Raises UserError if one of them is not there.
+    """
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not count):
+        return [torch.device("cpu")]
+    if name in ("auto", "cuda"):
+        numbers = [str(k) for k in range(max(count, 1))]
+    else:
+        numbers = name.removeprefix("cuda:").split(",") if name.startswith("cuda:") else []
+    if not numbers or not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or cuda:N,M, got {name!r}")
+    if max(map(int, numbers)) >= count:
+        raise UserError(f"--device {name}: this machine has {count} CUDA devices")
+    return [torch.device("cuda", int(number)) for number in numbers]
+
+
+def spread(network: Classifier, recipe: Recipe, device_name: str) -> nn.Module:
+    """`network` as it is called in a training step: the same parameters, on all processes or on all GPUs of this one.
+
+    Several processes: DistributedDataParallel, where the BatchNorm statistics of rank 0 count, unless they are common
+    ones by `sync_bn`. One process that has several devices: DataParallel, where those of the first device count.
+    `compile` as well. Raises UserError for what cannot be had.
+    """
+    device, step = network.mean.device, network
+    if recipe.sync_bn:
+        if device.type != "cuda" or (world_size() == 1 and shares(device_name) > 1):
+            raise UserError("--sync-bn takes CUDA and a process for each GPU: NPROC=2 bash scripts/...")
+        network.network = nn.SyncBatchNorm.convert_sync_batchnorm(network.network)
+    if recipe.compile:
+        step = _compile(network, device_name)
+    if world_size() > 1:
+        # static_graph: a network may have parameters that no image reaches (EfficientNet's first block)
+        return DistributedDataParallel(step, [device] if device.type == "cuda" else None, static_graph=True)
+    return step if recipe.compile else spread_inference(network, device_name)
+
+
+def _compile(network: Classifier, device_name: str) -> nn.Module:
+    if world_size() == 1 and shares(device_name) > 1:
+        raise UserError("--compile takes one GPU, --device cuda:0, or a process for each: NPROC=2 bash scripts/...")
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
+        raise UserError("--compile needs a C++ compiler such as g++, which is not on the PATH")
+    print("compiling the student: the first step takes a minute or so")
+    # CUDA graphs take the launches of many small kernels off the CPU; DistributedDataParallel's hooks stand between.
+    graphs = network.mean.device.type == "cuda" and world_size() == 1
+    compiled: nn.Module = torch.compile(network, mode="reduce-overhead" if graphs else None)
+    return compiled
+
+
+def spread_inference(network: Classifier, device_name: str) -> nn.Module:
+    """`network` as it is called where there are no gradients: each process has its own, on all GPUs of one process."""
+    here = devices(device_name) if world_size() == 1 else []
+    if network.mean.device.type == "cuda" and len(here) > 1:
+        return DataParallel(network, here)
+    return network
+
+
+def shares(device_name: str) -> int:
+    """The parts that a batch is divided into, each with BatchNorm statistics of its own: a run's `world_size`."""
+    return world_size() if world_size() > 1 else len(devices(device_name))
 
 
 def describe_device(device: torch.device) -> str:
@@ -49,12 +138,101 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:
-    """Convolutions and matrix products in `precision`; off for float32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+# ----------------------------------------------------------------------------------------------------------- processes
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+def world_size() -> int:
+    """The number of processes of this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def share() -> tuple[int, int]:
+    """(rank, world size), as EpochPlan and EvaluationSet take it."""
+    return rank(), world_size()
+
+
+def on_main(work: Callable[P, Result]) -> Callable[P, Result]:
+    """Decorator: the function runs on rank 0 alone. What it returns, or the UserError it raises, every rank gets."""
+
+    @wraps(work)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if world_size() == 1:
+            return work(*args, **kwargs)
+        outcome: list[Any] = [None, None]
+        if rank() == 0:
+            try:
+                outcome[0] = work(*args, **kwargs)
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1]:
+            outcome[1].told = rank() > 0  # one line for all of them
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+    return call
+
+
+@contextmanager
+def first_here() -> Iterator[None]:
+    """The first process of each machine enters alone, the others when it is done and has filled the caches."""
+    if local_rank():
+        if any_of(False)[0]:
+            failed = UserError("the first process has failed")
+            failed.told = True
+            raise failed
+        yield
+        return
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        any_of(not done)
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """For each flag whether it is set on any rank. Every rank must come here."""
+    if world_size() == 1:
+        return list(flags)
+    found = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in found]
+
+
+def reduce(values: Tensor, how: str = "sum") -> Tensor:
+    """`values` after sum or max over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
+    return values
+
+
+def gather(value: Result) -> list[Result]:
+    """The `value` of each rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def share_buffers(network: nn.Module) -> None:
+    """BatchNorm statistics of rank 0 to all: those of the others saw other images."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- generators
+def generator_states(device: torch.device) -> dict[str, Tensor]:
     """The states of torch's generators that a run draws from (dropout, initialisation)."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -62,7 +240,7 @@ def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def restore_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+def restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
     """Set the generators to `states`; the CUDA one only where both sides have it."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:

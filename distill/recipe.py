@@ -10,9 +10,13 @@ from typing import Any, get_args, get_type_hints
 
 
 class UserError(ValueError):
-    """Something a person can put right. Shown as one line on stderr, without a traceback; exit code 2."""
+    """Something a person can put right. Shown as one line on stderr, without a traceback; exit code 2.
+
+    `told`: another process of the same run shows it.
+    """
 
     exit_code = 2
+    told = False
 
 
 def knob(
@@ -54,9 +58,9 @@ class Recipe:
     schedule: str = knob(
         "cosine",
         "of the learning rate after the warm-up: cosine to 0; multistep, a tenth at 50 %% and at 75 %% of the run; "
-        "onecycle, with a warm-up of its own over 30 %% of the run",
+        "onecycle, with a warm-up of its own over 30 %% of the run; restarts, cosine to 0 every 10 epochs",
         group="training",
-        choices=("cosine", "multistep", "onecycle", "constant"),
+        choices=("cosine", "multistep", "onecycle", "restarts", "constant"),
     )
     warmup: float = knob(
         5.0, "epochs of linear warm-up; a quarter of the run at most", group="training", least=0, most=1e6
@@ -86,6 +90,8 @@ class Recipe:
         group="training",
         choices=("auto", "float32", "bfloat16"),
     )
+    compile: bool = knob(False, "torch.compile the student's step; the first one takes a minute", group="training")
+    sync_bn: bool = knob(False, "BatchNorm over the images of all processes; on CUDA, with NPROC", group="training")
     augment: str = knob(
         "crop_flip",
         "what a view is: crop_flip (162 views), original (crop, flip, rotation, colour jitter), none",
@@ -149,11 +155,12 @@ class Options:
     )
     recipe: str | None = knob(None, "a named recipe; flags given beside it win", group="running")
     show_recipe: bool = knob(False, "print the complete recipe and exit", group="running")
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="running")
+    device: str = knob("auto", "auto, cpu, cuda (all visible GPUs), cuda:N or cuda:N,M", group="running")
     deterministic: bool = knob(False, "on CUDA too, the same bits each time; slower", group="running")
     steps: int | None = knob(None, "stop after N training steps of this call and save", group="running", least=1)
     resume: str | None = knob(None, "start from this checkpoint a run that has none of its own yet", group="running")
     save_minutes: float = knob(10.0, "minutes between checkpoints within an epoch", group="running", least=0)
+    tensorboard: bool = knob(False, "also write the metrics for TensorBoard, if that is installed", group="running")
     extend: bool = knob(False, "allow more epochs than the run was started with", group="running")
     fresh: bool = knob(False, "start over in a new directory beside an existing run", group="running")
     evaluate: bool = knob(
@@ -220,6 +227,11 @@ def check(owner: type, known: "Field[Any]", value: Any) -> None:
         fits = fits and limits["above"] < value < limits["below"]
     if not fits:
         raise UserError(f"{flag(known.name)} must be {allowed(known, kind)}, got {value!r}")
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether a RuntimeError says that another process of the run is gone."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -62,23 +62,27 @@ class Classifier(nn.Module):
 
     Teacher and student may thus differ in normalisation, and a copy to the device is a quarter of the bytes. The
     normalisation is not in the state_dict of `network`, which therefore keeps the keys of the bare architecture.
+    `precision`: of convolutions and matrix products. It is chosen in here since DataParallel's threads would run an
+    autocast of their caller in float16, whatever its type is.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+    def __init__(self, network: nn.Module, spec: InputSpec, precision: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.precision = precision
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.spec = spec
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3) -> logits (B, C)."""
+        """images: uint8 (B, H, W, 3) -> logits float32 (B, C)."""
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
-        logits: Tensor = self.network((pixels - self.mean) * self.scale)
-        return logits
+        with torch.autocast(images.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            logits: Tensor = self.network((pixels - self.mean) * self.scale)
+        return logits.float()
 
 
 def count_parameters(network: nn.Module) -> int:

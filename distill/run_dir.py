@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from distill import checkpoint
-from distill.parallel import describe_device
+from distill.parallel import describe_device, on_main, rank
 from distill.recipe import Options, Recipe, UserError, flag
 from distill.registry import count_parameters
 
@@ -28,7 +28,8 @@ class RunDirectory:
     """A directory with config.json, metrics.jsonl, checkpoints and summary.json, held by one process at a time.
 
     Use as a context manager. Entering raises UserError, naming the holder, if another process holds it. The lock is
-    the kernel's (flock): it ends with its process, however that dies.
+    the kernel's (flock): it ends with its process, however that dies. Of several processes of one run rank 0 holds it,
+    reads and writes; the others get what it returns.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,9 +37,14 @@ class RunDirectory:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> "RunDirectory":
+        self._hold()
+        return self
+
+    @on_main
+    def _hold(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / LOCK, "a+")  # stays open as long as the run is held
+            lock = open(self.path / LOCK, "a+")  # noqa: SIM115 stays open as long as the run is held
         except OSError as error:
             raise UserError(f"cannot use {self.path} as a run's directory: {error.strerror}") from None
         try:
@@ -58,16 +64,19 @@ class RunDirectory:
         self._lock = lock
         for leftover in self.path.glob(f"*{checkpoint.TEMPORARY}"):  # of a process killed inside a save
             leftover.unlink(missing_ok=True)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self._lock:
             self._lock.close()
             self._lock = None
 
+    @on_main
     def check(self, recipe: Recipe, facts: dict[str, Any], *, extend: bool = False) -> None:
         """Raises UserError, naming the fields that differ, if the directory holds another run than that of `recipe`
         and `facts` (digests of data, teacher, ...), as far as they are given. `extend` lets `epochs` grow."""
+        self._check(recipe, facts, extend)
+
+    def _check(self, recipe: Recipe, facts: dict[str, Any], extend: bool) -> None:
         config = self.read_config()
         if not config or not self.has_begun():
             return
@@ -87,20 +96,25 @@ class RunDirectory:
         names = (checkpoint.LAST, checkpoint.PREVIOUS, f"{checkpoint.LAST}.damaged", SUMMARY)
         return any(os.path.lexists(self.path / name) for name in names)
 
+    @on_main
     def report(self, recipe: Recipe) -> dict[str, Any] | None:
         """The summary, after printing it, if the run is finished."""
+        return self._report(recipe)
+
+    def _report(self, recipe: Recipe) -> dict[str, Any] | None:
         summary = self.finished(recipe)
         if summary:
             print(f"finished before: {self.path}\n{describe(summary)}")
         return summary
 
+    @on_main
     def claim(
         self, recipe: Recipe, facts: dict[str, Any], device: torch.device, *, extend: bool = False
     ) -> dict[str, Any] | None:
         """`check`, and `report` of a finished run; otherwise record in config.json that this process starts or
         continues the run, with a line where torch or the device are not those of the last time."""
-        self.check(recipe, facts, extend=extend)
-        if summary := self.report(recipe):
+        self._check(recipe, facts, extend)
+        if summary := self._report(recipe):
             return summary
         config = self.read_config()
         starts = config["starts"] if config and self.has_begun() else []
@@ -123,6 +137,7 @@ class RunDirectory:
         summary = _read_json(self.path / SUMMARY, {"epochs": int})
         return summary if summary and summary["epochs"] == recipe.epochs else None
 
+    @on_main
     def finish(
         self, recipe: Recipe, facts: dict[str, Any], network: nn.Module, device: torch.device, **results: Any
     ) -> dict[str, Any]:
@@ -139,6 +154,7 @@ class RunDirectory:
             "data": {"name": facts["data"], "digest": facts["data_digest"]},
             "augment": recipe.augment,
             "epochs": recipe.epochs,
+            "world_size": facts["world_size"],
             "teacher_accuracy": None,
             "agreement": None,
             **results,
@@ -151,10 +167,20 @@ class RunDirectory:
         print(describe(summary))
         return summary
 
+    @on_main
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Make metrics.jsonl hold `records`, one line an epoch. They stand in the checkpoint too, which decides."""
         lines = "".join(json.dumps(record) + "\n" for record in records)
         checkpoint.write_atomically(self.path / METRICS, lines.encode())
+
+    def open_board(self) -> Any:
+        """TensorBoard's SummaryWriter for tensorboard/ in this directory, in the process that writes files, else None.
+        Raises UserError if the package is absent."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        return SummaryWriter(str(self.path / "tensorboard")) if rank() == 0 else None
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -172,8 +198,8 @@ def tell(fields: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
 def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:
     """The directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free."""
     path = Path(options.output) if options.output else CHECKPOINTS / data_name / recipe.arch / recipe.run_name
-    if options.fresh and path.exists():
-        path = next_free(path)
+    if options.fresh and on_main(path.exists)():
+        path = on_main(next_free)(path)
         print(f"starting over in {path}; to continue it, --output {path} in place of --fresh")
     return RunDirectory(path)
 

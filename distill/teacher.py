@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distill import checkpoint
-from distill.parallel import autocast
+from distill.parallel import spread_inference
 from distill.registry import Classifier
 from distill.views import Batch
 
@@ -18,20 +18,20 @@ class Teacher:
     """Answers batches with logits. It cannot move: `check_untouched` raises if a parameter or buffer ever did.
 
     A logit is rounded to float16 before any use, so that a run does not depend on whether an answer is computed or
-    comes from a store (design: the teacher answers each view once).
+    comes from a store (design: the teacher answers each view once). `device_name`: where one process has several GPUs,
+    as of parallel.devices, all of them answer.
     """
 
-    def __init__(self, network: Classifier, device: torch.device, precision: torch.dtype) -> None:
-        self._network = network.to(device).eval().requires_grad_(False)
-        self.device, self.precision = device, precision
+    def __init__(self, network: Classifier, device_name: str = "cpu") -> None:
+        self._network = network.eval().requires_grad_(False)
+        self._spread = spread_inference(network, device_name)
         self.digest = self._content()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3) -> float32 (B, C) with values that float16 has."""
-        with autocast(self.device, self.precision):
-            answer: Tensor = self._network(images)
-        return answer.float().clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float()
+        answer: Tensor = self._spread(images)
+        return answer.clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float()
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.logits(batch.images)
@@ -49,7 +49,8 @@ class Teacher:
 
         `batches` yields (images, labels). A damaged file of an earlier call is named and made anew.
         """
-        name = f"{self.digest[:24]}-{data_digest[:24]}-{str(self.precision).removeprefix('torch.')}.pt"
+        precision = str(self._network.precision).removeprefix("torch.")
+        name = f"{self.digest[:24]}-{data_digest[:24]}-{precision}.pt"
         path = cache / name
         if path.exists():
             try:

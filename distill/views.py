@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.recipe import UserError
+
 
 # ------------------------------------------------------------------------------------------------- numbers by counter
 def raw_draws(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.uint64]:
@@ -121,23 +123,32 @@ class EpochPlan:
     """The order of an epoch: which images, in which views, step by step. Shared by every data set.
 
     `indices`: the images that are trained on (a subset when a validation part is held out). The last partial batch
-    of an epoch is dropped.
+    of an epoch is dropped. `share`: (r, n) yields the r-th of n equal parts of each batch, for process r of n; the
+    order is that of one process. Raises UserError if n does not divide the batch.
     """
 
     indices: NDArray[np.int64]
     order: ViewOrder
     seed: int
     batch_size: int
+    share: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.share[1]:
+            raise UserError(f"--batch-size {self.batch_size} must be a multiple of the {self.share[1]} processes")
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.indices) // self.batch_size
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """(indices, views), both (batch_size,), for each step of `epoch` from `first_step` on."""
+        """(indices, views), both (batch_size / n,), for each step of `epoch` from `first_step` on."""
         shuffled = self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
+        part, parts = self.share
+        size = self.batch_size // parts
         for step in range(first_step, self.steps_per_epoch):
-            chosen = shuffled[step * self.batch_size : (step + 1) * self.batch_size]
+            start = step * self.batch_size + part * size
+            chosen = shuffled[start : start + size]
             yield chosen, self.order.shown(epoch, chosen)
 
 
@@ -210,13 +221,18 @@ class TensorData:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to evaluate on: uint8 (N, H, W, 3), labels int64 (N,), on one device; each is seen exactly once."""
+    """Images to evaluate on: uint8 (N, H, W, 3), labels int64 (N,), on one device; each is seen exactly once.
+
+    `share`: (r, n) yields the r-th of n consecutive parts, for process r of n.
+    """
 
     images: Tensor
     labels: Tensor
     batch_size: int = 256
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.labels), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self.images[part], self.labels[part]
+    def batches(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        part, parts = share
+        first, last = (len(self.labels) * k // parts for k in (part, part + 1))
+        for start in range(first, last, self.batch_size):
+            stop = min(start + self.batch_size, last)
+            yield self.images[start:stop], self.labels[start:stop]

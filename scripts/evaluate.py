@@ -46,11 +46,11 @@ def main(argv: Sequence[str]) -> None:
     from cifar10.models import CIFAR_INPUT, MODELS
     from distill import checkpoint
     from distill.engine import evaluate
-    from distill.parallel import choose_device, choose_precision
+    from distill.parallel import choose_precision, start
     from distill.registry import Classifier
     from distill.views import EvaluationSet
 
-    device = choose_device(options.device)
+    device = start(options.device)
     weights = checkpoint.load_weights(Path(options.checkpoint))
     named = options.arch or checkpoint.load_arch(Path(options.checkpoint))
     if not named:
@@ -63,9 +63,8 @@ def main(argv: Sequence[str]) -> None:
         "test": (data.test_images, data.test_labels),
         "train": (data.train_images, data.train_labels),
     }[options.split]
-    batches = EvaluationSet(images.to(device), labels.to(device), options.batch_size).batches()
-    classifier = Classifier(network, CIFAR_INPUT).to(device)
-    found = evaluate(classifier, batches, choose_precision(options.precision, device))
+    classifier = Classifier(network, CIFAR_INPUT, choose_precision(options.precision, device)).to(device)
+    found = evaluate(classifier, EvaluationSet(images.to(device), labels.to(device), options.batch_size))
     print(found)
     if options.json:
         checkpoint.write_atomically(Path(options.json), (json.dumps(found.to_dict()) + "\n").encode())

@@ -13,6 +13,7 @@ import torch
 from cifar10.models.efficientnet import EfficientNet
 from cifar10.models.registry import CIFAR_INPUT, MODELS
 from distill import checkpoint
+from distill.parallel import choose_precision, on_main
 from distill.recipe import Recipe, UserError
 from distill.registry import Classifier
 
@@ -34,7 +35,7 @@ def build_student(
         raise UserError(f"--dropout and --drop-connect: {recipe.arch} has neither; efficientnet_b0 has both")
     init_digest = None
     if init:
-        weights = checkpoint.load_weights(Path(init))
+        weights = on_main(checkpoint.load_weights)(Path(init))
         checkpoint.apply_weights(network, weights, init)
         init_digest = checkpoint.digest(network.state_dict())
-    return Classifier(network, CIFAR_INPUT).to(device), init_digest
+    return Classifier(network, CIFAR_INPUT, choose_precision(recipe.precision, device)).to(device), init_digest

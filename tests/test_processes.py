@@ -1,0 +1,176 @@
+"""Several processes as one run, started by torchrun: the same gradient, the same counts, the same end after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cifar10.data import load_data, prepare
+from distill import checkpoint, parallel
+from distill.recipe import Recipe, UserError
+from distill.views import EpochPlan
+from tests.test_kill import final_state
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+FLAGS = ["--arch", "densenet_cifar", "--batch-size", "8", "--epochs", "3", "--device", "cpu"]
+
+
+def processes(count: int, *words: object) -> "subprocess.CompletedProcess[str]":
+    where = ["--standalone", "--nproc-per-node", count, ROOT / "tests" / "processes.py"]
+    command = [sys.executable, ROOT / "scripts" / "torchrun.py", *where, *words]
+    return subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=300, check=False)
+
+
+def start(launcher: str, *flags: object, **environment: str) -> "subprocess.Popen[str]":
+    settings = {"NPROC": "2", "OMP_NUM_THREADS": "1", **environment}
+    command = ["bash", ROOT / "scripts" / launcher, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([str(w) for w in command], env={**os.environ, **settings}, text=True, **pipes)
+
+
+def run(launcher: str, *flags: object, **environment: str) -> tuple[int, str, str]:
+    process = start(launcher, *flags, **environment)
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
+
+
+def until_saved(process: "subprocess.Popen[str]", output: Path, times: int) -> None:
+    """Wait until the process has written `times` checkpoints to `output`."""
+    seen: set[int] = set()
+    while len(seen) < times:
+        assert process.poll() is None, process.communicate()
+        if (output / "last.pt").exists():
+            seen.add((output / "last.pt").stat().st_mtime_ns)
+        time.sleep(0.002)
+
+
+def test_gradient_and_evaluation_of_two_are_those_of_one(small_npz: Path, tmp_path: Path) -> None:
+    """EfficientNet-B0, BatchNorm in eval mode, no dropout: to 1e-5 of the largest."""
+    for count in (1, 2):
+        found = processes(count, "gradient", small_npz, tmp_path)
+        assert found.returncode == 0, found.stderr
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        largest = max(g.abs().max().item() for g in one["gradients"].values())
+        assert largest > 1e-3
+        assert one["gradients"].keys() <= two["gradients"].keys()
+        for key, gradient in two["gradients"].items():
+            expected = one["gradients"].get(key, torch.zeros_like(gradient))
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5 * largest, msg=key)
+        assert torch.equal(one["predictions"], two["predictions"])
+        assert one["found"]["images"] == two["found"]["images"] == 20
+        assert one["found"]["accuracy"] == two["found"]["accuracy"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_shares_make_up_the_whole(count: int, small_npz: Path) -> None:
+    """Any number of processes: each test image once, in order; each batch divided, in the order of one process."""
+    training, tests = prepare(load_data(str(small_npz)), Recipe(batch_size=28), CPU)
+    parts = [images for rank in range(count) for images, _ in tests["test"].batches((rank, count))]
+    assert torch.equal(torch.cat(parts), tests["test"].images)
+    plan = training.plan
+    whole = [chosen for chosen, _ in plan.steps(3)]
+    if 28 % count == 0:
+        shares = [EpochPlan(plan.indices, plan.order, plan.seed, 28, (rank, count)).steps(3) for rank in range(count)]
+        together = [np.concatenate([chosen for chosen, _ in step]) for step in zip(*shares, strict=True)]
+        assert np.array_equal(together, whole)
+        assert len(whole[0]) == 28
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar10.data.share", lambda: (0, 3))
+    with pytest.raises(UserError, match="--batch-size 8 must be a multiple of the 3 processes"):
+        prepare(load_data(str(small_npz)), Recipe(batch_size=8), CPU)
+
+
+def test_nan_in_one_process_stops_all(small_npz: Path, tmp_path: Path) -> None:
+    found = processes(2, "nan", small_npz, tmp_path)
+    assert found.returncode == 1
+    assert found.stderr.count("not finite at step 1") == 1, found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "run2" / "last.pt").exists()
+    weights = [torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert torch.equal(*weights)
+    assert torch.isfinite(weights[0]).all()
+
+
+def test_signals_kills_and_restarts_end_in_the_same_state(small_npz: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher, the same command; then SIGKILL of process 1, and torchrun starts both again."""
+    flags = [*FLAGS, "--data", small_npz, "--output"]
+    code, out, errors = run("trainCE.sh", *flags, tmp_path / "whole")
+    assert code == 0, errors
+    assert out.count("epoch 3/3") == 1
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["world_size"] == 2
+
+    cut = tmp_path / "cut"
+    process = start("trainCE.sh", *flags, cut, "--save-minutes", "0")
+    until_saved(process, cut, 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 143, errors
+    assert errors.count("stopped by SIGTERM") == 1
+    assert "Traceback" not in errors
+
+    process = start("trainCE.sh", *flags, cut, "--save-minutes", "0", MAX_RESTARTS="1")
+    until_saved(process, cut, 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victims = [p for p in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes()]
+    os.kill(int(victims[0]), signal.SIGKILL)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert out.count("continuing at epoch") == 2
+    assert final_state(cut) == final_state(tmp_path / "whole")
+    assert checkpoint.load(cut / "last.pt")["ranks"][1]["tally"].shape == (4,)
+
+    code, _, errors = run("trainCE.sh", *flags, cut, NPROC="1")
+    assert code == 2
+    assert "world_size was 2, is 1" in errors
+
+
+def test_kd_trains_its_teacher_in_both_processes(small_npz: Path, tmp_path: Path) -> None:
+    flags = ["--data", small_npz, "--teacher-arch", "densenet_cifar", *FLAGS, "--epochs", "1"]
+    code, out, errors = run("trainKD.sh", *flags, DISTILL_CHECKPOINTS=str(tmp_path))
+    assert code == 0, errors
+    assert out.count("it is trained first by CE") == 1
+    assert out.count("epoch 1/1") == 2
+    runs = {path.parent.name for path in tmp_path.rglob("summary.json")}
+    assert runs == {"ce-seed0", "kd-densenet_cifar-T3-w0.8-seed0"}
+
+
+def test_a_wrong_flag_or_path_is_told_once(tmp_path: Path) -> None:
+    code, _, errors = run("trainCE.sh", "--ep", "3")
+    assert (code, errors.count("unknown argument")) == (2, 1)
+    code, _, errors = run("trainCE.sh", "--data", tmp_path / "absent", "--device", "cpu")
+    assert (code, errors.count("does not exist")) == (2, 1)
+    assert "Traceback" not in errors
+    assert run("trainCE.sh", "--help")[1].count("usage:") == 1
+    code, _, errors = run("trainCE.sh", NNODES="2")
+    assert code != 0
+    assert "MASTER_ADDR" in errors
+
+
+@pytest.mark.parametrize("name", ["cuda:x", "cuda:", "tpu", "cuda:1,", "meta"])
+def test_devices_refuses(name: str) -> None:
+    with pytest.raises(UserError, match="--device must be auto, cpu, cuda, cuda:N or cuda:N,M"):
+        parallel.devices(name)
+
+
+def test_devices_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallel.devices("cpu") == [CPU]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    both = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert parallel.devices("auto") == parallel.devices("cuda") == parallel.devices("cuda:0,1") == both
+    assert parallel.devices("cuda:1") == both[1:]
+    assert parallel.devices("cuda:0,0") == [both[0], both[0]]
+    assert (parallel.shares("auto"), parallel.shares("cuda:1"), parallel.shares("cpu")) == (2, 1, 1)
+    with pytest.raises(UserError, match="has 2 CUDA devices"):
+        parallel.devices("cuda:2")
