@@ -30,6 +30,7 @@ SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test im
 DEFAULT = ROOT / "data" / "cifar10"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+UNLABELLED, NO_CLASS = -1, ""  # a label and a class's name for images that have none
 LARGEST = 30_000_000  # pixels of one image file; more is a mistake or a decompression bomb
 
 Pixels = NDArray[np.uint8]
@@ -38,7 +39,10 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class ImageData:
-    """images: uint8 (N, 32, 32, 3); labels: int64 (N,), from 0 to len(classes) - 1; both for training and test."""
+    """images: uint8 (N, 32, 32, 3); labels: int64 (N,), from 0 to len(classes) - 1; both for training and test.
+
+    Training images without labels have UNLABELLED for each.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -53,8 +57,14 @@ class ImageData:
         parts = [self.train_images, self.train_labels, self.test_images, self.test_labels]
         return checkpoint.digest([list(self.classes), *parts])
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the training images have labels."""
+        return bool((self.train_labels != UNLABELLED).all())
+
     def __str__(self) -> str:
-        counts = f"{len(self.train_images)} training, {len(self.test_images)} test images"
+        kind = "training" if self.labelled else "unlabelled training"
+        counts = f"{len(self.train_images)} {kind}, {len(self.test_images)} test images"
         return f"{self.name}: {counts}, {len(self.classes)} classes, digest {self.digest[:12]}"
 
 
@@ -68,7 +78,8 @@ def read_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = F
     """`sample`, a directory with train/CLASS/* and test/CLASS/* or with CIFAR-10's archive or its unpacked batches, or
     a .npz file. None is data/cifar10, which is filled by download when it is not there.
 
-    Images of another size are resized to 32x32, with a line that says so. Raises UserError.
+    Images of another size are resized to 32x32, with a line that says so. A train/ that holds images and no folders is
+    unlabelled. Raises UserError.
     """
     if source == "sample":
         return _from_arrays("sample", _read_sample(), str(SAMPLE))
@@ -91,6 +102,8 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
 
     Images lie on `device` as uint8. Raises UserError if there are too few of them.
     """
+    if not data.labelled and (recipe.objective == "ce" or recipe.w < 1 or recipe.val_split):
+        raise UserError("the training images have no labels: they take trainKD.sh --w 1, and no --val-split")
     policy = build_policy(recipe.augment, recipe.view_seed, recipe.views, recipe.cutout)
     count = len(data.train_images)
     if count - recipe.val_split < recipe.batch_size:
@@ -115,7 +128,8 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
             raise UserError(f"{source}: {split}_images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
+        lowest = UNLABELLED if split == "train" and labels.max(initial=UNLABELLED) == UNLABELLED else 0
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < lowest:
             raise UserError(
                 f"{source}: {split}_labels must be integers from 0 on, one for each of the {len(images)} images, "
                 f"got {labels.dtype} {labels.shape}"
@@ -123,8 +137,9 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
         highest = max(highest, int(labels.max()))
         tensors[f"{split}_images"] = torch.from_numpy(_resize(images, source))
         tensors[f"{split}_labels"] = torch.from_numpy(labels.astype(np.int64))
-    unseen = sorted(set(arrays["test_labels"].tolist()) - set(arrays["train_labels"].tolist()))
-    if unseen:
+    trained = set(arrays["train_labels"].tolist())
+    unseen = sorted(set(arrays["test_labels"].tolist()) - trained)
+    if unseen and trained != {UNLABELLED}:
         raise UserError(f"{source}: class {unseen[0]} is in test_labels but not in train_labels")
     named = arrays.get("classes")
     if (named is not None and named.ndim != 1) or highest >= len(tensors["train_labels"]):
@@ -180,16 +195,17 @@ def _read_npz(path: Path) -> Arrays:
 
 # -------------------------------------------------------------------------------------------------------------- folders
 def _read_folder(path: Path, workers: int, skip_bad_images: bool) -> Arrays:
-    """Decode train/CLASS/* and test/CLASS/*, or take what an earlier call decoded from the same files."""
+    """Decode train/CLASS/* (or unlabelled train/*) and test/CLASS/*, or take what an earlier call decoded from them."""
     listings = {split: _list_images(path, split) for split in ("train", "test")}
-    classes = {split: set(listing) for split, listing in listings.items()}
+    if NO_CLASS in listings["test"]:
+        raise UserError(f"{path / 'test'} has images but no class folders: test images need their classes")
+    classes = {split: set(listing) - {NO_CLASS} for split, listing in listings.items()}
     for here, there in (("train", "test"), ("test", "train")):
-        if only := sorted(classes[here] - classes[there]):
+        if (only := sorted(classes[here] - classes[there])) and NO_CLASS not in listings["train"]:
             raise UserError(f"class {only[0]!r} of {path / here} is not in {path / there}")
-    names = sorted(classes["train"])
-    files = {
-        split: [(f, k) for k, name in enumerate(names) for f in listing[name]] for split, listing in listings.items()
-    }
+    names = sorted(classes["test"])
+    numbers = {NO_CLASS: UNLABELLED} | {name: k for k, name in enumerate(names)}
+    files = {split: [(f, numbers[n]) for n in listing for f in listing[n]] for split, listing in listings.items()}
     cache = CHECKPOINTS / "cache" / f"images-{_stamp(path, files['train'] + files['test'], skip_bad_images)}.pt"
     if cache.exists():
         try:
@@ -208,7 +224,8 @@ def _read_folder(path: Path, workers: int, skip_bad_images: bool) -> Arrays:
 
 
 def _list_images(path: Path, split: str) -> dict[str, list[Path]]:
-    """Class -> image files in order of their names. Hidden files and files that are no images by name are passed by."""
+    """Class -> image files in order of their names, NO_CLASS -> images where there are no class folders.
+    Hidden files and files that are no images by name are passed by."""
     root = path / split
     if not root.is_dir():
         raise UserError(f"{path} has no directory {split!r}: it needs train/CLASS/* and test/CLASS/* images")
@@ -225,9 +242,12 @@ def _list_images(path: Path, split: str) -> dict[str, list[Path]]:
         if not names:
             raise UserError(f"class {folder.name!r} in {root} has no images ({', '.join(sorted(SUFFIXES))})")
         listing[folder.name] = [folder / n for n in names]
-    if not listing:
+    loose = sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if loose and listing:
+        raise UserError(f"{root} has class folders and images beside them, such as {loose[0].name}: one or the other")
+    if not loose and not listing:
         raise UserError(f"{root} has no class folders with images in them")
-    return listing
+    return listing or {NO_CLASS: loose}
 
 
 def _stamp(path: Path, files: Iterable[tuple[Path, int]], skip_bad_images: bool) -> str:

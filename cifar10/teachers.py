@@ -14,7 +14,7 @@ from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
 from distill.parallel import choose_precision, first_here, on_main
-from distill.recipe import Options, Recipe, flag
+from distill.recipe import Options, Recipe, UserError, flag
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
 from distill.teacher import Teacher, accuracy, chance_warning
@@ -63,6 +63,8 @@ def _trained(
 ) -> Path:
     """The checkpoint of the teacher's own CE run on this data; that run is finished first where it is not."""
     assert recipe.teacher_arch
+    if not data.labelled:
+        raise UserError("the training images have no labels to train a teacher with: give --teacher-checkpoint FILE")
     expected = replace(
         TEACHER,
         arch=recipe.teacher_arch,

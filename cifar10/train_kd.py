@@ -1,7 +1,8 @@
 """Train a small network on small images, taught by a big one.
 
-bash scripts/trainKD.sh                                          EfficientNet-B0 from ResNeXt29_2x64d
-bash scripts/trainKD.sh --data sample --recipe sample_student_kd  on the embedded sample, minutes on a CPU
+bash scripts/trainKD.sh                                               EfficientNet-B0 from ResNeXt29_2x64d
+bash scripts/trainKD.sh --recipe student_kd --teacher-arch resnet152  the recommended form
+bash scripts/trainKD.sh --data sample --recipe sample_student_kd      on the embedded sample, minutes on a CPU
 bash scripts/trainKD.sh --teacher-arch resnet152 --teacher-checkpoint ckpt.pth --T 4 --w 0.9
 """
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         argv,
         prog="trainKD.sh",
         recipes=RECIPES,
-        default="student_kd",
+        default="kd",
         description=f"Train a student taught by a teacher.\n\n  {cli.LOSS_FORMULA}\n\n{cli.LOSS_LEGEND}",
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
@@ -72,7 +73,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             recipe,
             options,
             student=student,
-            objective=Distillation(teacher, recipe.T, recipe.w, recipe.label_smoothing),
+            objective=Distillation(teacher, recipe.T, recipe.w, recipe.label_smoothing, data.labelled),
             data=training,
             tests=tests,
             facts=facts,

@@ -324,10 +324,12 @@ class Trainer:
         self.check_state()
         state = self.state
         reduce(state.tally.sums)
-        trained = state.tally.summary()
+        trained: dict[str, Any] = state.tally.summary()
         seconds, images = state.timings["epoch"], trained.pop("images")
         step = (state.epoch + 1) * self.data.steps_per_epoch
         record: dict[str, Any] = {"epoch": state.epoch + 1, "step": step, "lr": self.optimizer.param_groups[0]["lr"]}
+        if not self.data.labelled:
+            trained |= {"accuracy": None, "top5": None}
         record |= {f"train_{name}": value for name, value in trained.items()}
         for name, found in tests.items():
             record |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy, f"{name}_top5": found.top5}
@@ -344,13 +346,15 @@ class Trainer:
         self.save()
         self.run.write_metrics(state.records)
         if self.board:
-            for name in record.keys() - {"epoch", "step"}:
-                self.board.add_scalar(name, record[name], record["epoch"])
+            for name, value in record.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, record["epoch"])
             self.board.flush()
+        right = f"accuracy {record['train_accuracy']:.2f} %  " if self.data.labelled else ""
         measured = "  ".join(f"{name} {found.accuracy:.2f} %" for name, found in tests.items())
         print(
             f"epoch {record['epoch']}/{self.recipe.epochs}  loss {record['train_loss']:.4f}  "
-            f"accuracy {record['train_accuracy']:.2f} %  {measured}  lr {record['lr']:.4g}  "
+            f"{right}{measured}  lr {record['lr']:.4g}  "
             f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
         )
 

@@ -56,7 +56,7 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class Distillation:
-    """w * kd(s, t) + (1 - w) * CE(s, y), in nats, mean over the batch.
+    """w * kd(s, t) + (1 - w) * CE(s, y), in nats, mean over the batch. Without labels, which takes w = 1: kd(s, t).
 
     `teacher_logits` answers a batch with (B, C); where the answers come from is no business of this class.
     """
@@ -65,11 +65,21 @@ class Distillation:
     temperature: float
     w: float
     label_smoothing: float = 0.0
-    parts: tuple[str, ...] = ("kd", "ce")
+    labelled: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.labelled and self.w < 1:
+            raise ValueError(f"images without labels are taught by the teacher alone, w = 1, not {self.w}")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("kd", "ce") if self.labelled else ("kd",)
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         teacher_logits = self.teacher_logits(batch)
         logits = student(batch.images)
         soft = kd(logits, teacher_logits, temperature=self.temperature)
+        if not self.labelled:
+            return Step(logits, soft, (soft.detach(),))
         hard = cross_entropy(logits, batch, self.label_smoothing)
         return Step(logits, self.w * soft + (1 - self.w) * hard, (soft.detach(), hard.detach()))

@@ -9,7 +9,6 @@ from torch import nn
 
 from distill.recipe import Recipe
 
-
 RESTART_EPOCHS = 10
 
 

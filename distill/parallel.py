@@ -82,13 +82,12 @@ def spread(network: Classifier, recipe: Recipe, device_name: str) -> nn.Module:
     ones by `sync_bn`. One process that has several devices: DataParallel, where those of the first device count.
     `compile` as well. Raises UserError for what cannot be had.
     """
-    device, step = network.mean.device, network
+    device = network.mean.device
     if recipe.sync_bn:
         if device.type != "cuda" or (world_size() == 1 and shares(device_name) > 1):
             raise UserError("--sync-bn takes CUDA and a process for each GPU: NPROC=2 bash scripts/...")
-        network.network = nn.SyncBatchNorm.convert_sync_batchnorm(network.network)
-    if recipe.compile:
-        step = _compile(network, device_name)
+        network.network = nn.SyncBatchNorm.convert_sync_batchnorm(network.network)  # type: ignore[no-untyped-call]
+    step = _compile(network, device_name) if recipe.compile else network
     if world_size() > 1:
         # static_graph: a network may have parameters that no image reaches (EfficientNet's first block)
         return DistributedDataParallel(step, [device] if device.type == "cuda" else None, static_graph=True)
@@ -103,8 +102,7 @@ def _compile(network: Classifier, device_name: str) -> nn.Module:
     print("compiling the student: the first step takes a minute or so")
     # CUDA graphs take the launches of many small kernels off the CPU; DistributedDataParallel's hooks stand between.
     graphs = network.mean.device.type == "cuda" and world_size() == 1
-    compiled: nn.Module = torch.compile(network, mode="reduce-overhead" if graphs else None)
-    return compiled
+    return torch.compile(network, mode="reduce-overhead" if graphs else None)  # type: ignore[return-value]
 
 
 def spread_inference(network: Classifier, device_name: str) -> nn.Module:

@@ -112,6 +112,7 @@ class TrainingData(Protocol):
     """What the engine trains on: any position of any epoch can be asked for, and is always the same."""
 
     steps_per_epoch: int
+    labelled: bool
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from `first_step` on."""
@@ -191,9 +192,10 @@ class TensorData:
     def __init__(
         self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy, mixup: ViewDraws | None = None
     ) -> None:
-        """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device; mixup: draws of two columns."""
+        """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device, negative where there are none; mixup: draws of
+        two columns."""
         self.images, self.labels, self.plan, self.policy, self.mixup = images, labels, plan, policy, mixup
-        self.steps_per_epoch = plan.steps_per_epoch
+        self.steps_per_epoch, self.labelled = plan.steps_per_epoch, bool((labels >= 0).all())
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         device = self.images.device

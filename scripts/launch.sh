@@ -18,6 +18,9 @@ if [ "$nodes" != 1 ]; then
   : "${MASTER_ADDR:?the address of machine 0, since NNODES is $nodes}" "${NODE_RANK:?the number of this machine, from 0}"
   where=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
+# torch 2.15 and before: with one store for all starts, a restarted process may read the address of a dead one
+# (pytorch/pytorch#135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 exec "$python" "$root/scripts/torchrun.py" "${where[@]}" --nproc-per-node "$processes" \

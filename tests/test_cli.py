@@ -14,14 +14,15 @@ from distill.recipe import Options, Recipe, UserError, flag
 
 FLAGS = """--arch --teacher-arch --T --w
 --epochs --batch-size --lr --optimizer --momentum --weight-decay --decay-all --schedule --warmup --clip-norm --ema
---dropout --drop-connect --label-smoothing --precision
+--dropout --drop-connect --label-smoothing --precision --compile --sync-bn
 --augment --cutout --mixup --views --seed --view-seed --val-split
 --data --workers --skip-bad-images --teacher-checkpoint --init --output
---recipe --show-recipe --device --deterministic --steps --resume --save-minutes --extend --fresh --evaluate"""
+--recipe --show-recipe --device --deterministic --steps --resume --save-minutes --tensorboard
+--extend --fresh --evaluate"""
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"ce": train_ce.main, "kd": train_kd.main}
 
 
-def parse(argv: list[str], default: str = "student_kd") -> tuple[Recipe, Options]:
+def parse(argv: list[str], default: str = "kd") -> tuple[Recipe, Options]:
     return cli.parse(argv, prog="x", recipes=RECIPES, default=default, description="", examples="")
 
 
@@ -45,7 +46,7 @@ def test_spellings_of_flags() -> None:
 
 
 def test_recipes_and_what_is_given_beside_them() -> None:
-    assert parse([])[0] == RECIPES["student_kd"]
+    assert parse([])[0] == RECIPES["kd"]
     assert parse([], "student")[0] == RECIPES["student"]
     recipe, _ = parse(["--recipe", "sample-student-kd", "--epochs", "3", "--decay-all"])
     assert (recipe.epochs, recipe.decay_all) == (3, True)
@@ -53,8 +54,8 @@ def test_recipes_and_what_is_given_beside_them() -> None:
 
 
 def test_defaults_of_the_two_commands() -> None:
-    assert RECIPES["student"].arch == RECIPES["student_kd"].arch == "efficientnet_b0"
-    assert (RECIPES["student_kd"].teacher_arch, RECIPES["student_kd"].T, RECIPES["student_kd"].w) == (
+    assert RECIPES["student"].arch == RECIPES["kd"].arch == "efficientnet_b0"
+    assert (RECIPES["kd"].teacher_arch, RECIPES["kd"].T, RECIPES["kd"].w) == (
         "resnext29_2x64d",
         3.0,
         0.8,
@@ -66,7 +67,7 @@ def test_show_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--show-recipe", "--T", "4"])
     assert stop.value.code == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown.pop("recipe") == "student_kd"
+    assert shown.pop("recipe") == "kd"
     assert Recipe.from_dict(shown) == parse(["--T", "4"])[0]
 
 
@@ -105,7 +106,7 @@ MISTAKES = [  # command, arguments, what the line must name
         ("dropout", "a number, at least 0, below 1", ("1", "-0.5", "x")),
         ("drop-connect", "a number, at least 0, below 1", ("1", "x")),
         ("label-smoothing", "a number, at least 0, at most 1", ("-0.1", "2", "x")),
-        ("schedule", "one of cosine, multistep, onecycle, constant", ("linear", "''")),
+        ("schedule", "one of cosine, multistep, onecycle, restarts, constant", ("linear", "''")),
         ("precision", "one of auto, float32, bfloat16", ("float16", "fp32")),
         ("augment", "one of crop_flip, original, none", ("cutout", "None")),
         ("cutout", "an integer, at least 0", ("-1", "8.5", "x")),
@@ -116,10 +117,10 @@ MISTAKES = [  # command, arguments, what the line must name
         ("workers", "an integer, at least 0", ("-1", "x", "1000")),
         ("steps", "an integer, at least 1", ("0", "-1", "x")),
         ("save-minutes", "a number, at least 0", ("-1", "x")),
-        ("device", "auto, cpu, cuda or cuda:N", ("tpu", "cpu:x", "mps")),
+        ("device", "auto, cpu, cuda, cuda:N or cuda:N,M", ("tpu", "cpu:x", "mps")),
     ) for value in values],
     ("kd", "--device cuda:99", "--device cuda:99"),
-    ("kd", "--recipe best", "--recipe must be one of student_kd"),
+    ("kd", "--recipe best", "--recipe must be one of kd"),
     ("kd", "--recipe student", "--recipe must be one of"),
     ("kd", "--tempreature 3", "unknown argument --tempreature"),
     ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-arch"),

@@ -85,7 +85,7 @@ def test_npz_of_another_size_is_resized(tmp_path: Path, capsys: pytest.CaptureFi
         ({"train_images": np.zeros((0, 32, 32, 3), np.uint8), "train_labels": np.zeros(0, int)}, "got uint8"),
         ({"train_labels": np.zeros(5, int)}, r"one for each of the 6 images, got int64 \(5,\)"),
         ({"train_labels": np.zeros(6)}, "must be integers"),
-        ({"train_labels": np.full(6, -1)}, "must be integers from 0 on"),
+        ({"train_labels": np.array([-1, 0, 0, 0, 0, 0])}, "must be integers from 0 on"),
         ({"classes": np.array(["a", "b"])}, "2 classes, labels up to 2"),
         ({"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)}, "1 classes"),
         ({"test_labels": np.array([0, 1, 3])}, "class 3 is in test_labels but not in train_labels"),

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar10.data import load_data, prepare
-from distill import checkpoint, engine
+from distill import checkpoint, engine, parallel
 from distill.engine import Fitted, evaluate, fit
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step
@@ -91,6 +93,10 @@ def test_learning_rate() -> None:
     assert rates[99] == pytest.approx((1 + math.cos(math.pi * 79 / 80)) / 2)
     steps = replace(recipe, schedule="multistep", warmup=0)
     assert [learning_rate(s, steps, 10) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    restarts = replace(recipe, epochs=25, schedule="restarts", warmup=0)
+    assert [learning_rate(s, restarts, 10) for s in (0, 50, 99, 100, 150, 249)] == pytest.approx(
+        [1, 0.5, (1 + math.cos(math.pi * 0.99)) / 2, 1, 0.5, (1 + math.cos(math.pi * 0.49)) / 2]
+    )
     assert learning_rate(99, replace(recipe, schedule="constant"), 10) == 1.0
     assert learning_rate(0, replace(recipe, epochs=1, warmup=5), 4) == 1.0  # a quarter of the run: one step of four
 
@@ -348,6 +354,73 @@ def test_cut_anywhere_and_continued(small_npz: Path, tmp_path: Path, changes: di
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile takes a C++ compiler")
+def test_compiled_learns_the_same_and_continues(small_npz: Path, tmp_path: Path) -> None:
+    """Dropout, BatchNorm and mode changes in between, compiled: cut and continued bit for bit, near the eager loss."""
+    recipe = replace(RECIPE, compile=True, epochs=2)
+    whole = train(tmp_path / "whole", small_npz, recipe)
+    for steps in (1, 5):
+        with pytest.raises(Stopped):
+            train(tmp_path / "cut", small_npz, recipe, Options(steps=steps))
+    train(tmp_path / "cut", small_npz, recipe)
+    assert state(tmp_path / "cut") == state(tmp_path / "whole")
+    eager = train(tmp_path / "eager", small_npz, replace(recipe, compile=False))
+    # dropout draws other numbers when compiled
+    assert whole.records[-1]["train_loss"] == pytest.approx(eager.records[-1]["train_loss"], rel=0.1)
+
+
+def test_without_a_compiler(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
+        train(tmp_path, small_npz, replace(RECIPE, compile=True))
+
+
+def test_sync_bn_is_refused_where_it_cannot_be(small_npz: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--sync-bn takes CUDA"):
+        train(tmp_path, small_npz, replace(RECIPE, sync_bn=True))
+
+
+def test_sync_bn_keeps_the_weights_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that says it is CUDA: converted layers, the same parameters under the same names."""
+    network = small_network()
+    before = dict(network.network.named_parameters())
+    monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert parallel.spread(network, replace(RECIPE, sync_bn=True), "cuda:0") is network
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    after = dict(network.network.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[key] is before[key] for key in before)
+
+
+def test_several_gpus_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataParallel over the devices named; compiling and common BatchNorm statistics take a process for each."""
+    found = []
+    network = small_network()
+    monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(parallel, "DataParallel", lambda module, here: found.append((module, here)) or module)
+    parallel.spread(network, RECIPE, "auto")
+    parallel.spread(network, RECIPE, "cuda:0,0")
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert found == [(network, [first, second]), (network, [first, first])]
+    for change, message in (({"compile": True}, "--compile takes one GPU"), ({"sync_bn": True}, "--sync-bn takes")):
+        with pytest.raises(UserError, match=message):
+            parallel.spread(network, replace(RECIPE, **change), "auto")
+
+
+def test_tensorboard(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fitted = train(tmp_path / "run", small_npz, options=Options(tensorboard=True))
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in board.Scalars("test_accuracy")}
+    assert shown == {r["epoch"]: pytest.approx(r["test_accuracy"]) for r in fitted.records}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard needs the package tensorboard: pip install tensorboard"):
+        train(tmp_path / "other", small_npz, options=Options(tensorboard=True))
 
 
 def test_time_between_checkpoints_does_not_matter(small_npz: Path, tmp_path: Path) -> None:

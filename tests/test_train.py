@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar10 import teachers, train_ce, train_kd
+from cifar10.data import load_data
 from cifar10.models import MODELS
 from cifar10.recipes import RECIPES
 from distill import checkpoint
@@ -236,3 +238,36 @@ def test_results_script(command: Any, small_npz: Path, tmp_path: Path) -> None:
     assert [line.split()[0] for line in found.stdout.splitlines()] == ["network", "densenet_cifar", "cut"]
     assert "not finished" in found.stdout
     assert command("scripts/results.py", tmp_path).returncode == 2
+
+
+def test_unlabelled_images_are_taught_by_the_teacher_alone(home: Path, tmp_path: Path) -> None:
+    """train/*.png without classes: w = 1, a teacher from a file; no accuracy where there are no labels."""
+    root, sample = tmp_path / "shots", load_data("sample")
+    (root / "train").mkdir(parents=True)
+    for i in range(0, 2000, 100):
+        Image.fromarray(sample.train_images[i].numpy()).save(root / "train" / f"{i}.png")
+    for i in range(0, 1000, 50):
+        folder = root / "test" / sample.classes[sample.test_labels[i]]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sample.test_images[i].numpy()).save(folder / f"{i}.png")
+    options = Options(data=str(root), teacher_checkpoint=teacher_file(tmp_path / "teacher.pth", 10))
+    recipe = replace(KD, epochs=1, w=1.0)
+    summary = train_kd.train(recipe, options)
+    assert summary is not None
+    assert (home / "shots").is_dir()
+    record = json.loads(next(home.rglob("metrics.jsonl")).read_text())
+    assert record["train_accuracy"] is None
+    assert record["train_loss"] == record["train_kd"]
+    assert record["test_accuracy"] == summary["test_accuracy"]
+    assert "train_ce" not in record
+    for wrong in (replace(recipe, w=0.9), replace(recipe, val_split=5)):
+        with pytest.raises(UserError, match="have no labels"):
+            train_kd.train(wrong, options)
+    with pytest.raises(UserError, match="have no labels"):
+        train_ce.train(replace(CE, epochs=1), Options(data=str(root)))
+    with pytest.raises(UserError, match="no labels to train a teacher with"):
+        train_kd.train(replace(recipe, seed=1), Options(data=str(root)))
+    (root / "train" / "cat").mkdir()
+    Image.fromarray(sample.train_images[0].numpy()).save(root / "train" / "cat" / "0.png")
+    with pytest.raises(UserError, match="class folders and images beside them"):
+        load_data(str(root))
