@@ -1,36 +1,28 @@
 """Where the teacher of a CIFAR run comes from: a file, an earlier CE run, or a CE run made now."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cifar10.data import ImageData
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
-from distill.parallel import choose_precision, first_here, on_main
+from distill.logit_store import AnsweredData, LogitStore, fits, store_key
+from distill.parallel import choose_teacher_precision, first_here, on_main
 from distill.recipe import Options, Recipe, UserError, flag
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
-from distill.teacher import Teacher, accuracy, chance_warning
-from distill.views import EvaluationSet
+from distill.teacher import Known, Teacher, chance_warning, examine
+from distill.views import EvaluationSet, TensorData
 
 # Options that are the student's alone, as they are when the teacher is trained.
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
 CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
-
-
-@dataclass(frozen=True)
-class Known:
-    """What a teacher gets right on the test images: accuracy in percent, its predictions (N,)."""
-
-    accuracy: float
-    predictions: Tensor
 
 
 def load_teacher(
@@ -47,15 +39,42 @@ def load_teacher(
     )
     network = MODELS.build(recipe.teacher_arch, len(data.classes))
     checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(path), str(path))
-    classifier = Classifier(network, CIFAR_INPUT, choose_precision(recipe.precision, device))
+    classifier = Classifier(network, CIFAR_INPUT, choose_teacher_precision(recipe.teacher_precision, device))
     teacher = Teacher(classifier.to(device), options.device)
     with first_here():
-        answers = teacher.test_logits(test.batches(), data.digest, CHECKPOINTS / "cache" / "teachers")
-    known = Known(accuracy(answers, test.labels.cpu()), answers.argmax(1))
+        known = examine(teacher, test, data.digest, CHECKPOINTS / "cache" / "teachers")
     print(f"teacher: {recipe.teacher_arch} from {path}, test accuracy {known.accuracy:.2f} %")
+    compared = known.precision
+    print(
+        f"teacher: in {compared['precision']} its arg max agrees with float32 on {compared['agreement']:.2f} % of "
+        f"{compared['images']} test images, a logit differs by {compared['error']:.2g} on average"
+    )
     if warning := chance_warning(known.accuracy, len(data.classes)):
         print(warning)
     return teacher, known
+
+
+def answered(recipe: Recipe, options: Options, data: ImageData, training: TensorData, teacher: Teacher) -> AnsweredData:
+    """The training data with the teacher's answers, from its store unless that is turned off or would be too large."""
+    assert recipe.teacher_arch
+    if not options.store:
+        return AnsweredData(training, teacher, None)
+    root, slots = CHECKPOINTS / "stores", min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
+    fit, line = fits(slots, len(training.images), len(data.classes), options.store_limit, root)
+    if not fit:
+        print(f"store: off: {line}")
+        return AnsweredData(training, teacher, None)
+    key = store_key(
+        training,
+        teacher,
+        teacher_arch=recipe.teacher_arch,
+        name=data.name,
+        digest=data.digest,
+        view_seed=recipe.view_seed,
+    )
+    store = LogitStore(root, key, len(training.images), len(data.classes))
+    print(f"store: {store.path}, {line}")
+    return AnsweredData(training, teacher, store)
 
 
 def _trained(

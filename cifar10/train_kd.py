@@ -41,7 +41,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student
-    from cifar10.teachers import load_teacher
+    from cifar10.teachers import answered, load_teacher
     from distill.engine import evaluate_checkpoint, fit
     from distill.objectives import Distillation
     from distill.parallel import shares, start
@@ -64,21 +64,23 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         if not options.teacher_checkpoint and (summary := run.report(recipe)):
             return summary
         teacher, known = load_teacher(recipe, options, data, tests["test"], train_ce.train)
-        facts["teacher_digest"] = teacher.digest
+        facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
         if summary := run.claim(recipe, facts, device, extend=options.extend):
             return summary
+        answers = answered(recipe, options, data, training, teacher)
         print(f"{cli.LOSS_FORMULA}  with T = {recipe.T:g}, w = {recipe.w:g}")
         fitted = fit(
             run,
             recipe,
             options,
             student=student,
-            objective=Distillation(teacher, recipe.T, recipe.w, recipe.label_smoothing, data.labelled),
-            data=training,
+            objective=Distillation(recipe.T, recipe.w, recipe.label_smoothing, data.labelled),
+            data=answers,
             tests=tests,
             facts=facts,
         )
         teacher.check_untouched()
+        print(f"teacher: {answers.answered:,} views answered, the others were in the store")
         return run.finish(
             recipe,
             facts,
@@ -87,6 +89,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             **fitted.to_dict(),
             views=training.plan.order.view_count or recipe.epochs,
             teacher_accuracy=known.accuracy,
+            teacher_precision=known.precision,
             agreement=agreement(fitted.test.predictions, known.predictions),
         )
 

@@ -18,7 +18,7 @@ LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE
 LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
   T     temperature: higher shows more of what the teacher thinks of the wrong classes
   w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
-DISTILLATION_FIELDS = ("teacher_arch", "T", "w", "teacher_checkpoint")
+DISTILLATION_FIELDS = ("teacher_arch", "T", "w", "teacher_checkpoint", "teacher_precision", "store", "store_limit")
 
 
 Settings = TypeVar("Settings", bound=Any)
@@ -77,7 +77,8 @@ def _add_flags(parser: Parser, owner: type, defaults: Any, hidden: Sequence[str]
         settings: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS, "help": shown}
         if value_type(owner, known.name) is bool:
             # A recipe may have turned the switch on, so that it must be possible to turn it off.
-            action = argparse.BooleanOptionalAction if owner is Recipe else "store_true"
+            on = owner is Recipe or getattr(defaults, known.name)
+            action = argparse.BooleanOptionalAction if on else "store_true"
             group.add_argument(*names, action=action, **settings)
             continue
         metavar = "|".join(known.metadata["choices"]) or known.name.split("_")[-1].upper()

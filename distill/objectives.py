@@ -1,7 +1,6 @@
 """What one training step minimises. An objective returns the logits, the loss and its named parts, so that one loop
 serves all of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -58,10 +57,9 @@ class CrossEntropy:
 class Distillation:
     """w * kd(s, t) + (1 - w) * CE(s, y), in nats, mean over the batch. Without labels, which takes w = 1: kd(s, t).
 
-    `teacher_logits` answers a batch with (B, C); where the answers come from is no business of this class.
+    The batch brings the teacher's logits along; where they come from is no business of this class.
     """
 
-    teacher_logits: Callable[[Batch], Tensor]
     temperature: float
     w: float
     label_smoothing: float = 0.0
@@ -76,9 +74,9 @@ class Distillation:
         return ("kd", "ce") if self.labelled else ("kd",)
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
-        teacher_logits = self.teacher_logits(batch)
+        assert batch.teacher_logits is not None
         logits = student(batch.images)
-        soft = kd(logits, teacher_logits, temperature=self.temperature)
+        soft = kd(logits, batch.teacher_logits, temperature=self.temperature)
         if not self.labelled:
             return Step(logits, soft, (soft.detach(),))
         hard = cross_entropy(logits, batch, self.label_smoothing)

@@ -136,6 +136,14 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def choose_teacher_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA, and on a CPU that multiplies it in hardware; else float32."""
+    if name == "auto" and device.type == "cpu":
+        able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        name = "bfloat16" if able.get("amx_bf16") or able.get("avx512_bf16") else "float32"
+    return choose_precision(name, device)
+
+
 # ----------------------------------------------------------------------------------------------------------- processes
 def rank() -> int:
     """The number of this process, from 0."""

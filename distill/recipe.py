@@ -90,6 +90,12 @@ class Recipe:
         group="training",
         choices=("auto", "float32", "bfloat16"),
     )
+    teacher_precision: str = knob(
+        "auto",
+        "of the teacher: auto is bfloat16 where the hardware has it, else float32",
+        group="distillation",
+        choices=("auto", "float32", "bfloat16"),
+    )
     compile: bool = knob(False, "torch.compile the student's step; the first one takes a minute", group="training")
     sync_bn: bool = knob(False, "BatchNorm over the images of all processes; on CUDA, with NPROC", group="training")
     augment: str = knob(
@@ -149,6 +155,10 @@ class Options:
     )
     skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %% or one", group="data and files")
     teacher_checkpoint: str | None = knob(None, "the teacher's weights, ours or foreign", group="data and files")
+    store: bool = knob(True, "keep the teacher's answers for other runs", group="data and files")
+    store_limit: float = knob(
+        50.0, "gigabytes that a store may take; where it would take more there is none", group="data and files", least=0
+    )
     init: str | None = knob(None, "weights the student starts from (default: from scratch)", group="data and files")
     output: str | None = knob(
         None, "the run's directory (default: checkpoints/DATA/ARCH/RUN)", group="data and files", flags=("--save-path",)

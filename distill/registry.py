@@ -79,10 +79,14 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3) -> logits float32 (B, C)."""
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
         with torch.autocast(images.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-            logits: Tensor = self.network((pixels - self.mean) * self.scale)
+            logits: Tensor = self.network(self.normalise(images))
         return logits.float()
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """images: uint8 (B, H, W, 3) -> float32 (B, 3, H, W), channels_last."""
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
+        return (pixels - self.mean) * self.scale
 
 
 def count_parameters(network: nn.Module) -> int:

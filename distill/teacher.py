@@ -1,40 +1,56 @@
 """The frozen teacher: in eval mode, without gradients, its answers rounded to float16; and what it knows."""
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill import checkpoint
+from distill.fusion import rewrite
 from distill.parallel import spread_inference
 from distill.registry import Classifier
-from distill.views import Batch
+from distill.views import EvaluationSet
 
 FLOAT16_MAX = 65504.0
+BLOCK = {"cpu": 64, "cuda": 512}  # images at a time: on a CPU as many as its caches like
+COMPARED = 1000  # images on which a rounded teacher is compared with its float32 form
 
 
 class Teacher:
-    """Answers batches with logits. It cannot move: `check_untouched` raises if a parameter or buffer ever did.
+    """Answers images with logits. It cannot move: `check_untouched` raises if a parameter or buffer ever did.
 
-    A logit is rounded to float16 before any use, so that a run does not depend on whether an answer is computed or
-    comes from a store (design: the teacher answers each view once). `device_name`: where one process has several GPUs,
-    as of parallel.devices, all of them answer.
+    An answer is a function of the one image: the network always sees `block` images at once, the last of them
+    repeated where there are fewer, and the logits are rounded to float16 before any use. So a run does not depend on
+    which images are asked for together, nor on whether an answer is computed or comes from a store.
+    `device_name`: where one process has several GPUs, as of parallel.devices, all of them answer.
     """
 
-    def __init__(self, network: Classifier, device_name: str = "cpu") -> None:
-        self._network = network.eval().requires_grad_(False)
-        self._spread = spread_inference(network, device_name)
+    def __init__(self, network: Classifier, device_name: str = "cpu", block: int | None = None) -> None:
+        self.network, self._device_name = network.eval().requires_grad_(False), device_name
+        self.block = block or BLOCK[network.mean.device.type]
         self.digest = self._content()
+        self._fast: nn.Module | None = None
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3) -> float32 (B, C) with values that float16 has."""
-        answer: Tensor = self._spread(images)
-        return answer.clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float()
+        """images: uint8 (B, H, W, 3), on any device -> float32 (B, C) there, with values that float16 has."""
+        if self._fast is None:
+            self._fast = self._rewritten(images)
+        found = []
+        for part in torch.split(images.to(self.network.mean.device, non_blocking=True), self.block):
+            missing = self.block - len(part)
+            whole = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+            found.append(self._fast(whole)[: len(part)])
+        return torch.cat(found).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float().to(images.device, non_blocking=True)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        return self.logits(batch.images)
+    def _rewritten(self, images: Tensor) -> nn.Module:
+        """The network as it is called, made when it is first needed: with a full store never."""
+        slow = self.network
+        pixels = images[:1].to(slow.mean.device).expand(self.block, *images.shape[1:])
+        fast = Classifier(rewrite(slow.network, slow.precision, slow.normalise(pixels)), slow.spec)
+        return spread_inference(fast.to(slow.mean.device), self._device_name)
 
     def check_untouched(self) -> None:
         """Raises RuntimeError if parameters or buffers (BatchNorm's running statistics) differ from the start."""
@@ -42,24 +58,50 @@ class Teacher:
             raise RuntimeError("the teacher has changed during the run: this is a bug, its results are void")
 
     def _content(self) -> str:
-        return checkpoint.digest(self._network.network.state_dict())
+        return checkpoint.digest(self.network.network.state_dict())
 
-    def test_logits(self, batches: Iterable[tuple[Tensor, Tensor]], data_digest: str, cache: Path) -> Tensor:
-        """Logits (N, C) of the test images, computed once per teacher, data and precision and kept under `cache`.
 
-        `batches` yields (images, labels). A damaged file of an earlier call is named and made anew.
-        """
-        precision = str(self._network.precision).removeprefix("torch.")
-        name = f"{self.digest[:24]}-{data_digest[:24]}-{precision}.pt"
-        path = cache / name
-        if path.exists():
-            try:
-                return checkpoint.load(path)["logits"].float()  # type: ignore[no-any-return]
-            except checkpoint.CheckpointError as error:
-                print(f"{error}; measuring the teacher again")
-        answers = torch.cat([self.logits(images).cpu() for images, _ in batches])
-        checkpoint.save_cache(path, {"logits": answers.half()})
-        return answers
+@dataclass(frozen=True)
+class Known:
+    """What a teacher knows of the test images: its accuracy in percent, its predictions (N,). And how its answers
+    compare with those in float32: `precision`, `images` compared, `agreement` of the arg max in percent, and `error`,
+    the mean absolute difference of a logit."""
+
+    accuracy: float
+    predictions: Tensor
+    precision: dict[str, Any]
+
+
+def examine(teacher: Teacher, test: EvaluationSet, data_digest: str, cache: Path) -> Known:
+    """What `teacher` knows, found once for teacher, data and precision and kept under `cache`.
+
+    A damaged file of an earlier call is named and made anew.
+    """
+    name = str(teacher.network.precision).removeprefix("torch.")
+    path = cache / f"{teacher.digest[:24]}-{data_digest[:24]}-{name}.pt"
+    found: dict[str, Any] = {}
+    if path.exists():
+        try:
+            found = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            print(f"{error}; measuring the teacher again")
+    if not found.keys() >= {"logits", "precision"}:
+        logits = torch.cat([teacher.logits(images) for images, _ in test.batches()])
+        compared = _compare(teacher.network, test.images[:COMPARED], logits[:COMPARED])
+        found = {"logits": logits.half().cpu(), "precision": {"precision": name, **compared}}
+        checkpoint.save_cache(path, found)
+    answers = found["logits"].float()
+    return Known(accuracy(answers, test.labels.cpu()), answers.argmax(1), found["precision"])
+
+
+@torch.no_grad()
+def _compare(network: Classifier, images: Tensor, logits: Tensor) -> dict[str, float]:
+    """Agreement in percent and mean absolute difference of `logits` and those of `network` in float32."""
+    precision, network.precision = network.precision, torch.float32
+    exact = torch.cat([network(part) for part in torch.split(images, BLOCK["cpu"])])
+    network.precision = precision
+    same, error = agreement(logits.argmax(1), exact.argmax(1)), (logits - exact).abs().mean().item()
+    return {"images": len(images), "agreement": same, "error": error}
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

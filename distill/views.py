@@ -79,9 +79,13 @@ class ViewOrder:
             table[start : start + rows] = np.argsort(draws, axis=1, kind="stable")[: image_count - start]
         return table
 
+    def slot(self, epoch: int) -> int:
+        """e mod K: epochs of one slot show every image in the same view."""
+        return epoch % self.view_count if self.view_count else epoch
+
     def shown(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """The views (B,) that `epoch` shows of the images `indices` (B,)."""
-        slot = epoch % self.view_count if self.view_count else epoch
+        slot = self.slot(epoch)
         if self._table is None:
             return np.full(len(indices), slot, dtype=np.int64)
         return self._table[indices, slot].astype(np.int64)
@@ -99,13 +103,15 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input. images: uint8 (B, H, W, 3), the rest int64 (B,); `indices` count in the whole training set."""
+    """One step's input. images: uint8 (B, H, W, 3), the rest int64 (B,); `indices` count in the whole training set.
+    teacher_logits: float32 (B, C) where a teacher takes part."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     views: Tensor
     mixture: Mixture | None = None
+    teacher_logits: Tensor | None = None
 
 
 class TrainingData(Protocol):
@@ -198,15 +204,19 @@ class TensorData:
         self.steps_per_epoch, self.labelled = plan.steps_per_epoch, bool((labels >= 0).all())
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        device = self.images.device
         for chosen, shown in self.plan.steps(epoch, first_step):
-            indices, views = torch.from_numpy(chosen), torch.from_numpy(shown)
-            here = indices.to(device, non_blocking=True)
-            images = self.policy.render(self.images[here], indices, views)
-            mixture = None
-            if self.mixup:
-                images, mixture = self._mix(images, indices, views, self.mixup.rows(indices, views))
-            yield Batch(images, self.labels[here], here, views.to(device, non_blocking=True), mixture)
+            yield self.batch(chosen, shown)
+
+    def batch(self, chosen: NDArray[np.int64], shown: NDArray[np.int64]) -> Batch:
+        """The images `chosen` (B,) in the views `shown` (B,)."""
+        device = self.images.device
+        indices, views = torch.from_numpy(chosen), torch.from_numpy(shown)
+        here = indices.to(device, non_blocking=True)
+        images = self.policy.render(self.images[here], indices, views)
+        mixture = None
+        if self.mixup:
+            images, mixture = self._mix(images, indices, views, self.mixup.rows(indices, views))
+        return Batch(images, self.labels[here], here, views.to(device, non_blocking=True), mixture)
 
     def _mix(
         self, images: Tensor, indices: Tensor, views: Tensor, drawn: NDArray[np.float64]

@@ -37,6 +37,22 @@ def small_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where runs land by default."""
+    for module in ("distill.run_dir", "cifar10.teachers", "cifar10.data"):
+        monkeypatch.setattr(f"{module}.CHECKPOINTS", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def teacher_file(path: Path, classes: int = 4) -> str:
+    """The path of a file with the weights of a densenet_cifar, as others save them."""
+    from cifar10.models import MODELS
+
+    torch.save({"net": MODELS.build("densenet_cifar", classes).state_dict(), "acc": 92.4, "epoch": 1}, path)
+    return str(path)
+
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

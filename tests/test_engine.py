@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cifar10.data import load_data, prepare
 from distill import checkpoint, engine, parallel
 from distill.engine import Fitted, evaluate, fit
+from distill.logit_store import AnsweredData
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step
 from distill.optim import WeightAverage, build_optimizer, learning_rate
@@ -27,7 +28,7 @@ from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier, InputSpec
 from distill.run_dir import RunDirectory
 from distill.stop import SIGNALS, Stopped
-from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning
+from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning, examine
 from distill.views import Batch, EvaluationSet, Mixture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,9 @@ def train(
     options: Options | None = None,
     objective: Objective | None = None,
     student: Classifier | None = None,
+    teacher: Teacher | None = None,
 ) -> Fitted:
+    """With a teacher by KD, where no objective is given, else by CE."""
     data = load_data(str(npz))
     views, tests = prepare(data, recipe, CPU)
     facts = {"data": data.name, "data_digest": data.digest}
@@ -62,8 +65,8 @@ def train(
             recipe,
             options or Options(),
             student=student or small_network(),
-            objective=objective or CrossEntropy(),
-            data=views,
+            objective=objective or (Distillation(3.0, 0.8) if teacher else CrossEntropy()),
+            data=AnsweredData(views, teacher, None) if teacher else views,
             tests=tests,
             facts=facts,
         )
@@ -78,9 +81,8 @@ def state(path: Path) -> str:
     return checkpoint.digest(payload)
 
 
-def teaching(seed: int = 1) -> tuple[Teacher, Distillation]:
-    teacher = Teacher(small_network(seed=seed))
-    return teacher, Distillation(teacher, 3.0, 0.8)
+def teaching(seed: int = 1) -> Teacher:
+    return Teacher(small_network(seed=seed))
 
 
 # --------------------------------------------------------------------------------------------------------- optimisation
@@ -249,14 +251,19 @@ def test_evaluation_sees_each_image_once() -> None:
 # ----------------------------------------------------------------------------------------------------------- objectives
 def test_distillation_is_the_weighted_sum() -> None:
     student = nn.Linear(3, 5)
-    batch = Batch(torch.randn(6, 3), torch.randint(0, 5, (6,)), torch.arange(6), torch.zeros(6))
-    answers = torch.randn(6, 5)
-    step = Distillation(lambda _: answers, temperature=3.0, w=0.8)(student, batch)
+    batch = Batch(
+        torch.randn(6, 3), torch.randint(0, 5, (6,)), torch.arange(6), torch.zeros(6), None, torch.randn(6, 5)
+    )
+    step = Distillation(temperature=3.0, w=0.8)(student, batch)
     soft, hard = step.parts
     torch.testing.assert_close(step.loss.detach(), 0.8 * soft + 0.2 * hard)
     torch.testing.assert_close(hard, nn.functional.cross_entropy(student(batch.images), batch.labels).detach())
-    alone = Distillation(lambda _: answers, temperature=3.0, w=0.0)(student, batch)
+    alone = Distillation(temperature=3.0, w=0.0)(student, batch)
     torch.testing.assert_close(alone.loss, CrossEntropy()(student, batch).loss)
+    taught = Distillation(temperature=3.0, w=1.0, labelled=False)(student, batch)
+    torch.testing.assert_close(taught.loss.detach(), soft)
+    with pytest.raises(ValueError, match="w = 1"):
+        Distillation(temperature=3.0, w=0.9, labelled=False)
 
 
 def test_cross_entropy_of_mixed_images() -> None:
@@ -270,14 +277,14 @@ def test_cross_entropy_of_mixed_images() -> None:
     for smoothing in (0.0, 0.1):
         expected = nn.functional.cross_entropy(logits, one_hot, label_smoothing=smoothing)
         torch.testing.assert_close(CrossEntropy(smoothing)(nn.Identity(), batch).loss, expected)
-    step = Distillation(lambda _: torch.zeros(6, 5), 1.0, 0.0)(nn.Identity(), batch)
+    step = Distillation(1.0, 0.0)(nn.Identity(), replace(batch, teacher_logits=torch.zeros(6, 5)))
     torch.testing.assert_close(step.loss, nn.functional.cross_entropy(logits, one_hot))
 
 
 def test_training_lowers_the_loss_and_beats_chance(small_npz: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, epochs=30, lr=0.1, augment="none")
-    for name, objective in (("ce", CrossEntropy()), ("kd", teaching()[1])):
-        fitted = train(tmp_path / name, small_npz, recipe, objective=objective)
+    for name, teacher in (("ce", None), ("kd", teaching())):
+        fitted = train(tmp_path / name, small_npz, recipe, teacher=teacher)
         assert fitted.records[-1]["train_loss"] < 0.9 * fitted.records[0]["train_loss"]
         assert [r["epoch"] for r in fitted.records] == list(range(1, 31))
     assert {"train_kd", "train_ce", "test_accuracy", "lr"} <= set(fitted.records[0])
@@ -285,40 +292,67 @@ def test_training_lowers_the_loss_and_beats_chance(small_npz: Path, tmp_path: Pa
 
 # -------------------------------------------------------------------------------------------------------------- teacher
 def test_teacher_cannot_move(small_npz: Path, tmp_path: Path) -> None:
-    teacher, objective = teaching()
+    teacher = teaching()
     before = teacher.digest
-    train(tmp_path / "run", small_npz, objective=objective)
+    train(tmp_path / "run", small_npz, teacher=teacher)
     teacher.check_untouched()
     assert teacher.digest == before
-    assert not any(m.training for m in teacher._network.modules())
-    assert not any(p.requires_grad for p in teacher._network.parameters())
-    batchnorm = teacher._network.network[1]  # type: ignore[index]
+    assert not any(m.training for m in teacher.network.modules())
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+    batchnorm = teacher.network.network[1]  # type: ignore[index]
     batchnorm.running_mean += 1  # type: ignore[operator]
     with pytest.raises(RuntimeError, match="teacher has changed"):
         teacher.check_untouched()
 
 
 def test_teacher_answers_are_float16_values() -> None:
-    teacher, _ = teaching()
+    teacher = teaching()
+    head: Any = teacher.network.network[6]  # type: ignore[index]
     images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
     answers = teacher.logits(images)
     assert answers.dtype == torch.float32
     assert torch.equal(answers, answers.half().float())
     assert not answers.requires_grad
-    head: Any = teacher._network.network[6]  # type: ignore[index]
     head.bias.data.fill_(1e9)
-    assert teacher.logits(images).max() == FLOAT16_MAX
+    assert Teacher(teacher.network).logits(images).max() == FLOAT16_MAX
 
 
-def test_teacher_is_measured_once(tmp_path: Path) -> None:
-    teacher, _ = teaching()
-    images, labels = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8), torch.zeros(5, dtype=torch.long)
-    first = teacher.test_logits([(images, labels)], "data", tmp_path)
-    assert torch.equal(teacher.test_logits([], "data", tmp_path), first)
+def test_teacher_answers_each_image_by_itself() -> None:
+    """Whatever else is asked for, in any order and number: the same bits."""
+    for precision in (torch.float32, torch.bfloat16):
+        network = small_network()
+        network.precision = precision
+        teacher = Teacher(network)
+        images = torch.randint(0, 256, (150, 32, 32, 3), dtype=torch.uint8)
+        whole, order = teacher.logits(images), torch.randperm(150)
+        assert torch.equal(teacher.logits(images[order]), whole[order])
+        for count in (1, 63, 64, 65):
+            assert torch.equal(teacher.logits(images[:count]), whole[:count])
+
+
+def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = small_network(seed=1)
+    network.precision = torch.bfloat16
+    teacher = Teacher(network)
+    images, labels = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8), torch.zeros(9, dtype=torch.long)
+    test = EvaluationSet(images, labels)
+    first = examine(teacher, test, "data", tmp_path)
+    assert first.precision.keys() == {"precision", "images", "agreement", "error"}
+    assert (first.precision["precision"], first.precision["images"]) == ("bfloat16", 9)
+    assert 0 < first.precision["error"] < 0.02
+    assert first.accuracy == pytest.approx(100 * (first.predictions == 0).double().mean().item())
+
+    class Silent(Teacher):
+        def logits(self, _: Tensor) -> Tensor:
+            raise AssertionError("asked again")
+
+    assert torch.equal(examine(Silent(network), test, "data", tmp_path).predictions, first.predictions)
     (file,) = tmp_path.iterdir()
     file.write_bytes(b"damaged")
-    assert torch.equal(teacher.test_logits([(images, labels)], "data", tmp_path), first)
-    assert torch.equal(teacher.test_logits([(images[:2], labels)], "other data", tmp_path), first[:2])
+    assert torch.equal(examine(teacher, test, "data", tmp_path).predictions, first.predictions)
+    assert "measuring the teacher again" in capsys.readouterr().out
+    other = EvaluationSet(images[:2], labels[:2])
+    assert torch.equal(examine(teacher, other, "other data", tmp_path).predictions, first.predictions[:2])
 
 
 def test_warning_near_chance() -> None:
@@ -343,14 +377,14 @@ def test_warning_near_chance() -> None:
 def test_cut_anywhere_and_continued(small_npz: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Stopped after every single step, in a new process's state each time: the same weights, optimiser and metrics."""
     recipe = replace(RECIPE, **changes)
-    train(tmp_path / "whole", small_npz, recipe, objective=teaching()[1])
+    train(tmp_path / "whole", small_npz, recipe, teacher=teaching())
     for stop in range(3 * 5 - 1):
         torch.manual_seed(stop)  # what the generators hold before must play no part
         student = small_network(seed=stop and 7)  # nor what the network starts with, once there is a checkpoint
         with pytest.raises(Stopped, match="after 1 steps") as stopped:
-            train(tmp_path / "cut", small_npz, recipe, Options(steps=1), teaching()[1], student)
+            train(tmp_path / "cut", small_npz, recipe, Options(steps=1), None, student, teaching())
         assert stopped.value.exit_code == 0
-    train(tmp_path / "cut", small_npz, recipe, Options(steps=1), teaching()[1], small_network(seed=7))
+    train(tmp_path / "cut", small_npz, recipe, Options(steps=1), None, small_network(seed=7), teaching())
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -671,8 +705,10 @@ def test_recipe_is_frozen() -> None:
 
 def test_tensors_stay_where_the_student_is() -> None:
     """No host copy in a step: what the objective gets lies on the device of the images."""
+    images, logits = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.zeros(4, 4)
+    batch = Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), torch.zeros(4), None, logits)
     seen: list[Tensor] = []
-    images = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
-    objective = Distillation(lambda b: (seen.append(b.images), torch.zeros(4, 4))[1], 1.0, 0.5)
-    objective(small_network(), Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), torch.zeros(4)))
+    student = small_network()
+    student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    Distillation(1.0, 0.5)(student, batch)
     assert seen[0] is images

@@ -17,22 +17,10 @@ from cifar10.models import MODELS
 from cifar10.recipes import RECIPES
 from distill import checkpoint
 from distill.recipe import Options, UserError
+from tests.conftest import teacher_file
 
 CE = replace(RECIPES["student"], epochs=2, batch_size=8)
 KD = replace(CE, teacher_arch="densenet_cifar")
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where runs land by default."""
-    for module in ("distill.run_dir", "cifar10.teachers", "cifar10.data"):
-        monkeypatch.setattr(f"{module}.CHECKPOINTS", tmp_path / "checkpoints")
-    return tmp_path / "checkpoints"
-
-
-def teacher_file(path: Path, classes: int = 4) -> str:
-    torch.save({"net": MODELS.build("densenet_cifar", classes).state_dict(), "acc": 92.4, "epoch": 1}, path)
-    return str(path)
 
 
 def test_kd_trains_its_teacher_first(home: Path, small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:

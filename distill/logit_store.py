@@ -1,0 +1,210 @@
+"""The teacher's answers on disk: each view of an image is answered once, for every run that shows it.
+
+A store belongs to one teacher, one set of images and one kind of views; its key says which, in clear text. A run shows
+slot s = epoch mod K of every image (views.ViewOrder); the answers to one slot are a column, float16 (images, classes).
+A column lies on disk as segments: files that are written once, verified by digest and merged when they are read. So any
+number of runs add to one store without a lock, a kill leaves a whole segment or none, and a damaged segment is named,
+put aside, and its views are answered again.
+"""
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill import checkpoint
+from distill.teacher import Teacher
+from distill.views import Batch, TensorData
+
+FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
+KEY, ASIDE = "key.json", ".damaged"
+FORMAT = 1
+
+
+@dataclass
+class Column:
+    """The answers to one slot: logits float16 (N, C) on the data's device, and which of the N are there, on the CPU."""
+
+    logits: Tensor
+    answered: NDArray[np.bool_]
+
+
+class LogitStore:
+    """The store of `key` in a directory below `root`, for `images` images and `classes` classes."""
+
+    def __init__(self, root: Path, key: dict[str, Any], images: int, classes: int) -> None:
+        self.key, self.images, self.classes = {"format": FORMAT, **key}, images, classes
+        self.digest = checkpoint.digest(self.key)
+        self.path = root / f"{key['data']}-{key['teacher']}-{self.digest[:16]}"
+        self._writes = True
+
+    def column(self, slot: int, device: torch.device) -> Column:
+        """What is known of `slot`, from all segments of it."""
+        logits = torch.zeros(self.images, self.classes, dtype=torch.float16)
+        answered = np.zeros(self.images, dtype=bool)
+        for path in sorted(self.path.glob(f"{slot:05d}-*.pt")):
+            try:
+                indices, found = self._read(path, slot)
+            except checkpoint.CheckpointError as error:
+                print(f"{error}; its views are answered again")
+                path.rename(path.with_name(path.name + ASIDE))
+                continue
+            except FileNotFoundError:
+                continue  # another process has put it aside or removed it
+            logits[indices] = found
+            answered[indices.numpy()] = True
+        return Column(logits.to(device), answered)
+
+    def _read(self, path: Path, slot: int) -> tuple[Tensor, Tensor]:
+        segment = checkpoint.load(path)
+        try:
+            indices, logits = segment["indices"], segment["logits"]
+            whole = segment["key"] == self.digest and segment["slot"] == slot and indices.dtype == torch.int64
+            whole &= logits.dtype == torch.float16 and logits.shape == (len(indices), self.classes)
+            whole &= not len(indices) or (int(indices.min()) >= 0 and int(indices.max()) < self.images)
+        except (KeyError, AttributeError, TypeError, RuntimeError):
+            whole = False
+        if not whole:
+            raise checkpoint.CheckpointError(f"{path} is no segment of this store")
+        return indices, logits
+
+    def write(self, slot: int, indices: NDArray[np.int64], logits: Tensor) -> None:
+        """Add a segment: logits (n, C) of the images `indices` (n,). Where it cannot be written the store is only read
+        from then on, with one line that says so: answers that are lost cost time, not the run."""
+        if not self._writes or not len(indices):
+            return
+        segment: dict[str, Any] = {"key": self.digest, "slot": slot}
+        segment |= {"indices": torch.from_numpy(indices), "logits": logits.half().cpu()}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / KEY).exists():
+                checkpoint.write_atomically(self.path / KEY, (json.dumps(self.key, indent=2) + "\n").encode())
+            checkpoint.save(self.path / f"{slot:05d}-{uuid.uuid4().hex[:16]}.pt", segment)
+        except (checkpoint.CheckpointError, OSError) as error:
+            self._writes = False
+            print(f"warning: {error}; the teacher's answers are not stored from here on")
+
+    def coverage(self) -> dict[int, int]:
+        """Slot -> how many images are answered in it. Reads every segment."""
+        slots = sorted({int(path.name[:5]) for path in self.path.glob("[0-9]*-*.pt")})
+        return {slot: int(self.column(slot, torch.device("cpu")).answered.sum()) for slot in slots}
+
+
+def store_key(data: TensorData, teacher: Teacher, *, teacher_arch: str, name: str, digest: str, view_seed: int) -> Any:
+    """What an answer depends on. `name`, `digest`: of the images."""
+    spec, network = teacher.network.spec, teacher.network
+    key: dict[str, Any] = {"data": name, "data_digest": digest, "teacher": teacher_arch}
+    key |= {"teacher_digest": teacher.digest, "precision": str(network.precision).removeprefix("torch.")}
+    key |= {"size": spec.size, "mean": list(spec.mean), "std": list(spec.std)}
+    key |= {"policy": data.policy.name, "view_seed": view_seed}
+    if data.policy.view_count is None:
+        key["rendered_on"] = data.images.device.type  # its pixels may differ in the last bit
+    if data.mixup:
+        key["mixup_among"] = checkpoint.digest(torch.from_numpy(data.plan.indices))
+    return key
+
+
+class AnsweredData:
+    """Training data whose batches bring the teacher's logits along, from the store where it has them.
+
+    What it has not is answered ahead of the step, as many batches at a time as fill a block of the teacher, and
+    stored. Each process answers its own share of the epoch, so that none is answered twice.
+    """
+
+    def __init__(self, data: TensorData, teacher: Teacher, store: LogitStore | None) -> None:
+        self.data, self.teacher, self.store = data, teacher, store
+        self.steps_per_epoch, self.labelled = data.steps_per_epoch, data.labelled
+        share = data.plan.batch_size // data.plan.share[1]
+        self._ahead = max(1, teacher.block // share)  # batches
+        self.answered = 0  # views that the teacher has answered in this process, the others came from the store
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        slot = self.data.plan.order.slot(epoch)
+        column = self.store.column(slot, self.data.images.device) if self.store else None
+        chosen = (indices for indices, _ in self.data.plan.steps(epoch, first_step))
+        fresh: list[NDArray[np.int64]] = []
+        flushed = time.monotonic()
+        try:
+            for group in _grouped(zip(self.data.batches(epoch, first_step), chosen, strict=True), self._ahead):
+                for batch, logits in self._answer(group, column, fresh):
+                    yield replace(batch, teacher_logits=logits)
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    self._flush(slot, column, fresh)
+                    flushed = time.monotonic()
+        finally:
+            self._flush(slot, column, fresh)
+
+    def _answer(
+        self, group: list[tuple[Batch, NDArray[np.int64]]], column: Column | None, fresh: list[NDArray[np.int64]]
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Each batch of `group` with its logits float32 (B, C). New answers go into `column`, their images' numbers to
+        `fresh`."""
+        if column is None:
+            answers = self.teacher.logits(torch.cat([batch.images for batch, _ in group]))
+            self.answered += len(answers)
+            ends = np.cumsum([len(indices) for _, indices in group])
+            for (batch, indices), end in zip(group, ends, strict=True):
+                yield batch, answers[end - len(indices) : end]
+            return
+        unknown = [np.flatnonzero(~column.answered[indices]) for _, indices in group]
+        if any(map(len, unknown)):
+            pairs = list(zip(group, unknown, strict=True))
+            indices = np.concatenate([indices[rows] for (_, indices), rows in pairs])
+            answers = self.teacher.logits(
+                torch.cat([batch.images[torch.from_numpy(rows)] for (batch, _), rows in pairs])
+            )
+            column.logits[torch.from_numpy(indices).to(answers.device)] = answers.half()
+            column.answered[indices] = True
+            fresh.append(indices)
+            self.answered += len(indices)
+        for batch, _ in group:
+            yield batch, column.logits[batch.indices].float()
+
+    def _flush(self, slot: int, column: Column | None, fresh: list[NDArray[np.int64]]) -> None:
+        if self.store and column and fresh:
+            indices = np.concatenate(fresh)
+            fresh.clear()
+            self.store.write(slot, indices, column.logits[torch.from_numpy(indices).to(column.logits.device)])
+
+
+def _grouped(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def fits(slots: int, images: int, classes: int, limit_gb: float, root: Path) -> tuple[bool, str]:
+    """Whether `slots` columns fit the limit and the disk, and a line that says what they take."""
+    needed = 2 * slots * images * classes
+    existing = next(path for path in (root, *root.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    line = f"{slots} views of {images:,} images, {classes} classes: {size(needed)} at most"
+    if needed > limit_gb * 1e9:
+        most = int(limit_gb * 1e9 // (2 * images * classes))
+        return False, f"{line}, more than --store-limit {limit_gb:g} GB; --views {most} fits" if most else line
+    if needed > free:
+        return False, f"{line}, but {existing} has {size(free)} left"
+    return True, line
+
+
+def size(count: float) -> str:
+    """Bytes in words: 1.6 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

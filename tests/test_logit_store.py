@@ -1,0 +1,250 @@
+"""The teacher's answers on disk: each view answered once, never a wrong logit, whatever happens to the files."""
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cifar10 import train_kd
+from cifar10.data import load_data, prepare
+from distill import checkpoint, logit_store
+from distill.logit_store import AnsweredData, LogitStore, fits, store_key
+from distill.recipe import Options, Recipe
+from distill.teacher import Teacher
+from distill.views import TensorData
+from tests.conftest import teacher_file
+from tests.test_engine import small_network
+from tests.test_train import KD
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(epochs=3, batch_size=8, views=2)
+
+
+def training(npz: Path, recipe: Recipe = RECIPE) -> TensorData:
+    return prepare(load_data(str(npz)), recipe, CPU)[0]
+
+
+def store_of(root: Path, npz: Path, recipe: Recipe = RECIPE, seed: int = 1) -> tuple[TensorData, Teacher, LogitStore]:
+    data, teacher = training(npz, recipe), Teacher(small_network(seed=seed))
+    key = store_key(data, teacher, teacher_arch="small", name="small", digest="d", view_seed=recipe.view_seed)
+    return data, teacher, LogitStore(root, key, len(data.images), 4)
+
+
+def answers(data: AnsweredData, epochs: int = 3) -> list[tuple[list[int], torch.Tensor]]:
+    found = []
+    for epoch in range(epochs):
+        for batch in data.batches(epoch):
+            assert batch.teacher_logits is not None
+            found.append((batch.indices.tolist(), batch.teacher_logits))
+    return found
+
+
+def same(one: list[Any], two: list[Any]) -> bool:
+    return all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"mixup": True}, {"augment": "original", "cutout": 8}, {"val_split": 9}], ids=str
+)
+def test_stored_or_not_full_or_empty_the_same_answers(small_npz: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Step by step equal to the teacher's own answers to the very images of the batch; a full store asks nothing."""
+    recipe = replace(RECIPE, **change)
+    data, teacher, store = store_of(tmp_path, small_npz, recipe)
+    none, empty = AnsweredData(data, teacher, None), AnsweredData(data, teacher, store)
+    expected = answers(none)
+    assert same(answers(empty), expected)
+    steps = data.steps_per_epoch * 8
+    assert (none.answered, empty.answered) == (3 * steps, 2 * steps if not recipe.val_split else empty.answered)
+    full = AnsweredData(data, teacher, store)
+    assert same(answers(full), expected)
+    assert full.answered == 0
+    for epoch in range(3):
+        for batch in full.batches(epoch):
+            assert batch.teacher_logits is not None
+            assert torch.equal(batch.teacher_logits, teacher.logits(batch.images))
+
+
+def test_cut_anywhere_the_same_answers_and_none_twice(small_npz: Path, tmp_path: Path) -> None:
+    data, teacher, store = store_of(tmp_path, small_npz)
+    expected = answers(AnsweredData(data, teacher, None), 1)
+    asked = 0
+    for first in range(data.steps_per_epoch):
+        cut = AnsweredData(data, teacher, store)
+        batches = cut.batches(0, first)
+        found = next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        assert torch.equal(found.teacher_logits, expected[first][1])  # type: ignore[arg-type]
+        asked += cut.answered
+    assert asked == data.steps_per_epoch * 8
+    assert store.coverage() == {0: 40}
+
+
+def test_two_runs_fill_one_store_at_once(small_npz: Path, tmp_path: Path) -> None:
+    """Interleaved step by step, in other orders: each keeps its own answers, a third has to ask for none."""
+    data, teacher, store = store_of(tmp_path, small_npz)
+    other = training(small_npz, replace(RECIPE, seed=7))
+    expected = answers(AnsweredData(data, teacher, None), 1)
+    pairs = zip(
+        AnsweredData(data, teacher, store).batches(0), AnsweredData(other, teacher, store).batches(0), strict=True
+    )
+    for (mine, theirs), (_, logits) in zip(list(pairs), expected, strict=True):
+        assert torch.equal(mine.teacher_logits, logits)  # type: ignore[arg-type]
+        assert torch.equal(theirs.teacher_logits, teacher.logits(theirs.images))  # type: ignore[arg-type]
+    third = AnsweredData(data, teacher, store)
+    assert same(answers(third, 1), expected)
+    assert third.answered == 0
+
+
+def segments(store: LogitStore) -> list[Path]:
+    return sorted(store.path.glob("[0-9]*.pt"))
+
+
+def test_damage_is_named_and_answered_again(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flipped bit, a truncation, an empty file, a file of another store, of another slot, of absurd content."""
+    data, teacher, store = store_of(tmp_path, small_npz)
+    expected = answers(AnsweredData(data, teacher, store))
+    foreign_data, foreign_teacher, foreign = store_of(tmp_path, small_npz, seed=2)
+    answers(AnsweredData(foreign_data, foreign_teacher, foreign))
+    assert foreign.path != store.path
+    (first,) = (path for path in segments(store) if path.name.startswith("00000"))
+    (second,) = (path for path in segments(store) if path.name.startswith("00001"))
+    good = first.read_bytes()
+    payload = checkpoint.load(first)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+
+    def of(**change: Any) -> bytes:
+        checkpoint.save(tmp_path / "made.pt", payload | change)
+        return (tmp_path / "made.pt").read_bytes()
+
+    for damage in (
+        bytes(flipped),
+        good[: len(good) // 2],
+        b"",
+        segments(foreign)[0].read_bytes(),
+        second.read_bytes(),
+        of(logits=payload["logits"][:, :2]),
+        of(logits=payload["logits"].float()),
+        of(indices=payload["indices"] + 1000),
+        of(indices=3),
+        of(key="other"),
+    ):
+        first.write_bytes(damage)
+        again = AnsweredData(data, teacher, store)
+        assert same(answers(again), expected)
+        assert again.answered == data.steps_per_epoch * 8
+        assert first.name in capsys.readouterr().out
+        for path in segments(store):
+            if path.name.startswith("00000"):
+                path.unlink()
+        first.write_bytes(good)
+    assert same(answers(AnsweredData(data, teacher, store)), expected)
+
+
+def test_a_full_disk_costs_the_store_not_the_run(
+    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, teacher, store = store_of(tmp_path, small_npz)
+    expected = answers(AnsweredData(data, teacher, None))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)  # type: ignore[attr-defined]
+    assert same(answers(AnsweredData(data, teacher, store)), expected)
+    said = capsys.readouterr().out
+    assert said.count("the teacher's answers are not stored from here on") == 1
+    monkeypatch.undo()
+    assert not segments(store)
+
+
+def test_what_a_store_depends_on(small_npz: Path, tmp_path: Path) -> None:
+    """Teacher, precision, images, policy, view seed, what is mixed; not the number of views, epochs, T, w, seed."""
+    first = store_of(tmp_path, small_npz)[2].path
+    for same_store in ({"views": 5}, {"seed": 3}, {"epochs": 9}, {"T": 1.0}, {"val_split": 5}):
+        assert store_of(tmp_path, small_npz, replace(RECIPE, **same_store))[2].path == first  # type: ignore[arg-type]
+    others = [store_of(tmp_path, small_npz, seed=2)[2].path]
+    for change in ({"view_seed": 1}, {"augment": "none", "views": None}, {"cutout": 8}, {"mixup": True}):
+        others.append(store_of(tmp_path, small_npz, replace(RECIPE, **change))[2].path)  # type: ignore[arg-type]
+    others.append(store_of(tmp_path, small_npz, replace(RECIPE, mixup=True, val_split=5))[2].path)
+    data, teacher, _ = store_of(tmp_path, small_npz)
+    teacher.network.precision = torch.bfloat16
+    key = store_key(data, teacher, teacher_arch="small", name="small", digest="d", view_seed=0)
+    others.append(LogitStore(tmp_path, key, 40, 4).path)
+    others.append(LogitStore(tmp_path, {**key, "data_digest": "e"}, 40, 4).path)
+    assert len({first, *others}) == len(others) + 1
+
+
+def test_the_key_lies_in_clear_text_beside_the_segments(small_npz: Path, tmp_path: Path) -> None:
+    data, teacher, store = store_of(tmp_path, small_npz)
+    answers(AnsweredData(data, teacher, store), 1)
+    key = json.loads((store.path / "key.json").read_text())
+    assert key == store.key
+    assert {"teacher_digest", "data_digest", "precision", "size", "mean", "std", "policy", "view_seed"} <= set(key)
+
+
+def test_runs_share_slots_whatever_their_number_of_views(small_npz: Path) -> None:
+    """K views are the first K of the image's own order, so that a store serves every K."""
+    few, many = (training(small_npz, replace(RECIPE, views=k)) for k in (2, 5))
+    for epoch in range(2):
+        for one, two in zip(few.batches(epoch), many.batches(epoch), strict=True):
+            assert torch.equal(one.images, two.images)
+    assert [few.plan.order.slot(e) for e in range(5)] == [0, 1, 0, 1, 0]
+
+
+def test_size_is_told_before_anything_is_allocated(tmp_path: Path) -> None:
+    assert fits(162, 50_000, 10, 50, tmp_path) == (True, "162 views of 50,000 images, 10 classes: 162 MB at most")
+    fit, line = fits(100, 1_281_167, 1000, 50, tmp_path)
+    assert not fit
+    assert "256 GB at most, more than --store-limit 50 GB; --views 19 fits" in line
+    assert not fits(1, 10**9, 10**6, 1e9, tmp_path)[0]  # more than the disk has
+
+
+@pytest.mark.usefixtures("home")
+def test_train_kd_uses_the_store(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the digest of the final state: without, filling it, from a full one; another T, w, seed asks for nothing."""
+    options = Options(data=str(small_npz), teacher_checkpoint=teacher_file(tmp_path / "teacher.pth"))
+
+    def state(name: str, recipe: Recipe = KD, **more: Any) -> tuple[str, str]:
+        train_kd.train(recipe, replace(options, output=str(tmp_path / name), **more))
+        payload = checkpoint.load(tmp_path / name / "last.pt")
+        return checkpoint.digest([payload["student"], payload["optimizer"], payload["ranks"]]), capsys.readouterr().out
+
+    without, said = state("without", store=False)
+    assert "store:" not in said
+    filling, said = state("filling")
+    assert "80 views answered" in said
+    full, said = state("full")
+    assert "0 views answered" in said
+    assert without == filling == full
+    assert "0 views answered" in state("other", replace(KD, T=1.0, w=0.5, seed=3, epochs=1))[1]
+    assert "store: off: 2 views of 40 images" in state("limit", store_limit=0)[1]
+    summary = json.loads((tmp_path / "full" / "summary.json").read_text())
+    assert summary["teacher_precision"]["images"] == 20
+
+
+def test_answers_ahead_of_the_step(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many batches at a time as fill a block of the teacher."""
+    data, _, store = store_of(tmp_path, small_npz)
+    teacher = Teacher(small_network(seed=1), block=32)
+    calls: list[int] = []
+    logits = teacher.logits
+    monkeypatch.setattr(teacher, "logits", lambda images: (calls.append(len(images)), logits(images))[1])
+    assert len(answers(AnsweredData(data, teacher, store), 1)) == 5
+    assert calls == [32, 8]
+
+
+def test_answers_are_kept_as_time_passes(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_store, "FLUSH_SECONDS", -1.0)
+    data, _, store = store_of(tmp_path, small_npz)
+    batches = AnsweredData(data, Teacher(small_network(seed=1), block=8), store).batches(0)
+    next(batches), next(batches), next(batches)
+    assert store.coverage() == {0: 16}
+    assert np.unique(np.concatenate([checkpoint.load(p)["indices"].numpy() for p in segments(store)])).size == 16
