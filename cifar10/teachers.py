@@ -22,6 +22,7 @@ from distill.views import EvaluationSet, TensorData
 
 # Options that are the student's alone, as they are when the teacher is trained.
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
+STORES = CHECKPOINTS / "stores"
 CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
 
 
@@ -59,8 +60,8 @@ def answered(recipe: Recipe, options: Options, data: ImageData, training: Tensor
     assert recipe.teacher_arch
     if not options.store:
         return AnsweredData(training, teacher, None)
-    root, slots = CHECKPOINTS / "stores", min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
-    fit, line = fits(slots, len(training.images), len(data.classes), options.store_limit, root)
+    slots = min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
+    fit, line = fits(slots, len(training.images), len(data.classes), options.store_limit, STORES)
     if not fit:
         print(f"store: off: {line}")
         return AnsweredData(training, teacher, None)
@@ -70,9 +71,10 @@ def answered(recipe: Recipe, options: Options, data: ImageData, training: Tensor
         teacher_arch=recipe.teacher_arch,
         name=data.name,
         digest=data.digest,
+        classes=len(data.classes),
         view_seed=recipe.view_seed,
     )
-    store = LogitStore(root, key, len(training.images), len(data.classes))
+    store = LogitStore(STORES, key)
     print(f"store: {store.path}, {line}")
     return AnsweredData(training, teacher, store)
 

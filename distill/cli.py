@@ -93,10 +93,18 @@ def parse_flags(argv: Sequence[str], defaults: Settings, *, prog: str, descripti
 
 
 def parse(
-    argv: Sequence[str], *, prog: str, recipes: Mapping[str, Recipe], default: str, description: str, examples: str
-) -> tuple[Recipe, Options]:
+    argv: Sequence[str],
+    *,
+    prog: str,
+    recipes: Mapping[str, Recipe],
+    default: str,
+    description: str,
+    examples: str,
+    options: Options | None = None,
+) -> tuple[Recipe, Any]:
     """The recipe and the options that `argv` asks for: the named recipe (`default` if none), with the flags given.
 
+    `options`: their defaults, of a class of one's own where there are more of them.
     Without a teacher in the default recipe the flags of distillation do not exist. `--show-recipe` prints the recipe
     as JSON and exits. Raises UserError for anything wrong.
     """
@@ -107,9 +115,10 @@ def parse(
     epilog = f"named recipes: {', '.join(names)} (default: {default})\n\nexamples:\n{shown}"
     parser = Parser(prog=prog, usage="%(prog)s [flags]", description=description, epilog=epilog)
     _add_flags(parser, Recipe, base, hidden)
-    _add_flags(parser, Options, Options(), hidden)
+    options = options or Options()
+    _add_flags(parser, type(options), options, hidden)
     given = vars(parser.parse(argv))
-    options = Options(**{f.name: given.pop(f.name) for f in fields(Options) if f.name in given})
+    options = replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
     name = (options.recipe or default).replace("-", "_").lower()
     if name not in names:
         raise UserError(f"--recipe must be one of {', '.join(names)}, got {options.recipe!r}")

@@ -39,10 +39,10 @@ class Column:
 
 
 class LogitStore:
-    """The store of `key` in a directory below `root`, for `images` images and `classes` classes."""
+    """The store of `key`, of store_key(), in a directory below `root`."""
 
-    def __init__(self, root: Path, key: dict[str, Any], images: int, classes: int) -> None:
-        self.key, self.images, self.classes = {"format": FORMAT, **key}, images, classes
+    def __init__(self, root: Path, key: dict[str, Any]) -> None:
+        self.key, self.images, self.classes = {"format": FORMAT, **key}, key["images"], key["classes"]
         self.digest = checkpoint.digest(self.key)
         self.path = root / f"{key['data']}-{key['teacher']}-{self.digest[:16]}"
         self._writes = True
@@ -68,14 +68,14 @@ class LogitStore:
         segment = checkpoint.load(path)
         try:
             indices, logits = segment["indices"], segment["logits"]
-            whole = segment["key"] == self.digest and segment["slot"] == slot and indices.dtype == torch.int64
+            whole = segment["key"] == self.digest and segment["slot"] == slot and indices.dtype == torch.int32
             whole &= logits.dtype == torch.float16 and logits.shape == (len(indices), self.classes)
             whole &= not len(indices) or (int(indices.min()) >= 0 and int(indices.max()) < self.images)
         except (KeyError, AttributeError, TypeError, RuntimeError):
             whole = False
         if not whole:
             raise checkpoint.CheckpointError(f"{path} is no segment of this store")
-        return indices, logits
+        return indices.long(), logits
 
     def write(self, slot: int, indices: NDArray[np.int64], logits: Tensor) -> None:
         """Add a segment: logits (n, C) of the images `indices` (n,). Where it cannot be written the store is only read
@@ -83,26 +83,29 @@ class LogitStore:
         if not self._writes or not len(indices):
             return
         segment: dict[str, Any] = {"key": self.digest, "slot": slot}
-        segment |= {"indices": torch.from_numpy(indices), "logits": logits.half().cpu()}
+        segment |= {"indices": torch.from_numpy(indices.astype(np.int32)), "logits": logits.half().cpu()}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / KEY).exists():
                 checkpoint.write_atomically(self.path / KEY, (json.dumps(self.key, indent=2) + "\n").encode())
-            checkpoint.save(self.path / f"{slot:05d}-{uuid.uuid4().hex[:16]}.pt", segment)
+            checkpoint.save(self.path / f"{slot:05d}-{len(indices)}-{uuid.uuid4().hex[:16]}.pt", segment)
         except (checkpoint.CheckpointError, OSError) as error:
             self._writes = False
             print(f"warning: {error}; the teacher's answers are not stored from here on")
 
     def coverage(self) -> dict[int, int]:
-        """Slot -> how many images are answered in it. Reads every segment."""
+        """Slot -> how many images are answered in it."""
         slots = sorted({int(path.name[:5]) for path in self.path.glob("[0-9]*-*.pt")})
         return {slot: int(self.column(slot, torch.device("cpu")).answered.sum()) for slot in slots}
 
 
-def store_key(data: TensorData, teacher: Teacher, *, teacher_arch: str, name: str, digest: str, view_seed: int) -> Any:
+def store_key(
+    data: TensorData, teacher: Teacher, *, teacher_arch: str, name: str, digest: str, classes: int, view_seed: int
+) -> dict[str, Any]:
     """What an answer depends on. `name`, `digest`: of the images."""
     spec, network = teacher.network.spec, teacher.network
-    key: dict[str, Any] = {"data": name, "data_digest": digest, "teacher": teacher_arch}
+    key: dict[str, Any] = {"data": name, "data_digest": digest, "images": len(data.images), "classes": classes}
+    key |= {"teacher": teacher_arch}
     key |= {"teacher_digest": teacher.digest, "precision": str(network.precision).removeprefix("torch.")}
     key |= {"size": spec.size, "mean": list(spec.mean), "std": list(spec.std)}
     key |= {"policy": data.policy.name, "view_seed": view_seed}
@@ -142,6 +145,43 @@ class AnsweredData:
                     flushed = time.monotonic()
         finally:
             self._flush(slot, column, fresh)
+
+    def fill(self, slot: int) -> Iterator[int]:
+        """Answer what the store lacks of `slot` for all training images. Yields how many were known or are done now."""
+        assert self.store
+        indices = self.data.plan.indices
+        column = self.store.column(slot, self.data.images.device)
+        missing = indices[~column.answered[indices]]
+        yield len(indices) - len(missing)
+        fresh: list[NDArray[np.int64]] = []
+        flushed = time.monotonic()
+        try:
+            for start in range(0, len(missing), self.teacher.block):
+                chosen = missing[start : start + self.teacher.block]
+                batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))
+                list(self._answer([(batch, chosen)], column, fresh))
+                yield len(chosen)
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    self._flush(slot, column, fresh)
+                    flushed = time.monotonic()
+        finally:
+            self._flush(slot, column, fresh)
+
+    def verify(self, count: int) -> tuple[int, int, float]:
+        """Ask the teacher again for a random sample of what is stored: (answers compared, how many are the same bits,
+        largest difference of a logit)."""
+        assert self.store
+        chance, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
+        slots = list(self.store.coverage())
+        for slot in slots:
+            column = self.store.column(slot, self.data.images.device)
+            known = np.flatnonzero(column.answered)
+            chosen = np.sort(chance.choice(known, min(len(known), -(-count // len(slots))), replace=False))
+            batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))
+            difference = (self.teacher.logits(batch.images) - column.logits[batch.indices].float()).abs().amax(1)
+            compared, equal = compared + len(chosen), equal + int((difference == 0).sum())
+            largest = max(largest, float(difference.max()))
+        return compared, equal, largest
 
     def _answer(
         self, group: list[tuple[Batch, NDArray[np.int64]]], column: Column | None, fresh: list[NDArray[np.int64]]
@@ -185,6 +225,20 @@ def _grouped(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
             group = []
     if group:
         yield group
+
+
+def list_stores(root: Path) -> list[dict[str, Any]]:
+    """Of each store below `root`: path, key, bytes on disk, views (slots) and answers that it has, from the names of
+    its segments; answers that two runs gave at once count twice."""
+    found = []
+    for file in sorted(root.glob(f"*/{KEY}")):
+        segments = list(file.parent.glob("[0-9]*-*-*.pt"))
+        answers = sum(int(path.name.split("-")[1]) for path in segments)
+        bytes_on_disk = sum(path.stat().st_size for path in segments)
+        views = len({path.name[:5] for path in segments})
+        key = json.loads(file.read_text())
+        found.append({"path": file.parent, "key": key, "bytes": bytes_on_disk, "views": views, "answers": answers})
+    return found
 
 
 def fits(slots: int, images: int, classes: int, limit_gb: float, root: Path) -> tuple[bool, str]:

@@ -42,6 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where runs land by default."""
     for module in ("distill.run_dir", "cifar10.teachers", "cifar10.data"):
         monkeypatch.setattr(f"{module}.CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr("cifar10.teachers.STORES", tmp_path / "checkpoints" / "stores")
     return tmp_path / "checkpoints"
 
 

@@ -31,8 +31,10 @@ def training(npz: Path, recipe: Recipe = RECIPE) -> TensorData:
 
 def store_of(root: Path, npz: Path, recipe: Recipe = RECIPE, seed: int = 1) -> tuple[TensorData, Teacher, LogitStore]:
     data, teacher = training(npz, recipe), Teacher(small_network(seed=seed))
-    key = store_key(data, teacher, teacher_arch="small", name="small", digest="d", view_seed=recipe.view_seed)
-    return data, teacher, LogitStore(root, key, len(data.images), 4)
+    key = store_key(
+        data, teacher, teacher_arch="small", name="small", digest="d", classes=4, view_seed=recipe.view_seed
+    )
+    return data, teacher, LogitStore(root, key)
 
 
 def answers(data: AnsweredData, epochs: int = 3) -> list[tuple[list[int], torch.Tensor]]:
@@ -176,9 +178,9 @@ def test_what_a_store_depends_on(small_npz: Path, tmp_path: Path) -> None:
     others.append(store_of(tmp_path, small_npz, replace(RECIPE, mixup=True, val_split=5))[2].path)
     data, teacher, _ = store_of(tmp_path, small_npz)
     teacher.network.precision = torch.bfloat16
-    key = store_key(data, teacher, teacher_arch="small", name="small", digest="d", view_seed=0)
-    others.append(LogitStore(tmp_path, key, 40, 4).path)
-    others.append(LogitStore(tmp_path, {**key, "data_digest": "e"}, 40, 4).path)
+    key = store_key(data, teacher, teacher_arch="small", name="small", digest="d", classes=4, view_seed=0)
+    others.append(LogitStore(tmp_path, key).path)
+    others.append(LogitStore(tmp_path, {**key, "data_digest": "e"}).path)
     assert len({first, *others}) == len(others) + 1
 
 

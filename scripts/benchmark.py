@@ -1,0 +1,270 @@
+"""How fast a training step is, beside the step of the original repository: everything measured in turn in one call.
+
+    python scripts/benchmark.py --arch efficientnet_b0 --teacher-arch resnet152 [--batch-size 256] [--json FILE]
+
+Each row runs in a process of its own, which waits while another one is measured; a round takes each row once. The
+table has the medians over the rounds, and the range of the ratio within a round. Random weights: they cost the same.
+
+original        KD as the original repository ran it: float32, contiguous, its transforms by PIL in 2 loader workers,
+                the teacher in train mode under no_grad in each step
+original_eval   the same with the teacher in eval mode
+usual           today's usual switches: channels_last, bfloat16 autocast, the same loader, the teacher in each step
+ce              our CE step
+empty_store     our KD step where no view is answered yet
+full_store      our KD step where all are
+ce_contiguous   with --contiguous: CE in float32, contiguous, as the original's
+"""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from distill import cli  # noqa: E402
+from distill.recipe import Options, Recipe, UserError, knob, validate  # noqa: E402
+
+ROWS = ("original", "original_eval", "usual", "ce", "empty_store", "full_store")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The flags of this script."""
+
+    arch: str = knob("efficientnet_b0", "the student", group="what", flags=("-a",))
+    teacher_arch: str = knob("resnet152", "the teacher", group="what")
+    batch_size: int = knob(256, "images a step", group="what", flags=("-b",), least=2, most=2000)
+    contiguous: bool = knob(False, "also a CE step in the memory format of the original", group="what")
+    profile: bool = knob(False, "also where the time of a full_store step goes", group="what")
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
+    rounds: int = knob(5, "how often each row is measured", group="how", least=1)
+    steps: int = knob(1, "steps of a row in a round", group="how", least=1)
+    json: str | None = knob(None, "write the figures to this file", group="how")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = cli.parse_flags(argv, Benchmark(), prog="benchmark.py", description=__doc__ or "")
+    from cifar10.models import MODELS
+    from distill.parallel import describe_device, devices
+
+    device = devices(options.device)[0]
+    for arch in (options.arch, options.teacher_arch):
+        MODELS.resolve(arch)  # a wrong name is told before anything starts
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no such directory")
+    print(f"{options.teacher_arch} -> {options.arch}, batch {options.batch_size}, {describe_device(device)}")
+    rows = (*ROWS, "ce_contiguous") if options.contiguous else ROWS
+    seconds, memory, profile = measure(rows, options)
+    found = summarise(seconds, memory, options.batch_size)
+    show(found)
+    print(profile, end="")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+def measure(rows: Sequence[str], options: Benchmark) -> tuple[dict[str, list[float]], dict[str, float], str]:
+    """Seconds a step of each row and round, the peak memory of each row in bytes, and the profile if asked for."""
+    from tqdm import tqdm
+
+    spawn = multiprocessing.get_context("spawn")
+    processes, pipes = [], {}
+    for row in rows:
+        pipes[row], theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=serve, args=(theirs, row, options)))
+        processes[-1].start()
+        theirs.close()
+    seconds: dict[str, list[float]] = {row: [] for row in rows}
+    bar = tqdm(total=len(rows) * (options.rounds + 1), desc="steps", leave=False, disable=None)
+    try:
+        for number in range(options.rounds + 1):  # the first one warms up
+            for row in rows:
+                pipes[row].send("step")
+                passed = pipes[row].recv()
+                if number:
+                    seconds[row].append(passed)
+                bar.update()
+        profile = ""
+        if options.profile:
+            pipes["full_store"].send("profile")
+            profile = pipes["full_store"].recv()
+        for pipe in pipes.values():
+            pipe.send("memory")
+        return seconds, {row: pipe.recv() for row, pipe in pipes.items()}, profile
+    except EOFError:
+        raise UserError("a row's process has ended; with a smaller --batch-size it may not") from None
+    finally:
+        bar.close()
+        for process in processes:
+            process.terminate()
+
+
+def serve(pipe: Connection, row: str, options: Benchmark) -> None:
+    """In the process of a row: a step, the memory or a profile, as often as it is asked for."""
+    import torch
+
+    from distill.parallel import devices
+
+    device = devices(options.device)[0]
+    prepare: Callable[[Benchmark, str, Any], Iterator[None]]
+    prepare = ours if row in ("ce", "empty_store", "full_store") else theirs
+    torch.manual_seed(0)
+    steps = prepare(options, row, device)
+    while True:
+        asked = pipe.recv()
+        if asked == "memory":
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            pipe.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most)
+        elif asked == "profile":
+            with torch.profiler.profile() as profile:
+                next(steps)
+            pipe.send(
+                profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=44)
+            )
+        else:
+            start = time.perf_counter()
+            for _ in range(options.steps):
+                next(steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            pipe.send((time.perf_counter() - start) / options.steps)
+            time.sleep(1)  # loader workers fill their queue: not in the time of the next row
+
+
+def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
+    """Steps of our engine on the embedded images; with the store empty, or with answers to every view in it."""
+    import numpy as np
+    import torch
+
+    from cifar10.data import load_data, prepare
+    from cifar10.models import CIFAR_INPUT, MODELS, build_student
+    from distill.engine import Trainer
+    from distill.logit_store import AnsweredData, LogitStore
+    from distill.objectives import CrossEntropy, Distillation, Objective
+    from distill.parallel import choose_teacher_precision
+    from distill.registry import Classifier
+    from distill.run_dir import RunDirectory
+    from distill.teacher import Teacher
+    from distill.views import TrainingData
+
+    recipe = Recipe(arch=options.arch, batch_size=options.batch_size, epochs=100_000, warmup=0)
+    images = load_data("sample")
+    data: TrainingData
+    data, _ = prepare(images, recipe, device)
+    student, _ = build_student(recipe, len(images.classes), None, device)
+    objective: Objective = CrossEntropy()
+    with tempfile.TemporaryDirectory() as name:
+        if row != "ce":
+            network = MODELS.build(options.teacher_arch, len(images.classes))
+            precision = choose_teacher_precision("auto", device)
+            teacher = Teacher(Classifier(network, CIFAR_INPUT, precision).to(device))
+            key = {"data": "benchmark", "teacher": row, "images": len(images.train_labels), "classes": 10}
+            store = LogitStore(Path(name), key)
+            if row == "full_store":
+                every = np.arange(len(images.train_labels))
+                logits = torch.randn(len(every), 10)
+                for slot in range(162):
+                    store.write(slot, every, logits)
+            data, objective = AnsweredData(data, teacher, store), Distillation(3.0, 0.8)
+        trainer = Trainer(RunDirectory(Path(name)), recipe, Options(), student, objective, data, {})
+        student.train()
+        for epoch in range(recipe.epochs):
+            for batch in data.batches(epoch):
+                trainer.train_step(batch)
+                trainer.state.step += 1
+                yield
+            trainer.state.step = 0
+
+
+def theirs(options: Benchmark, row: str, device: Any) -> Iterator[None]:
+    """Steps as other programs take them: a loader with PIL transforms, the teacher asked in each step."""
+    import torch
+    import torch.nn.functional as F
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms  # type: ignore[import-untyped]
+
+    from cifar10.data import load_data
+    from cifar10.models import CIFAR_INPUT, MODELS
+    from distill.kd_loss import kd
+
+    steps: list[Any] = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    if row != "usual":
+        steps += [transforms.RandomRotation(15), transforms.ColorJitter(0.2, 0.2, 0.2)]
+    steps += [transforms.ToTensor(), transforms.Normalize(CIFAR_INPUT.mean, CIFAR_INPUT.std)]
+    transform = transforms.Compose([transforms.ToPILImage(), *steps])
+    data = load_data("sample")
+
+    class Images(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(data.train_labels)
+
+        def __getitem__(self, index: int) -> Any:
+            return transform(data.train_images[index].permute(2, 0, 1)), data.train_labels[index]
+
+    modern, taught = row == "usual", row != "ce_contiguous"
+    layout = torch.channels_last if modern else torch.contiguous_format
+    student = MODELS.build(options.arch, 10).to(device, memory_format=layout).train()  # type: ignore[call-overload]
+    teacher = MODELS.build(options.teacher_arch, 10).to(device, memory_format=layout)  # type: ignore[call-overload]
+    teacher.train(row == "original")
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=modern)
+    settings: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": 2, "persistent_workers": True}
+    settings |= {"multiprocessing_context": "fork"}  # Images cannot be pickled
+    batches = DataLoader(Images(), options.batch_size, **settings)
+    while True:
+        for pixels, labels in batches:
+            images, there = pixels.to(device, memory_format=layout), labels.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=modern):
+                logits = student(images).float()
+                loss = F.cross_entropy(logits, there)
+                if taught:
+                    with torch.no_grad():
+                        answers = teacher(images).float()
+                    loss = 0.8 * kd(logits, answers, temperature=3.0) + 0.2 * loss
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            yield
+
+
+# ------------------------------------------------------------------------------------------------------------ reporting
+def summarise(
+    seconds: dict[str, list[float]], memory: dict[str, float], batch_size: int
+) -> dict[str, dict[str, float | list[float]]]:
+    """Of each row: seconds a step and images_per_second (median), to_original and to_ce (how many times faster, median
+    of the rounds' ratios, and their range), peak_memory in bytes."""
+    found: dict[str, dict[str, float | list[float]]] = {}
+    for row, times in seconds.items():
+        median = statistics.median(times)
+        found[row] = {"seconds": median, "images_per_second": batch_size / median, "peak_memory": memory[row]}
+        for other in ("original", "ce"):
+            ratios = [theirs / own for theirs, own in zip(seconds[other], times, strict=True)]
+            found[row][f"to_{other}"] = statistics.median(ratios)
+            found[row][f"to_{other}_range"] = [min(ratios), max(ratios)]
+    return found
+
+
+def show(found: dict[str, dict[str, Any]]) -> None:
+    print("| step | images/s | ms | times the original | times CE | peak memory |")
+    print("|---|---|---|---|---|---|")
+    for row, figures in found.items():
+        cells = [row, f"{figures['images_per_second']:.1f}", f"{1000 * figures['seconds']:.0f}"]
+        for other in ("original", "ce"):
+            low, high = figures[f"to_{other}_range"]
+            cells.append(f"{figures[f'to_{other}']:.2f} ({low:.2f} to {high:.2f})")
+        print("| " + " | ".join([*cells, f"{figures['peak_memory'] / 1e9:.2f} GB"]) + " |")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,121 @@
+"""Let a teacher answer views ahead of time, so that students need not wait for it; look after what is stored.
+
+    python scripts/precompute.py --teacher-arch resnet152 --data DIR --views 40     fill, or continue to fill, a store
+    python scripts/precompute.py --list                                             the stores, their size and coverage
+    python scripts/precompute.py --teacher-arch resnet152 --data DIR --verify 1000  ask again for a sample, and compare
+    python scripts/precompute.py --prune NAME                                       remove a store, after asking
+
+The flags are those of trainKD.sh: what a view is, and which teacher answers, must be the same as in training.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cifar10.recipes import RECIPES  # noqa: E402
+from distill import cli  # noqa: E402
+from distill.recipe import Options, Recipe, UserError, knob  # noqa: E402
+
+
+@dataclass(frozen=True)
+class StoreOptions(Options):
+    """The flags of trainKD.sh and these."""
+
+    list: bool = knob(False, "show the stores and exit", group="stores")
+    verify: int | None = knob(None, "ask again for this many stored answers, and compare", group="stores", least=1)
+    prune: str | None = knob(None, "remove the store of this name, after asking", group="stores")
+    yes: bool = knob(False, "remove without asking", group="stores")
+
+
+def main(argv: Sequence[str]) -> int:
+    recipe, options = cli.parse(
+        argv,
+        prog="precompute.py",
+        recipes=RECIPES,
+        default="kd",
+        description="Let a teacher answer views ahead of time.",
+        examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
+        options=StoreOptions(),
+    )
+    if options.list:
+        return show()
+    if options.prune:
+        return prune(options.prune, options.yes)
+    return work(recipe, options)
+
+
+def stores() -> dict[str, dict[str, Any]]:
+    from cifar10.teachers import STORES
+    from distill.logit_store import list_stores
+
+    return {store["path"].name: store for store in list_stores(STORES)}
+
+
+def show() -> int:
+    from distill.logit_store import size
+
+    for name, store in stores().items():
+        print(f"{name}: {size(store['bytes'])}, {store['views']} views, {store['answers']:,} answers")
+        print(f"  {json.dumps(store['key'])}")
+    if not stores():
+        print("there are no stores")
+    return 0
+
+
+def prune(name: str, sure: bool) -> int:
+    found = stores()
+    if name not in found:
+        raise UserError(f"there is no store {name!r}; --list shows them")
+    if (
+        not sure
+        and input(f"remove {found[name]['path']} with {found[name]['answers']:,} answers? [y/N] ").lower() != "y"
+    ):
+        print("kept")
+        return 0
+    shutil.rmtree(found[name]["path"])
+    print("removed")
+    return 0
+
+
+def work(recipe: Recipe, options: StoreOptions) -> int:
+    from tqdm import tqdm
+
+    from cifar10.data import load_data, prepare
+    from cifar10.models import MODELS
+    from cifar10.teachers import answered, load_teacher
+    from cifar10.train_ce import train
+    from distill.parallel import start
+
+    device = start(options.device, deterministic=options.deterministic)
+    recipe = replace(recipe, teacher_arch=MODELS.resolve(recipe.teacher_arch or ""), w=1.0)
+    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
+    print(data)
+    training, tests = prepare(data, replace(recipe, batch_size=1), device)
+    teacher, _ = load_teacher(recipe, options, data, tests["test"], train)
+    slots = training.plan.order.view_count or recipe.epochs
+    answers = answered(replace(recipe, epochs=slots), replace(options, store=True), data, training, teacher)
+    if not answers.store:
+        raise UserError("nothing was stored; --store-limit GB allows more, --views K takes less")
+    if options.verify:
+        compared, equal, largest = answers.verify(options.verify)
+        print(f"{compared:,} answers asked again: {equal:,} the same to the bit, largest difference {largest:.3g}")
+        return int(largest > 0.1)
+    total = slots * len(training.plan.indices)
+    with tqdm(total=total, unit=" views", unit_scale=True, disable=None, smoothing=0.05) as bar:
+        for slot in range(slots):
+            for count in answers.fill(slot):
+                bar.update(count)
+            if bar.disable:
+                print(f"view {slot + 1} of {slots}: {answers.answered:,} answered by this call")
+    print(f"{total:,} views are in {answers.store.path}, {answers.answered:,} of them answered by this call")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
