@@ -12,12 +12,13 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
-from distill.logit_store import AnsweredData, LogitStore, fits, store_key
+from distill.kd_loss import top_k_error
+from distill.logit_store import AnsweredData, Encoding, LogitStore, fits, store_key
 from distill.parallel import choose_teacher_precision, first_here, on_main
 from distill.recipe import Options, Recipe, UserError, flag
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
-from distill.teacher import Known, Teacher, chance_warning, examine
+from distill.teacher import COMPARED, Known, Teacher, chance_warning, examine
 from distill.views import EvaluationSet, TensorData
 
 # Options that are the student's alone, as they are when the teacher is trained.
@@ -58,13 +59,14 @@ def load_teacher(
 def answered(recipe: Recipe, options: Options, data: ImageData, training: TensorData, teacher: Teacher) -> AnsweredData:
     """The training data with the teacher's answers, from its store unless that is turned off or would be too large."""
     assert recipe.teacher_arch
+    encoding = Encoding(len(data.classes), recipe.top_k)
     if not options.store:
-        return AnsweredData(training, teacher, None)
+        return AnsweredData(training, teacher, None, encoding)
     slots = min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
-    fit, line = fits(slots, len(training.images), len(data.classes), options.store_limit, STORES)
+    fit, line = fits(slots, len(training.images), encoding, options.store_limit, STORES)
     if not fit:
         print(f"store: off: {line}")
-        return AnsweredData(training, teacher, None)
+        return AnsweredData(training, teacher, None, encoding)
     key = store_key(
         training,
         teacher,
@@ -73,10 +75,27 @@ def answered(recipe: Recipe, options: Options, data: ImageData, training: Tensor
         digest=data.digest,
         classes=len(data.classes),
         view_seed=recipe.view_seed,
+        top_k=recipe.top_k,
     )
     store = LogitStore(STORES, key)
     print(f"store: {store.path}, {line}")
-    return AnsweredData(training, teacher, store)
+    return AnsweredData(training, teacher, store, encoding)
+
+
+@torch.no_grad()
+def measure_top_k(recipe: Recipe, student: Classifier, test: EvaluationSet, known: Known) -> float | None:
+    """|g_k - g| / |g| of the KD term's gradient on test images, before training; printed. None without --top-k."""
+    if not recipe.top_k:
+        return None
+    images = test.images[:COMPARED]
+    logits = torch.cat([student.eval()(part) for part in torch.split(images, test.batch_size)]).cpu()
+    with torch.enable_grad():
+        error = top_k_error(logits, known.logits[: len(logits)], k=recipe.top_k, temperature=recipe.T)
+    print(
+        f"top-k: with {recipe.top_k} logits of an answer the gradient of the KD term differs by {100 * error:.2g} % "
+        f"from that with all, on {len(logits)} test images, for the student as it is before training"
+    )
+    return error
 
 
 def _trained(

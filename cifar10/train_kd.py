@@ -41,7 +41,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student
-    from cifar10.teachers import answered, load_teacher
+    from cifar10.teachers import answered, load_teacher, measure_top_k
     from distill.engine import evaluate_checkpoint, fit
     from distill.objectives import Distillation
     from distill.parallel import shares, start
@@ -68,17 +68,10 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         if summary := run.claim(recipe, facts, device, extend=options.extend):
             return summary
         answers = answered(recipe, options, data, training, teacher)
+        error = measure_top_k(recipe, student, tests["test"], known)
         print(f"{cli.LOSS_FORMULA}  with T = {recipe.T:g}, w = {recipe.w:g}")
-        fitted = fit(
-            run,
-            recipe,
-            options,
-            student=student,
-            objective=Distillation(recipe.T, recipe.w, recipe.label_smoothing, data.labelled),
-            data=answers,
-            tests=tests,
-            facts=facts,
-        )
+        objective = Distillation(recipe.T, recipe.w, recipe.label_smoothing, data.labelled)
+        fitted = fit(run, recipe, options, student=student, objective=objective, data=answers, tests=tests, facts=facts)
         teacher.check_untouched()
         print(f"teacher: {answers.answered:,} views answered, the others were in the store")
         return run.finish(
@@ -90,7 +83,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             views=training.plan.order.view_count or recipe.epochs,
             teacher_accuracy=known.accuracy,
             teacher_precision=known.precision,
-            agreement=agreement(fitted.test.predictions, known.predictions),
+            top_k_error=error,
+            agreement=agreement(fitted.test.predictions, known.logits.argmax(1)),
         )
 
 

@@ -18,7 +18,10 @@ LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE
 LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
   T     temperature: higher shows more of what the teacher thinks of the wrong classes
   w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
-DISTILLATION_FIELDS = ("teacher_arch", "T", "w", "teacher_checkpoint", "teacher_precision", "store", "store_limit")
+DISTILLATION_FIELDS = (
+    *("teacher_arch", "T", "w", "teacher_checkpoint", "teacher_precision", "top_k"),
+    *("store", "store_limit"),
+)
 
 
 Settings = TypeVar("Settings", bound=Any)

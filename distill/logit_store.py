@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import checkpoint
+from distill.kd_loss import TEMPERATURES, TopKLogits, top_k_logits
+from distill.recipe import UserError
 from distill.teacher import Teacher
 from distill.views import Batch, TensorData
 
@@ -30,11 +32,46 @@ KEY, ASIDE = "key.json", ".damaged"
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How an answer is kept, as a row of float16: its logits, or with `top_k` the bits of a TopKLogits."""
+
+    classes: int
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_k and not self.top_k < self.classes < 2**15:
+            raise UserError(f"--top-k {self.top_k} must be less than the {self.classes} classes, of 32,767 at most")
+
+    @property
+    def width(self) -> int:
+        """float16 numbers a row: k values, k classes as int16, the label's logit, four float32."""
+        return 2 * self.top_k + 1 + 2 * len(TEMPERATURES) if self.top_k else self.classes
+
+    def encode(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits float32 (B, C) that float16 has, labels (B,) -> float16 (B, width)."""
+        if not self.top_k:
+            return logits.half()
+        kept = top_k_logits(logits, labels, self.top_k)
+        classes, rest = kept.classes.to(torch.int16).view(torch.float16), kept.rest.contiguous().view(torch.float16)
+        return torch.cat([kept.values.half(), classes, kept.label.half().unsqueeze(1), rest], dim=1)
+
+    def decode(self, rows: Tensor) -> Tensor | TopKLogits:
+        """float16 (B, width) -> float32 (B, C), or TopKLogits."""
+        if not self.top_k:
+            return rows.float()
+        sizes = [self.top_k, self.top_k, 1, 2 * len(TEMPERATURES)]
+        values, classes, label, rest = torch.split(rows, sizes, dim=1)
+        numbers = classes.contiguous().view(torch.int16).long()
+        return TopKLogits(values.float(), numbers, label.float().squeeze(1), rest.contiguous().view(torch.float32))
+
+
 @dataclass
 class Column:
-    """The answers to one slot: logits float16 (N, C) on the data's device, and which of the N are there, on the CPU."""
+    """The answers to one slot: `rows` float16 (N, width), on the data's device, and which of the N are there, on the
+    CPU."""
 
-    logits: Tensor
+    rows: Tensor
     answered: NDArray[np.bool_]
 
 
@@ -42,48 +79,57 @@ class LogitStore:
     """The store of `key`, of store_key(), in a directory below `root`."""
 
     def __init__(self, root: Path, key: dict[str, Any]) -> None:
-        self.key, self.images, self.classes = {"format": FORMAT, **key}, key["images"], key["classes"]
+        self.key, self.images = {"format": FORMAT, **key}, key["images"]
+        self.encoding = Encoding(key["classes"], key.get("top_k", 0))
         self.digest = checkpoint.digest(self.key)
         self.path = root / f"{key['data']}-{key['teacher']}-{self.digest[:16]}"
         self._writes = True
 
     def column(self, slot: int, device: torch.device) -> Column:
         """What is known of `slot`, from all segments of it."""
-        logits = torch.zeros(self.images, self.classes, dtype=torch.float16)
+        rows = torch.zeros(self.images, self.encoding.width, dtype=torch.float16)
         answered = np.zeros(self.images, dtype=bool)
         for path in sorted(self.path.glob(f"{slot:05d}-*.pt")):
             try:
-                indices, found = self._read(path, slot)
+                which, found = self._read(path, slot)
             except checkpoint.CheckpointError as error:
                 print(f"{error}; its views are answered again")
                 path.rename(path.with_name(path.name + ASIDE))
                 continue
             except FileNotFoundError:
                 continue  # another process has put it aside or removed it
-            logits[indices] = found
-            answered[indices.numpy()] = True
-        return Column(logits.to(device), answered)
+            rows[torch.from_numpy(which)] = found
+            answered |= which
+        return Column(rows.to(device), answered)
 
-    def _read(self, path: Path, slot: int) -> tuple[Tensor, Tensor]:
+    def _read(self, path: Path, slot: int) -> tuple[NDArray[np.bool_], Tensor]:
+        """Which of the images a segment answers, bool (N,), and their rows (n, width). Raises CheckpointError."""
         segment = checkpoint.load(path)
         try:
-            indices, logits = segment["indices"], segment["logits"]
-            whole = segment["key"] == self.digest and segment["slot"] == slot and indices.dtype == torch.int32
-            whole &= logits.dtype == torch.float16 and logits.shape == (len(indices), self.classes)
-            whole &= not len(indices) or (int(indices.min()) >= 0 and int(indices.max()) < self.images)
-        except (KeyError, AttributeError, TypeError, RuntimeError):
+            bits, rows = segment["which"], segment["rows"]
+            whole = segment["key"] == self.digest and segment["slot"] == slot
+            whole &= bits.dtype == torch.uint8 and bits.shape == (-(-self.images // 8),)
+            which = np.unpackbits(bits.numpy(), count=self.images).astype(bool)
+            whole &= rows.dtype == torch.float16 and rows.shape == (int(which.sum()), self.encoding.width)
+        except (KeyError, AttributeError, TypeError, ValueError):
             whole = False
         if not whole:
             raise checkpoint.CheckpointError(f"{path} is no segment of this store")
-        return indices.long(), logits
+        return which, rows
 
-    def write(self, slot: int, indices: NDArray[np.int64], logits: Tensor) -> None:
-        """Add a segment: logits (n, C) of the images `indices` (n,). Where it cannot be written the store is only read
-        from then on, with one line that says so: answers that are lost cost time, not the run."""
+    def write(self, slot: int, indices: NDArray[np.int64], rows: Tensor) -> None:
+        """Add a segment: rows (n, width) of the images `indices` (n,); on disk in ascending order, and a bit an image.
+
+        Where it cannot be written the store is only read from then on, with one line that says so: answers that are
+        lost cost time, not the run.
+        """
         if not self._writes or not len(indices):
             return
-        segment: dict[str, Any] = {"key": self.digest, "slot": slot}
-        segment |= {"indices": torch.from_numpy(indices.astype(np.int32)), "logits": logits.half().cpu()}
+        which = np.zeros(self.images, dtype=bool)
+        which[indices] = True
+        ascending = torch.from_numpy(np.argsort(indices)).to(rows.device)
+        segment: dict[str, Any] = {"key": self.digest, "slot": slot, "which": torch.from_numpy(np.packbits(which))}
+        segment["rows"] = rows[ascending].cpu()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / KEY).exists():
@@ -100,9 +146,17 @@ class LogitStore:
 
 
 def store_key(
-    data: TensorData, teacher: Teacher, *, teacher_arch: str, name: str, digest: str, classes: int, view_seed: int
+    data: TensorData,
+    teacher: Teacher,
+    *,
+    teacher_arch: str,
+    name: str,
+    digest: str,
+    classes: int,
+    view_seed: int,
+    top_k: int = 0,
 ) -> dict[str, Any]:
-    """What an answer depends on. `name`, `digest`: of the images."""
+    """What an answer depends on, and how it is kept. `name`, `digest`: of the images."""
     spec, network = teacher.network.spec, teacher.network
     key: dict[str, Any] = {"data": name, "data_digest": digest, "images": len(data.images), "classes": classes}
     key |= {"teacher": teacher_arch}
@@ -111,6 +165,8 @@ def store_key(
     key |= {"policy": data.policy.name, "view_seed": view_seed}
     if data.policy.view_count is None:
         key["rendered_on"] = data.images.device.type  # its pixels may differ in the last bit
+    if top_k:
+        key["top_k"] = top_k
     if data.mixup:
         key["mixup_among"] = checkpoint.digest(torch.from_numpy(data.plan.indices))
     return key
@@ -123,8 +179,8 @@ class AnsweredData:
     stored. Each process answers its own share of the epoch, so that none is answered twice.
     """
 
-    def __init__(self, data: TensorData, teacher: Teacher, store: LogitStore | None) -> None:
-        self.data, self.teacher, self.store = data, teacher, store
+    def __init__(self, data: TensorData, teacher: Teacher, store: LogitStore | None, encoding: Encoding) -> None:
+        self.data, self.teacher, self.store, self.encoding = data, teacher, store, encoding
         self.steps_per_epoch, self.labelled = data.steps_per_epoch, data.labelled
         share = data.plan.batch_size // data.plan.share[1]
         self._ahead = max(1, teacher.block // share)  # batches
@@ -178,42 +234,51 @@ class AnsweredData:
             known = np.flatnonzero(column.answered)
             chosen = np.sort(chance.choice(known, min(len(known), -(-count // len(slots))), replace=False))
             batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))
-            difference = (self.teacher.logits(batch.images) - column.logits[batch.indices].float()).abs().amax(1)
+            again = self.encoding.encode(self.teacher.logits(batch.images), batch.labels)
+            stored, logits = column.rows[batch.indices], slice(0, self.encoding.top_k or None)
+            difference = (again[:, logits].float() - stored[:, logits].float()).abs().amax(1)
             compared, equal = compared + len(chosen), equal + int((difference == 0).sum())
             largest = max(largest, float(difference.max()))
         return compared, equal, largest
 
     def _answer(
         self, group: list[tuple[Batch, NDArray[np.int64]]], column: Column | None, fresh: list[NDArray[np.int64]]
-    ) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch of `group` with its logits float32 (B, C). New answers go into `column`, their images' numbers to
-        `fresh`."""
+    ) -> Iterator[tuple[Batch, Any]]:
+        """Each batch of `group` with its logits. New answers go into `column`, their images' numbers to `fresh`."""
         if column is None:
-            answers = self.teacher.logits(torch.cat([batch.images for batch, _ in group]))
-            self.answered += len(answers)
+            rows = self._ask([batch for batch, _ in group])
             ends = np.cumsum([len(indices) for _, indices in group])
             for (batch, indices), end in zip(group, ends, strict=True):
-                yield batch, answers[end - len(indices) : end]
+                yield batch, self.encoding.decode(rows[end - len(indices) : end])
             return
         unknown = [np.flatnonzero(~column.answered[indices]) for _, indices in group]
         if any(map(len, unknown)):
             pairs = list(zip(group, unknown, strict=True))
             indices = np.concatenate([indices[rows] for (_, indices), rows in pairs])
-            answers = self.teacher.logits(
-                torch.cat([batch.images[torch.from_numpy(rows)] for (batch, _), rows in pairs])
-            )
-            column.logits[torch.from_numpy(indices).to(answers.device)] = answers.half()
+            parts = [_rows(batch, torch.from_numpy(rows)) for (batch, _), rows in pairs]
+            column.rows[torch.from_numpy(indices).to(column.rows.device)] = self._ask(parts)
             column.answered[indices] = True
             fresh.append(indices)
-            self.answered += len(indices)
         for batch, _ in group:
-            yield batch, column.logits[batch.indices].float()
+            yield batch, self.encoding.decode(column.rows[batch.indices])
+
+    def _ask(self, batches: list[Batch]) -> Tensor:
+        """The teacher's answers to all of them, encoded."""
+        answers = self.teacher.logits(torch.cat([batch.images for batch in batches]))
+        self.answered += len(answers)
+        return self.encoding.encode(answers, torch.cat([batch.labels for batch in batches]))
 
     def _flush(self, slot: int, column: Column | None, fresh: list[NDArray[np.int64]]) -> None:
         if self.store and column and fresh:
             indices = np.concatenate(fresh)
             fresh.clear()
-            self.store.write(slot, indices, column.logits[torch.from_numpy(indices).to(column.logits.device)])
+            self.store.write(slot, indices, column.rows[torch.from_numpy(indices).to(column.rows.device)])
+
+
+def _rows(batch: Batch, chosen: Tensor) -> Batch:
+    """Images and labels of some rows of a batch."""
+    there = chosen.to(batch.images.device)
+    return replace(batch, images=batch.images[there], labels=batch.labels[there])
 
 
 def _grouped(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
@@ -241,14 +306,15 @@ def list_stores(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def fits(slots: int, images: int, classes: int, limit_gb: float, root: Path) -> tuple[bool, str]:
+def fits(slots: int, images: int, encoding: Encoding, limit_gb: float, root: Path) -> tuple[bool, str]:
     """Whether `slots` columns fit the limit and the disk, and a line that says what they take."""
-    needed = 2 * slots * images * classes
+    needed = 2 * slots * images * encoding.width
     existing = next(path for path in (root, *root.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    line = f"{slots} views of {images:,} images, {classes} classes: {size(needed)} at most"
+    kept = f"{encoding.top_k} largest of {encoding.classes}" if encoding.top_k else f"{encoding.classes}"
+    line = f"{slots} views of {images:,} images, {kept} logits: {size(needed)} at most"
     if needed > limit_gb * 1e9:
-        most = int(limit_gb * 1e9 // (2 * images * classes))
+        most = int(limit_gb * 1e9 // (2 * images * encoding.width))
         return False, f"{line}, more than --store-limit {limit_gb:g} GB; --views {most} fits" if most else line
     if needed > free:
         return False, f"{line}, but {existing} has {size(free)} left"

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.kd_loss import kd
+from distill.kd_loss import TopKLogits, kd, kd_top_k
 from distill.views import Batch
 
 
@@ -76,7 +76,8 @@ class Distillation:
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         assert batch.teacher_logits is not None
         logits = student(batch.images)
-        soft = kd(logits, batch.teacher_logits, temperature=self.temperature)
+        loss = kd_top_k if isinstance(batch.teacher_logits, TopKLogits) else kd
+        soft = loss(logits, batch.teacher_logits, temperature=self.temperature)
         if not self.labelled:
             return Step(logits, soft, (soft.detach(),))
         hard = cross_entropy(logits, batch, self.label_smoothing)

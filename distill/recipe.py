@@ -96,6 +96,12 @@ class Recipe:
         group="distillation",
         choices=("auto", "float32", "bfloat16"),
     )
+    top_k: int = knob(
+        0,
+        "keep only the K largest logits of an answer, and what the others sum to; 0 is all",
+        group="distillation",
+        least=0,
+    )
     compile: bool = knob(False, "torch.compile the student's step; the first one takes a minute", group="training")
     sync_bn: bool = knob(False, "BatchNorm over the images of all processes; on CUDA, with NPROC", group="training")
     augment: str = knob(
@@ -115,6 +121,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.top_k and self.T not in (1, 2, 3, 4):
+            raise UserError(f"--top-k knows what the other classes sum to at --T 1, 2, 3 and 4, not {self.T:g}")
 
     @property
     def objective(self) -> str:

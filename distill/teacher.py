@@ -63,12 +63,12 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Known:
-    """What a teacher knows of the test images: its accuracy in percent, its predictions (N,). And how its answers
-    compare with those in float32: `precision`, `images` compared, `agreement` of the arg max in percent, and `error`,
+    """What a teacher knows of the test images: its accuracy in percent, its logits (N, C). And how its answers compare
+    with those in float32: `precision`, `images` compared, `agreement` of the arg max in percent, and `error`,
     the mean absolute difference of a logit."""
 
     accuracy: float
-    predictions: Tensor
+    logits: Tensor
     precision: dict[str, Any]
 
 
@@ -91,7 +91,7 @@ def examine(teacher: Teacher, test: EvaluationSet, data_digest: str, cache: Path
         found = {"logits": logits.half().cpu(), "precision": {"precision": name, **compared}}
         checkpoint.save_cache(path, found)
     answers = found["logits"].float()
-    return Known(accuracy(answers, test.labels.cpu()), answers.argmax(1), found["precision"])
+    return Known(accuracy(answers, test.labels.cpu()), answers, found["precision"])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -104,14 +104,14 @@ class Mixture:
 @dataclass(frozen=True)
 class Batch:
     """One step's input. images: uint8 (B, H, W, 3), the rest int64 (B,); `indices` count in the whole training set.
-    teacher_logits: float32 (B, C) where a teacher takes part."""
+    teacher_logits: float32 (B, C) where a teacher takes part, or what is kept of them, kd_loss.TopKLogits."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     views: Tensor
     mixture: Mixture | None = None
-    teacher_logits: Tensor | None = None
+    teacher_logits: Any = None
 
 
 class TrainingData(Protocol):

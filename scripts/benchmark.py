@@ -47,7 +47,7 @@ class Benchmark:
     profile: bool = knob(False, "also where the time of a full_store step goes", group="what")
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
     rounds: int = knob(5, "how often each row is measured", group="how", least=1)
-    steps: int = knob(1, "steps of a row in a round", group="how", least=1)
+    seconds: float = knob(4.0, "how long a row takes steps in a round, one at least", group="how", least=0)
     json: str | None = knob(None, "write the figures to this file", group="how")
 
     def __post_init__(self) -> None:
@@ -135,11 +135,13 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
             )
         else:
             start = time.perf_counter()
-            for _ in range(options.steps):
+            count, passed = 0, 0.0
+            while not count or passed < options.seconds:
                 next(steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            pipe.send((time.perf_counter() - start) / options.steps)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                count, passed = count + 1, time.perf_counter() - start
+            pipe.send(passed / count)
             time.sleep(1)  # loader workers fill their queue: not in the time of the next row
 
 
@@ -151,7 +153,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from cifar10.data import load_data, prepare
     from cifar10.models import CIFAR_INPUT, MODELS, build_student
     from distill.engine import Trainer
-    from distill.logit_store import AnsweredData, LogitStore
+    from distill.logit_store import AnsweredData, Encoding, LogitStore
     from distill.objectives import CrossEntropy, Distillation, Objective
     from distill.parallel import choose_teacher_precision
     from distill.registry import Classifier
@@ -171,13 +173,13 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
             precision = choose_teacher_precision("auto", device)
             teacher = Teacher(Classifier(network, CIFAR_INPUT, precision).to(device))
             key = {"data": "benchmark", "teacher": row, "images": len(images.train_labels), "classes": 10}
-            store = LogitStore(Path(name), key)
+            store, encoding = LogitStore(Path(name), key), Encoding(10)
             if row == "full_store":
                 every = np.arange(len(images.train_labels))
-                logits = torch.randn(len(every), 10)
+                logits = torch.randn(len(every), 10).half()
                 for slot in range(162):
                     store.write(slot, every, logits)
-            data, objective = AnsweredData(data, teacher, store), Distillation(3.0, 0.8)
+            data, objective = AnsweredData(data, teacher, store, encoding), Distillation(3.0, 0.8)
         trainer = Trainer(RunDirectory(Path(name)), recipe, Options(), student, objective, data, {})
         student.train()
         for epoch in range(recipe.epochs):

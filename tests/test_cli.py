@@ -12,7 +12,7 @@ from cifar10.recipes import RECIPES
 from distill import cli
 from distill.recipe import Options, Recipe, UserError, flag
 
-FLAGS = """--arch --teacher-arch --T --w --teacher-precision --store --store-limit
+FLAGS = """--arch --teacher-arch --T --w --teacher-precision --top-k --store --store-limit
 --epochs --batch-size --lr --optimizer --momentum --weight-decay --decay-all --schedule --warmup --clip-norm --ema
 --dropout --drop-connect --label-smoothing --precision --compile --sync-bn
 --augment --cutout --mixup --views --seed --view-seed --val-split

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cifar10.data import load_data, prepare
 from distill import checkpoint, engine, parallel
 from distill.engine import Fitted, evaluate, fit
-from distill.logit_store import AnsweredData
+from distill.logit_store import AnsweredData, Encoding
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step
 from distill.optim import WeightAverage, build_optimizer, learning_rate
@@ -66,7 +66,7 @@ def train(
             options or Options(),
             student=student or small_network(),
             objective=objective or (Distillation(3.0, 0.8) if teacher else CrossEntropy()),
-            data=AnsweredData(views, teacher, None) if teacher else views,
+            data=AnsweredData(views, teacher, None, Encoding(4)) if teacher else views,
             tests=tests,
             facts=facts,
         )
@@ -340,19 +340,19 @@ def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert first.precision.keys() == {"precision", "images", "agreement", "error"}
     assert (first.precision["precision"], first.precision["images"]) == ("bfloat16", 9)
     assert 0 < first.precision["error"] < 0.02
-    assert first.accuracy == pytest.approx(100 * (first.predictions == 0).double().mean().item())
+    assert first.accuracy == pytest.approx(100 * (first.logits.argmax(1) == 0).double().mean().item())
 
     class Silent(Teacher):
         def logits(self, _: Tensor) -> Tensor:
             raise AssertionError("asked again")
 
-    assert torch.equal(examine(Silent(network), test, "data", tmp_path).predictions, first.predictions)
+    assert torch.equal(examine(Silent(network), test, "data", tmp_path).logits, first.logits)
     (file,) = tmp_path.iterdir()
     file.write_bytes(b"damaged")
-    assert torch.equal(examine(teacher, test, "data", tmp_path).predictions, first.predictions)
+    assert torch.equal(examine(teacher, test, "data", tmp_path).logits, first.logits)
     assert "measuring the teacher again" in capsys.readouterr().out
     other = EvaluationSet(images[:2], labels[:2])
-    assert torch.equal(examine(teacher, other, "other data", tmp_path).predictions, first.predictions[:2])
+    assert torch.equal(examine(teacher, other, "other data", tmp_path).logits, first.logits[:2])
 
 
 def test_warning_near_chance() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.kd_loss import kd
+from distill.kd_loss import TopKLogits, kd, kd_top_k, top_k_error, top_k_logits
 
 CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
 
@@ -73,3 +73,54 @@ def test_gradient_to_the_student_only_and_independent_of_order() -> None:
 def test_wrong_input(student: tuple[int], teacher: tuple[int], temperature: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kd(torch.zeros(student), torch.zeros(teacher), temperature=temperature)
+
+
+# ---------------------------------------------------------------------------------------------------------------- top k
+@pytest.mark.parametrize("temperature", [1, 2, 3, 4])
+def test_top_k_is_kl_with_the_rest_as_one_class(temperature: float) -> None:
+    student, teacher = torch.randn(6, 10, dtype=torch.float64), torch.randn(6, 10, dtype=torch.float64)
+    known = top_k_logits(teacher, torch.arange(6), 3)
+    assert torch.equal(known.label.double(), teacher.float().double().gather(1, torch.arange(6).view(-1, 1)).squeeze(1))
+    s, t = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
+    classes = teacher.topk(3).indices
+    p, q = t.gather(1, classes), s.gather(1, classes)
+    p, q = torch.cat([p, 1 - p.sum(1, keepdim=True)], 1), torch.cat([q, 1 - q.sum(1, keepdim=True)], 1)
+    expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
+    found = kd_top_k(student, known, temperature=temperature)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    assert found <= kd(student, teacher, temperature=temperature)
+
+
+def test_top_k_contract() -> None:
+    student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10, requires_grad=True)
+    known = top_k_logits(teacher, torch.zeros(8, dtype=torch.long), 4)
+    kd_top_k(student, known, temperature=4).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    assert kd_top_k(teacher, known, temperature=2).item() == pytest.approx(0, abs=1e-6)
+    order = torch.randperm(8)
+    shuffled = TopKLogits(*(part[order] for part in known))
+    torch.testing.assert_close(
+        kd_top_k(student[order], shuffled, temperature=4), kd_top_k(student, known, temperature=4)
+    )
+    with pytest.raises(ValueError, match="T 1, 2, 3 and 4, not 2"):
+        kd_top_k(student, known, temperature=2.5)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_top_k_is_finite(size: float) -> None:
+    student = (size * torch.randn(8, 10)).requires_grad_()
+    known = top_k_logits(size * torch.randn(8, 10), torch.full((8,), -1), 2)
+    loss = kd_top_k(student, known, temperature=1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+def test_top_k_error_falls_with_k() -> None:
+    student, teacher = torch.randn(64, 100), 3 * torch.randn(64, 100)
+    errors = [top_k_error(student, teacher, k=k, temperature=1) for k in (2, 10, 50, 99)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.05 > errors[2]
+    assert errors[-1] < 1e-5

@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from cifar10 import train_kd
 from cifar10.data import load_data, prepare
 from distill import checkpoint, logit_store
-from distill.logit_store import AnsweredData, LogitStore, fits, store_key
-from distill.recipe import Options, Recipe
+from distill.kd_loss import TopKLogits, top_k_logits
+from distill.logit_store import AnsweredData, Encoding, LogitStore, fits, store_key
+from distill.recipe import Options, Recipe, UserError
 from distill.teacher import Teacher
 from distill.views import TensorData
 from tests.conftest import teacher_file
@@ -37,6 +37,10 @@ def store_of(root: Path, npz: Path, recipe: Recipe = RECIPE, seed: int = 1) -> t
     return data, teacher, LogitStore(root, key)
 
 
+def answering(data: TensorData, teacher: Teacher, store: LogitStore | None, top_k: int = 0) -> AnsweredData:
+    return AnsweredData(data, teacher, store, store.encoding if store else Encoding(4, top_k))
+
+
 def answers(data: AnsweredData, epochs: int = 3) -> list[tuple[list[int], torch.Tensor]]:
     found = []
     for epoch in range(epochs):
@@ -57,12 +61,12 @@ def test_stored_or_not_full_or_empty_the_same_answers(small_npz: Path, tmp_path:
     """Step by step equal to the teacher's own answers to the very images of the batch; a full store asks nothing."""
     recipe = replace(RECIPE, **change)
     data, teacher, store = store_of(tmp_path, small_npz, recipe)
-    none, empty = AnsweredData(data, teacher, None), AnsweredData(data, teacher, store)
+    none, empty = answering(data, teacher, None), answering(data, teacher, store)
     expected = answers(none)
     assert same(answers(empty), expected)
     steps = data.steps_per_epoch * 8
     assert (none.answered, empty.answered) == (3 * steps, 2 * steps if not recipe.val_split else empty.answered)
-    full = AnsweredData(data, teacher, store)
+    full = answering(data, teacher, store)
     assert same(answers(full), expected)
     assert full.answered == 0
     for epoch in range(3):
@@ -73,10 +77,10 @@ def test_stored_or_not_full_or_empty_the_same_answers(small_npz: Path, tmp_path:
 
 def test_cut_anywhere_the_same_answers_and_none_twice(small_npz: Path, tmp_path: Path) -> None:
     data, teacher, store = store_of(tmp_path, small_npz)
-    expected = answers(AnsweredData(data, teacher, None), 1)
+    expected = answers(answering(data, teacher, None), 1)
     asked = 0
     for first in range(data.steps_per_epoch):
-        cut = AnsweredData(data, teacher, store)
+        cut = answering(data, teacher, store)
         batches = cut.batches(0, first)
         found = next(batches)
         batches.close()  # type: ignore[attr-defined]
@@ -90,14 +94,12 @@ def test_two_runs_fill_one_store_at_once(small_npz: Path, tmp_path: Path) -> Non
     """Interleaved step by step, in other orders: each keeps its own answers, a third has to ask for none."""
     data, teacher, store = store_of(tmp_path, small_npz)
     other = training(small_npz, replace(RECIPE, seed=7))
-    expected = answers(AnsweredData(data, teacher, None), 1)
-    pairs = zip(
-        AnsweredData(data, teacher, store).batches(0), AnsweredData(other, teacher, store).batches(0), strict=True
-    )
+    expected = answers(answering(data, teacher, None), 1)
+    pairs = zip(answering(data, teacher, store).batches(0), answering(other, teacher, store).batches(0), strict=True)
     for (mine, theirs), (_, logits) in zip(list(pairs), expected, strict=True):
         assert torch.equal(mine.teacher_logits, logits)  # type: ignore[arg-type]
         assert torch.equal(theirs.teacher_logits, teacher.logits(theirs.images))  # type: ignore[arg-type]
-    third = AnsweredData(data, teacher, store)
+    third = answering(data, teacher, store)
     assert same(answers(third, 1), expected)
     assert third.answered == 0
 
@@ -111,9 +113,9 @@ def test_damage_is_named_and_answered_again(
 ) -> None:
     """A flipped bit, a truncation, an empty file, a file of another store, of another slot, of absurd content."""
     data, teacher, store = store_of(tmp_path, small_npz)
-    expected = answers(AnsweredData(data, teacher, store))
+    expected = answers(answering(data, teacher, store))
     foreign_data, foreign_teacher, foreign = store_of(tmp_path, small_npz, seed=2)
-    answers(AnsweredData(foreign_data, foreign_teacher, foreign))
+    answers(answering(foreign_data, foreign_teacher, foreign))
     assert foreign.path != store.path
     (first,) = (path for path in segments(store) if path.name.startswith("00000"))
     (second,) = (path for path in segments(store) if path.name.startswith("00001"))
@@ -132,14 +134,15 @@ def test_damage_is_named_and_answered_again(
         b"",
         segments(foreign)[0].read_bytes(),
         second.read_bytes(),
-        of(logits=payload["logits"][:, :2]),
-        of(logits=payload["logits"].float()),
-        of(indices=payload["indices"] + 1000),
-        of(indices=3),
+        of(rows=payload["rows"][:, :2]),
+        of(rows=payload["rows"].float()),
+        of(which=payload["which"][:3]),
+        of(which=payload["which"] & 0x7F),
+        of(which=3),
         of(key="other"),
     ):
         first.write_bytes(damage)
-        again = AnsweredData(data, teacher, store)
+        again = answering(data, teacher, store)
         assert same(answers(again), expected)
         assert again.answered == data.steps_per_epoch * 8
         assert first.name in capsys.readouterr().out
@@ -147,20 +150,20 @@ def test_damage_is_named_and_answered_again(
             if path.name.startswith("00000"):
                 path.unlink()
         first.write_bytes(good)
-    assert same(answers(AnsweredData(data, teacher, store)), expected)
+    assert same(answers(answering(data, teacher, store)), expected)
 
 
 def test_a_full_disk_costs_the_store_not_the_run(
     small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, teacher, store = store_of(tmp_path, small_npz)
-    expected = answers(AnsweredData(data, teacher, None))
+    expected = answers(answering(data, teacher, None))
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)  # type: ignore[attr-defined]
-    assert same(answers(AnsweredData(data, teacher, store)), expected)
+    assert same(answers(answering(data, teacher, store)), expected)
     said = capsys.readouterr().out
     assert said.count("the teacher's answers are not stored from here on") == 1
     monkeypatch.undo()
@@ -186,7 +189,7 @@ def test_what_a_store_depends_on(small_npz: Path, tmp_path: Path) -> None:
 
 def test_the_key_lies_in_clear_text_beside_the_segments(small_npz: Path, tmp_path: Path) -> None:
     data, teacher, store = store_of(tmp_path, small_npz)
-    answers(AnsweredData(data, teacher, store), 1)
+    answers(answering(data, teacher, store), 1)
     key = json.loads((store.path / "key.json").read_text())
     assert key == store.key
     assert {"teacher_digest", "data_digest", "precision", "size", "mean", "std", "policy", "view_seed"} <= set(key)
@@ -202,11 +205,12 @@ def test_runs_share_slots_whatever_their_number_of_views(small_npz: Path) -> Non
 
 
 def test_size_is_told_before_anything_is_allocated(tmp_path: Path) -> None:
-    assert fits(162, 50_000, 10, 50, tmp_path) == (True, "162 views of 50,000 images, 10 classes: 162 MB at most")
-    fit, line = fits(100, 1_281_167, 1000, 50, tmp_path)
+    line = "162 views of 50,000 images, 10 logits: 162 MB at most"
+    assert fits(162, 50_000, Encoding(10), 50, tmp_path) == (True, line)
+    fit, line = fits(100, 1_281_167, Encoding(1000), 50, tmp_path)
     assert not fit
     assert "256 GB at most, more than --store-limit 50 GB; --views 19 fits" in line
-    assert not fits(1, 10**9, 10**6, 1e9, tmp_path)[0]  # more than the disk has
+    assert not fits(1, 10**9, Encoding(10**6), 1e9, tmp_path)[0]  # more than the disk has
 
 
 @pytest.mark.usefixtures("home")
@@ -239,14 +243,65 @@ def test_answers_ahead_of_the_step(small_npz: Path, tmp_path: Path, monkeypatch:
     calls: list[int] = []
     logits = teacher.logits
     monkeypatch.setattr(teacher, "logits", lambda images: (calls.append(len(images)), logits(images))[1])
-    assert len(answers(AnsweredData(data, teacher, store), 1)) == 5
+    assert len(answers(answering(data, teacher, store), 1)) == 5
     assert calls == [32, 8]
 
 
 def test_answers_are_kept_as_time_passes(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logit_store, "FLUSH_SECONDS", -1.0)
     data, _, store = store_of(tmp_path, small_npz)
-    batches = AnsweredData(data, Teacher(small_network(seed=1), block=8), store).batches(0)
+    batches = answering(data, Teacher(small_network(seed=1), block=8), store).batches(0)
     next(batches), next(batches), next(batches)
     assert store.coverage() == {0: 16}
-    assert np.unique(np.concatenate([checkpoint.load(p)["indices"].numpy() for p in segments(store)])).size == 16
+    assert len(segments(store)) == 2
+
+
+def test_top_k_answers_are_kept_to_the_bit(small_npz: Path, tmp_path: Path) -> None:
+    """Through float16 rows, classes as bits in them, on disk and back; without a store the same."""
+    data, teacher, dense = store_of(tmp_path, small_npz)
+    store = LogitStore(tmp_path, {**dense.key, "top_k": 2})
+    assert store.path != dense.path
+    filling, full = answering(data, teacher, store), answering(data, teacher, store)
+    sources = [answering(data, teacher, None, top_k=2), filling, full]
+    for batches in zip(*(source.batches(0) for source in sources), strict=True):
+        expected = top_k_logits(teacher.logits(batches[0].images), batches[0].labels, 2)
+        for batch in batches:
+            found = batch.teacher_logits
+            assert isinstance(found, TopKLogits)
+            assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+    again = answering(data, teacher, store)
+    list(again.batches(0))
+    assert again.answered == 0
+    assert again.verify(20) == (20, 20, 0.0)
+
+
+def test_top_k_rows() -> None:
+    assert Encoding(1000).width == 1000
+    assert Encoding(1000, 50).width == 109
+    logits = torch.randn(5, 30_000).half().float()
+    encoding = Encoding(30_000, 20)
+    rows = encoding.encode(logits, torch.full((5,), 29_999))
+    assert rows.shape == (5, encoding.width)
+    found = encoding.decode(rows)
+    assert isinstance(found, TopKLogits)
+    assert torch.equal(found.classes, logits.topk(20).indices)
+    assert torch.equal(found.label, logits[:, -1])
+    for classes, k in ((10, 10), (40_000, 5)):
+        with pytest.raises(UserError, match="--top-k"):
+            Encoding(classes, k)
+
+
+@pytest.mark.usefixtures("home")
+def test_train_kd_with_top_k(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(data=str(small_npz), teacher_checkpoint=teacher_file(tmp_path / "teacher.pth"))
+    summary = train_kd.train(replace(KD, top_k=2), replace(options, output=str(tmp_path / "a")))
+    said = capsys.readouterr().out
+    assert "2 largest of 4 logits" in said
+    assert "the gradient of the KD term differs by" in said
+    assert summary is not None
+    assert 0 < summary["top_k_error"] < 1
+    train_kd.train(replace(KD, top_k=2), replace(options, output=str(tmp_path / "b"), store=False))
+    states = [checkpoint.load(tmp_path / name / "last.pt") for name in "ab"]
+    assert checkpoint.digest(states[0]["student"]) == checkpoint.digest(states[1]["student"])
+    with pytest.raises(UserError, match="--top-k knows what the other classes sum to at --T"):
+        replace(KD, top_k=2, T=2.5)

@@ -1,0 +1,68 @@
+"""Train a student for each T and w, one after the other; the teacher answers each view once for all of them.
+
+    python scripts/sweep.py --data sample --recipe sample_student_kd --T-list 1,2,3,4 --w-list 0.5,0.8,0.9
+
+The other flags are those of trainKD.sh. Cut, the same command continues; finished runs are reported.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cifar10.recipes import RECIPES  # noqa: E402
+from distill import cli  # noqa: E402
+from distill.recipe import Options, UserError, knob  # noqa: E402
+
+
+@dataclass(frozen=True)
+class SweepOptions(Options):
+    """The flags of trainKD.sh and these."""
+
+    T_list: str = knob("1,2,3,4", "temperatures, with commas", group="sweep")
+    w_list: str = knob("0.5,0.8,0.9", "shares of the KD term, with commas", group="sweep")
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe, options = cli.parse(
+        argv,
+        prog="sweep.py",
+        recipes=RECIPES,
+        default="kd",
+        description="Train a student for each T and w.",
+        examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
+        options=SweepOptions(),
+    )
+    if options.output:
+        raise UserError("--output names one run: a sweep's runs lie side by side in checkpoints/")
+    pairs = [(T, w) for T in numbers(options.T_list, "--T-list") for w in numbers(options.w_list, "--w-list")]
+    recipes = [replace(recipe, T=T, w=w) for T, w in pairs]  # all of them are checked before the first one trains
+    from cifar10.train_kd import train
+
+    start, rows = time.perf_counter(), []
+    for each in recipes:
+        print(f"== T {each.T:g}, w {each.w:g}")
+        rows.append((each, train(each, options) or {}))
+    print("\n| T | w | test accuracy | agreement with the teacher | seconds |")
+    print("|---|---|---|---|---|")
+    for each, found in rows:
+        print(
+            f"| {each.T:g} | {each.w:g} | {found['test_accuracy']:.2f} % | {found['agreement']:.2f} % "
+            f"| {found['wall_seconds']:.0f} |"
+        )
+    print(f"\n{len(rows)} runs, {time.perf_counter() - start:.0f} s in this call")
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """`1,2` -> [1.0, 2.0]. Raises UserError."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)
