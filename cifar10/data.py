@@ -128,7 +128,7 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
             raise UserError(f"{source}: {split}_images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
-        lowest = UNLABELLED if split == "train" and labels.max(initial=UNLABELLED) == UNLABELLED else 0
+        lowest = UNLABELLED if split == "train" and set(labels.ravel().tolist()) == {UNLABELLED} else 0
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < lowest:
             raise UserError(
                 f"{source}: {split}_labels must be integers from 0 on, one for each of the {len(images)} images, "

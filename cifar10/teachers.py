@@ -28,9 +28,16 @@ CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
 
 
 def load_teacher(
-    recipe: Recipe, options: Options, data: ImageData, test: EvaluationSet, train: Callable[[Recipe, Options], Any]
+    recipe: Recipe,
+    options: Options,
+    data: ImageData,
+    test: EvaluationSet,
+    train: Callable[[Recipe, Options], Any],
+    auto_precision: str | None = None,
 ) -> tuple[Teacher, Known]:
     """The frozen teacher of `recipe`, trained first by `train` if there is none yet, and what it knows, both printed.
+
+    auto_precision: what --teacher-precision auto means, if it is settled already.
 
     Raises UserError if the weights do not fit the architecture or the number of classes.
     """
@@ -41,7 +48,8 @@ def load_teacher(
     )
     network = MODELS.build(recipe.teacher_arch, len(data.classes))
     checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(path), str(path))
-    classifier = Classifier(network, CIFAR_INPUT, choose_teacher_precision(recipe.teacher_precision, device))
+    precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
+    classifier = Classifier(network, CIFAR_INPUT, choose_teacher_precision(precision, device))
     teacher = Teacher(classifier.to(device), options.device)
     with first_here():
         known = examine(teacher, test, data.digest, CHECKPOINTS / "cache" / "teachers")
@@ -63,10 +71,6 @@ def answered(recipe: Recipe, options: Options, data: ImageData, training: Tensor
     if not options.store:
         return AnsweredData(training, teacher, None, encoding)
     slots = min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
-    fit, line = fits(slots, len(training.images), encoding, options.store_limit, STORES)
-    if not fit:
-        print(f"store: off: {line}")
-        return AnsweredData(training, teacher, None, encoding)
     key = store_key(
         training,
         teacher,
@@ -78,6 +82,11 @@ def answered(recipe: Recipe, options: Options, data: ImageData, training: Tensor
         top_k=recipe.top_k,
     )
     store = LogitStore(STORES, key)
+    present = sum(path.stat().st_size for path in store.path.glob("*.pt"))
+    fit, line = fits(slots, len(training.images), encoding, options.store_limit, STORES, present)
+    if not fit:
+        print(f"store: off: {line}")
+        return AnsweredData(training, teacher, None, encoding)
     print(f"store: {store.path}, {line}")
     return AnsweredData(training, teacher, store, encoding)
 

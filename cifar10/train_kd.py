@@ -63,7 +63,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         run.check(recipe, facts, extend=options.extend)  # before hours of a teacher's training
         if not options.teacher_checkpoint and (summary := run.report(recipe)):
             return summary
-        teacher, known = load_teacher(recipe, options, data, tests["test"], train_ce.train)
+        precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
+        teacher, known = load_teacher(recipe, options, data, tests["test"], train_ce.train, precision)
         facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
         if summary := run.claim(recipe, facts, device, extend=options.extend):
             return summary

@@ -25,6 +25,7 @@ from distill.parallel import (
     rank,
     reduce,
     restore_generators,
+    seed_generators,
     share,
     share_buffers,
     spread,
@@ -36,7 +37,8 @@ from distill.run_dir import RunDirectory, differing, open_run, tell
 from distill.stop import Stopped, StopRequest, memory_advice
 from distill.views import Batch, EvaluationSet, TrainingData
 
-LOOK = 50  # steps between two looks at flags, on a CUDA device or of other processes there; a look waits for them
+LOOK = 50  # steps between two looks at a flag on a CUDA device; each look waits for the device
+ASK = 10  # steps after which the processes of several GPUs ask each other whether to stop or save
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ class Trainer:
             bar.update()
             if self.steps_left is not None:
                 self.steps_left -= 1
-            if self.device.type == "cpu" or world_size() == 1 or state.step % LOOK == 0:
+            if self.device.type == "cpu" or world_size() == 1 or state.step % ASK == 0:
                 late = time.monotonic() - self.last_save >= 60 * self.options.save_minutes
                 stopping, due = any_of(stop.asked(), late)
             if not bar.disable and time.monotonic() - shown > 1:  # reading the sums waits for the device
@@ -382,7 +384,7 @@ def fit(
     if len({repr(other) for other in gather(facts)}) > 1:
         raise UserError("the processes of this run do not have the same data, teacher or initial weights")
     # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.
-    torch.manual_seed(recipe.seed + (rank() << 32))
+    seed_generators(recipe.seed)
     trainer = Trainer(run, recipe, options, student, objective, data, facts)
     trainer.restore()
     state, found = trainer.state, None

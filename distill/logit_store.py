@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from distill.views import Batch, TensorData
 
 FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
 KEY, ASIDE = "key.json", ".damaged"
-FORMAT = 1
+FORMAT = 1  # of the segments, and of what the views of a policy look like: another number is another store
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ class LogitStore:
             try:
                 which, found = self._read(path, slot)
             except checkpoint.CheckpointError as error:
-                print(f"{error}; its views are answered again")
-                path.rename(path.with_name(path.name + ASIDE))
+                if path.exists():  # else another process has put it aside or removed it
+                    print(f"{error}; its views are answered again")
+                    with suppress(OSError):
+                        path.rename(path.with_name(path.name + ASIDE))
                 continue
-            except FileNotFoundError:
-                continue  # another process has put it aside or removed it
             rows[torch.from_numpy(which)] = found
             answered |= which
         return Column(rows.to(device), answered)
@@ -160,6 +161,7 @@ def store_key(
     spec, network = teacher.network.spec, teacher.network
     key: dict[str, Any] = {"data": name, "data_digest": digest, "images": len(data.images), "classes": classes}
     key |= {"teacher": teacher_arch}
+    key["computed_on"] = network.mean.device.type
     key |= {"teacher_digest": teacher.digest, "precision": str(network.precision).removeprefix("torch.")}
     key |= {"size": spec.size, "mean": list(spec.mean), "std": list(spec.std)}
     key |= {"policy": data.policy.name, "view_seed": view_seed}
@@ -228,7 +230,8 @@ class AnsweredData:
         largest difference of a logit)."""
         assert self.store
         chance, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
-        slots = list(self.store.coverage())
+        count_of_views = self.data.plan.order.view_count
+        slots = [slot for slot in self.store.coverage() if count_of_views is None or slot < count_of_views]
         for slot in slots:
             column = self.store.column(slot, self.data.images.device)
             known = np.flatnonzero(column.answered)
@@ -306,8 +309,11 @@ def list_stores(root: Path) -> list[dict[str, Any]]:
     return found
 
 
-def fits(slots: int, images: int, encoding: Encoding, limit_gb: float, root: Path) -> tuple[bool, str]:
-    """Whether `slots` columns fit the limit and the disk, and a line that says what they take."""
+def fits(
+    slots: int, images: int, encoding: Encoding, limit_gb: float, root: Path, present: int = 0
+) -> tuple[bool, str]:
+    """Whether `slots` columns fit the limit and the disk, on which `present` bytes of them lie already, and a line that
+    says what they take."""
     needed = 2 * slots * images * encoding.width
     existing = next(path for path in (root, *root.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -316,7 +322,7 @@ def fits(slots: int, images: int, encoding: Encoding, limit_gb: float, root: Pat
     if needed > limit_gb * 1e9:
         most = int(limit_gb * 1e9 // (2 * images * encoding.width))
         return False, f"{line}, more than --store-limit {limit_gb:g} GB; --views {most} fits" if most else line
-    if needed > free:
+    if needed - present > free:
         return False, f"{line}, but {existing} has {size(free)} left"
     return True, line
 

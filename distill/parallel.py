@@ -5,8 +5,12 @@ share of the test images; gradients are averaged, counts summed. Files are the b
 With one process everything here does nothing.
 """
 
+import ctypes
+import hashlib
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -41,6 +45,8 @@ def start(name: str, *, deterministic: bool = False) -> torch.device:
             device = here[local_rank()]
             torch.cuda.set_device(device)
         if not dist.is_initialized():
+            if sys.platform == "linux":  # a launcher that is killed takes its processes along: they save and end
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -238,6 +244,12 @@ def share_buffers(network: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- generators
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators: rank 0 with `seed`, the others with numbers of their own (the CPU's uses 32 bits)."""
+    own = hashlib.sha256(f"{seed}/{rank()}".encode()).digest()[:4]
+    torch.manual_seed(int.from_bytes(own, "little") if rank() else seed)
+
+
 def generator_states(device: torch.device) -> dict[str, Tensor]:
     """The states of torch's generators that a run draws from (dropout, initialisation)."""
     states = {"cpu": torch.get_rng_state()}

@@ -91,6 +91,12 @@ class RunDirectory:
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
 
+    @on_main
+    def recorded(self, name: str) -> Any:
+        """What the run that has begun in this directory recorded as the fact `name`, or None."""
+        config = self.read_config()
+        return config["facts"].get(name) if config and self.has_begun() else None
+
     def has_begun(self) -> bool:
         """Whether anything was saved: a run that was refused or failed before that leaves its directory to another."""
         names = (checkpoint.LAST, checkpoint.PREVIOUS, f"{checkpoint.LAST}.damaged", SUMMARY)
@@ -198,6 +204,8 @@ def tell(fields: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
 def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:
     """The directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free."""
     path = Path(options.output) if options.output else CHECKPOINTS / data_name / recipe.arch / recipe.run_name
+    if options.fresh and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise UserError("--fresh would start over at each restart: name a new --output in place of it")
     if options.fresh and on_main(path.exists)():
         path = on_main(next_free)(path)
         print(f"starting over in {path}; to continue it, --output {path} in place of --fresh")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,16 @@ class Stopped(UserError):
 
 
 class StopRequest:
-    """While entered: a signal only sets a flag, read at the next step boundary; a second signal ends at once."""
+    """While entered: a signal only sets a flag, read at the next step boundary; a second signal ends at once.
+
+    Under torchrun a second one within 30 s is the same request: a scheduler signals every process of a job, and
+    torchrun passes on what it gets.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
+        self._grace = 30.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
@@ -38,9 +45,10 @@ class StopRequest:
         return self.signal is not None
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since >= self._grace:
             os._exit(128 + number)  # no handler and no cleaning up in between; a save is atomic at any instant
-        self.signal = number
 
 
 @contextmanager

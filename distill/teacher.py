@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.fusion import rewrite
-from distill.parallel import spread_inference
+from distill.parallel import choose_precision, spread_inference
+from distill.recipe import UserError
 from distill.registry import Classifier
 from distill.views import EvaluationSet
 
@@ -43,14 +44,24 @@ class Teacher:
             missing = self.block - len(part)
             whole = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
             found.append(self._fast(whole)[: len(part)])
-        return torch.cat(found).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float().to(images.device, non_blocking=True)
+        return torch.cat(found).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float().to(images.device)
 
     def _rewritten(self, images: Tensor) -> nn.Module:
-        """The network as it is called, made when it is first needed: with a full store never."""
-        slow = self.network
-        pixels = images[:1].to(slow.mean.device).expand(self.block, *images.shape[1:])
-        fast = Classifier(rewrite(slow.network, slow.precision, slow.normalise(pixels)), slow.spec)
-        return spread_inference(fast.to(slow.mean.device), self._device_name)
+        """The network as it is called, made when it is first needed: with a full store never.
+
+        Raises UserError if its answer to an image depends on the others beside it.
+        """
+        slow, shape = self.network, (self.block, *images.shape[1:])
+        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(slow.mean.device)
+        choose_precision("float32", noise.device)  # the rewriting is checked in real float32, not TF32
+        fast = Classifier(rewrite(slow.network, slow.precision, slow.normalise(noise)), slow.spec)
+        fast = fast.to(slow.mean.device)
+        one, other = fast(noise), fast(noise.roll(1, 0)).roll(-1, 0)
+        ahead = fast(torch.cat([noise[:1], noise[1:].flip(1)]))[:1]
+        if max((one - other).abs().max(), (one[:1] - ahead).abs().max()) > 0.01 * one.abs().max():
+            raise UserError("the teacher's answer to an image depends on the images beside it: it cannot teach here")
+        return spread_inference(fast, self._device_name)
 
     def check_untouched(self) -> None:
         """Raises RuntimeError if parameters or buffers (BatchNorm's running statistics) differ from the start."""
@@ -97,7 +108,7 @@ def examine(teacher: Teacher, test: EvaluationSet, data_digest: str, cache: Path
 @torch.no_grad()
 def _compare(network: Classifier, images: Tensor, logits: Tensor) -> dict[str, float]:
     """Agreement in percent and mean absolute difference of `logits` and those of `network` in float32."""
-    precision, network.precision = network.precision, torch.float32
+    precision, network.precision = network.precision, choose_precision("float32", images.device)
     exact = torch.cat([network(part) for part in torch.split(images, BLOCK["cpu"])])
     network.precision = precision
     same, error = agreement(logits.argmax(1), exact.argmax(1)), (logits - exact).abs().mean().item()

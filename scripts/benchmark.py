@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,7 +108,10 @@ def measure(rows: Sequence[str], options: Benchmark) -> tuple[dict[str, list[flo
         raise UserError("a row's process has ended; with a smaller --batch-size it may not") from None
     finally:
         bar.close()
-        for process in processes:
+        for process, pipe in zip(processes, pipes.values(), strict=True):
+            with suppress(OSError):
+                pipe.send("end")
+            process.join(10)
             process.terminate()
 
 
@@ -124,6 +128,8 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
     steps = prepare(options, row, device)
     while True:
         asked = pipe.recv()
+        if asked == "end":
+            return
         if asked == "memory":
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             pipe.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most)
@@ -180,9 +186,12 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
                 for slot in range(162):
                     store.write(slot, every, logits)
             data, objective = AnsweredData(data, teacher, store, encoding), Distillation(3.0, 0.8)
-        trainer = Trainer(RunDirectory(Path(name)), recipe, Options(), student, objective, data, {})
+        settings = Options(device=str(device))  # one GPU, as the other rows
+        trainer = Trainer(RunDirectory(Path(name)), recipe, settings, student, objective, data, {})
         student.train()
         for epoch in range(recipe.epochs):
+            if row == "empty_store" and isinstance(data, AnsweredData):
+                data.store = LogitStore(Path(name) / str(epoch), key)  # views come again after 162 epochs
             for batch in data.batches(epoch):
                 trainer.train_step(batch)
                 trainer.state.step += 1

@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--arch is needed: {options.checkpoint} does not say what network it is of")
     arch = MODELS.resolve(named)
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
+    if options.split == "train" and not data.labelled:
+        raise UserError("the training images have no labels to evaluate on")
     network = MODELS.build(arch, len(data.classes))
     checkpoint.apply_weights(network, weights, options.checkpoint)
     images, labels = {

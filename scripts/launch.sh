@@ -24,4 +24,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 exec "$python" "$root/scripts/torchrun.py" "${where[@]}" --nproc-per-node "$processes" \
-  --max-restarts "${MAX_RESTARTS:-0}" "$file" "$@"
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --max-restarts "${MAX_RESTARTS:-0}" "$file" "$@"

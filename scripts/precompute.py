@@ -72,10 +72,12 @@ def prune(name: str, sure: bool) -> int:
     found = stores()
     if name not in found:
         raise UserError(f"there is no store {name!r}; --list shows them")
-    if (
-        not sure
-        and input(f"remove {found[name]['path']} with {found[name]['answers']:,} answers? [y/N] ").lower() != "y"
-    ):
+    question = f"remove {found[name]['path']} with {found[name]['answers']:,} answers? [y/N] "
+    try:
+        sure = sure or input(question).strip().lower() == "y"
+    except EOFError:
+        raise UserError("nobody answers: --yes removes without asking") from None
+    if not sure:
         print("kept")
         return 0
     shutil.rmtree(found[name]["path"])

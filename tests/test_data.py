@@ -72,6 +72,12 @@ def test_npz_of_another_size_is_resized(tmp_path: Path, capsys: pytest.CaptureFi
     assert "64x48 are resized to 32x32" in capsys.readouterr().out
 
 
+def test_unsigned_labels(tmp_path: Path) -> None:
+    labels = np.array([0, 1, 2, 0, 1, 2], np.uint8)
+    data = load_data(str(make_npz(tmp_path / "a.npz", train_labels=labels, test_labels=labels[:3])))
+    assert data.train_labels.tolist() == labels.tolist()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -27,7 +27,7 @@ from distill.optim import WeightAverage, build_optimizer, learning_rate
 from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier, InputSpec
 from distill.run_dir import RunDirectory
-from distill.stop import SIGNALS, Stopped
+from distill.stop import SIGNALS, Stopped, StopRequest
 from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning, examine
 from distill.views import Batch, EvaluationSet, Mixture
 
@@ -328,6 +328,40 @@ def test_teacher_answers_each_image_by_itself() -> None:
         assert torch.equal(teacher.logits(images[order]), whole[order])
         for count in (1, 63, 64, 65):
             assert torch.equal(teacher.logits(images[:count]), whole[:count])
+
+
+def test_a_teacher_that_sees_the_batch_is_refused() -> None:
+    """BatchNorm without running statistics: what it says of an image depends on the others."""
+    network = small_network()
+    network.network[1] = nn.BatchNorm2d(8, track_running_stats=False)  # type: ignore[operator]
+    with pytest.raises(UserError, match="depends on the images beside it"):
+        Teacher(network).logits(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+
+
+def test_ranks_draw_their_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for number in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda number=number: number)
+        parallel.seed_generators(3)
+        drawn.append(torch.rand(3))
+    torch.manual_seed(3)
+    assert torch.equal(drawn[0], torch.rand(3))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_a_second_signal_under_torchrun_is_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with StopRequest() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked()
+        assert ended == []
+        stop._since -= 31
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [143]
 
 
 def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

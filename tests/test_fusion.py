@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10.models import MODELS
-from distill import fusion
 from distill.fusion import FusedConvolution, rewrite
 
 
@@ -84,10 +83,39 @@ def test_a_network_that_cannot_be_followed_stays_as_it_is() -> None:
     assert fast(images).shape == (4, 4)
 
 
+class Leaky(nn.Module):
+    """An activation called `relu` that is none, and a convolution that has two BatchNorms."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.relu = nn.LeakyReLU(0.05)
+        self.twice = twice
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.relu(self.first(self.convolution(images)))
+        return (self.second(self.convolution(x)) if self.twice else x).mean((2, 3))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_network_that_would_be_misread(twice: bool) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 32, 32)
+    network = Leaky(twice)
+    for batchnorm in (network.first, network.second):
+        nn.init.uniform_(batchnorm.weight)
+        nn.init.uniform_(batchnorm.running_mean)  # type: ignore[arg-type]
+    network.eval()
+    fast = rewrite(network, torch.float32, images)
+    assert "fused" not in fast.steps or not twice
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), network(images), rtol=1e-4, atol=1e-5)
+
+
 def test_a_fused_form_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
     network = warmed(MODELS.build("resnet18", 10), images)
     for wrong in (lambda *_: torch.zeros(1), lambda self, x, *_: self.convolution(x)):
         monkeypatch.setattr(FusedConvolution, "forward", wrong)
         assert rewrite(network, torch.float32, images).steps == ("folded",)
-    assert fusion.TOLERANCE < 1

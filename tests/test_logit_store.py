@@ -4,6 +4,7 @@ import errno
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -305,3 +306,37 @@ def test_train_kd_with_top_k(small_npz: Path, tmp_path: Path, capsys: pytest.Cap
     assert checkpoint.digest(states[0]["student"]) == checkpoint.digest(states[1]["student"])
     with pytest.raises(UserError, match="--top-k knows what the other classes sum to at --T"):
         replace(KD, top_k=2, T=2.5)
+
+
+def test_a_segment_that_is_gone_or_cannot_be_put_aside(
+    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process was faster, or the directory is read only: the views are answered again, nothing else."""
+    data, teacher, store = store_of(tmp_path, small_npz)
+    expected = answers(answering(data, teacher, store), 1)
+    (path,) = segments(store)
+    path.write_bytes(b"damaged")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert same(answers(answering(data, teacher, store), 1), expected)
+    assert path.name in capsys.readouterr().out
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda file: (file.unlink(), load(file))[1])
+    assert same(answers(answering(data, teacher, store), 1), expected)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_full_store_is_used_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))  # type: ignore[attr-defined]
+    assert not fits(1, 50_000, Encoding(10), 50, tmp_path)[0]
+    assert fits(1, 50_000, Encoding(10), 50, tmp_path, present=1_000_000)[0]
+
+
+def test_verify_of_fewer_views_than_are_stored(small_npz: Path, tmp_path: Path) -> None:
+    data, teacher, store = store_of(tmp_path, small_npz, replace(RECIPE, views=4))
+    answers(answering(data, teacher, store), 4)
+    few = training(small_npz, replace(RECIPE, views=2))
+    assert answering(few, teacher, store).verify(1000) == (80, 80, 0.0)

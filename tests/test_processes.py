@@ -104,7 +104,7 @@ def test_nan_in_one_process_stops_all(small_npz: Path, tmp_path: Path) -> None:
 
 
 def test_signals_kills_and_restarts_end_in_the_same_state(small_npz: Path, tmp_path: Path) -> None:
-    """SIGTERM to the launcher, the same command; then SIGKILL of process 1, and torchrun starts both again."""
+    """SIGUSR1 to the launcher, the same command; then SIGKILL of process 1, and torchrun starts both again."""
     flags = [*FLAGS, "--data", small_npz, "--output"]
     code, out, errors = run("trainCE.sh", *flags, tmp_path / "whole")
     assert code == 0, errors
@@ -114,10 +114,10 @@ def test_signals_kills_and_restarts_end_in_the_same_state(small_npz: Path, tmp_p
     cut = tmp_path / "cut"
     process = start("trainCE.sh", *flags, cut, "--save-minutes", "0")
     until_saved(process, cut, 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 143, errors
-    assert errors.count("stopped by SIGTERM") == 1
+    assert process.returncode == 138, errors
+    assert errors.count("stopped by SIGUSR1") == 1
     assert "Traceback" not in errors
 
     process = start("trainCE.sh", *flags, cut, "--save-minutes", "0", MAX_RESTARTS="1")
@@ -130,6 +130,10 @@ def test_signals_kills_and_restarts_end_in_the_same_state(small_npz: Path, tmp_p
     assert out.count("continuing at epoch") == 2
     assert final_state(cut) == final_state(tmp_path / "whole")
     assert checkpoint.load(cut / "last.pt")["ranks"][1]["tally"].shape == (4,)
+
+    code, _, errors = run("trainCE.sh", *flags, cut, "--fresh", MAX_RESTARTS="1")
+    assert code == 2
+    assert "--fresh would start over at each restart" in errors
 
     code, _, errors = run("trainCE.sh", *flags, cut, NPROC="1")
     assert code == 2

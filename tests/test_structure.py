@@ -67,11 +67,11 @@ def test_entry_scripts_are_thin(path: Path) -> None:
 
 
 def test_one_backward() -> None:
-    """Training has one loop; the other place only estimates how long a step takes."""
+    """Training has one loop; the benchmark has those of others, to compare with."""
     where = [
         p.name for p in MODULES for n in ast.walk(ast.parse(p.read_text())) if ast.unparse(n).endswith(".backward()")
     ]
-    assert set(where) == {"engine.py"}
+    assert set(where) == {"engine.py", "benchmark.py"}
 
 
 def test_flags_are_parsed_before_torch_is_loaded() -> None:

@@ -49,6 +49,9 @@ def test_stores_are_listed_verified_and_removed(
     assert "30 answers asked again: 30 the same to the bit, largest difference 0" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no store 'x'"):
         precompute.main(["--prune", "x"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(UserError, match="--yes removes without asking"):
+        precompute.main(["--prune", name])
     for answer, left in (("n\n", True), ("y\n", False)):
         monkeypatch.setattr("sys.stdin", io.StringIO(answer))
         precompute.main(["--prune", name])
