@@ -168,4 +168,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         code = 141
+    if code and "RANK" in os.environ:
+        # the end of an interpreter that is still connected to others may abort, code 134 (torch 2.15 and before);
+        # every line is out already
+        os._exit(code)
     sys.exit(code)
