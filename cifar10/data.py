@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cifar10 import official
 from cifar10.augment import build_policy
 from distill import checkpoint
+from distill.folders import UNLABELLED, list_images
 from distill.parallel import first_here, share
 from distill.recipe import Recipe, UserError
 from distill.run_dir import CHECKPOINTS, ROOT
@@ -29,8 +30,6 @@ SIZE = 32
 SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
 DEFAULT = ROOT / "data" / "cifar10"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
-UNLABELLED, NO_CLASS = -1, ""  # a label and a class's name for images that have none
 LARGEST = 30_000_000  # pixels of one image file; more is a mistake or a decompression bomb
 
 Pixels = NDArray[np.uint8]
@@ -111,7 +110,7 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
         raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training images{held_out_too}")
     trained, held_out = split_validation(count, recipe.val_split)
     order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
-    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, share())
+    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, share(), recipe.accumulate)
     mixup = ViewDraws(recipe.view_seed, "mixup", 2) if recipe.mixup else None
     views = TensorData(data.train_images.to(device), data.train_labels.to(device), plan, policy, mixup)
     tests = {"test": EvaluationSet(data.test_images.to(device), data.test_labels.to(device))}
@@ -196,16 +195,7 @@ def _read_npz(path: Path) -> Arrays:
 # -------------------------------------------------------------------------------------------------------------- folders
 def _read_folder(path: Path, workers: int, skip_bad_images: bool) -> Arrays:
     """Decode train/CLASS/* (or unlabelled train/*) and test/CLASS/*, or take what an earlier call decoded from them."""
-    listings = {split: _list_images(path, split) for split in ("train", "test")}
-    if NO_CLASS in listings["test"]:
-        raise UserError(f"{path / 'test'} has images but no class folders: test images need their classes")
-    classes = {split: set(listing) - {NO_CLASS} for split, listing in listings.items()}
-    for here, there in (("train", "test"), ("test", "train")):
-        if (only := sorted(classes[here] - classes[there])) and NO_CLASS not in listings["train"]:
-            raise UserError(f"class {only[0]!r} of {path / here} is not in {path / there}")
-    names = sorted(classes["test"])
-    numbers = {NO_CLASS: UNLABELLED} | {name: k for k, name in enumerate(names)}
-    files = {split: [(f, numbers[n]) for n in listing for f in listing[n]] for split, listing in listings.items()}
+    names, files = list_images(path, "train", "test", unlabelled=True)
     cache = CHECKPOINTS / "cache" / f"images-{_stamp(path, files['train'] + files['test'], skip_bad_images)}.pt"
     if cache.exists():
         try:
@@ -223,43 +213,16 @@ def _read_folder(path: Path, workers: int, skip_bad_images: bool) -> Arrays:
     return arrays
 
 
-def _list_images(path: Path, split: str) -> dict[str, list[Path]]:
-    """Class -> image files in order of their names, NO_CLASS -> images where there are no class folders.
-    Hidden files and files that are no images by name are passed by."""
-    root = path / split
-    if not root.is_dir():
-        raise UserError(f"{path} has no directory {split!r}: it needs train/CLASS/* and test/CLASS/* images")
-    listing = {}
-    for folder in sorted(root.iterdir()):
-        if folder.name.startswith(".") or not folder.is_dir():
-            continue
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise UserError(f"cannot read the folder {folder}")
-        files = [n for n in os.listdir(folder) if not n.startswith(".")]
-        names = sorted(n for n in files if Path(n).suffix.lower() in SUFFIXES)
-        if others := len(files) - len(names):
-            print(f"note: {others} files in {folder} are no images by their names and are passed by")
-        if not names:
-            raise UserError(f"class {folder.name!r} in {root} has no images ({', '.join(sorted(SUFFIXES))})")
-        listing[folder.name] = [folder / n for n in names]
-    loose = sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-    if loose and listing:
-        raise UserError(f"{root} has class folders and images beside them, such as {loose[0].name}: one or the other")
-    if not loose and not listing:
-        raise UserError(f"{root} has no class folders with images in them")
-    return listing or {NO_CLASS: loose}
-
-
-def _stamp(path: Path, files: Iterable[tuple[Path, int]], skip_bad_images: bool) -> str:
+def _stamp(path: Path, files: Iterable[tuple[str, int]], skip_bad_images: bool) -> str:
     """Digest of what a decoding depends on: where the files lie, their names, sizes, and times of any change."""
     total = hashlib.sha256(f"1 {SIZE} {skip_bad_images} {path.resolve()}".encode(errors="surrogateescape"))
     for file, _ in files:
         try:
-            status = file.stat()
+            status = os.stat(file)
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         total.update(
-            f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode(
+            f"{os.path.relpath(file, path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode(
                 errors="surrogateescape"
             )
         )
@@ -267,7 +230,7 @@ def _stamp(path: Path, files: Iterable[tuple[Path, int]], skip_bad_images: bool)
 
 
 def _decode(
-    files: list[tuple[Path, int]], split: str, workers: int, skip_bad_images: bool
+    files: list[tuple[str, int]], split: str, workers: int, skip_bad_images: bool
 ) -> tuple[Pixels, NDArray[np.int64]]:
     images = np.empty((len(files), SIZE, SIZE, 3), dtype=np.uint8)
     problems, resized, good = [], 0, np.ones(len(files), dtype=bool)
@@ -295,7 +258,7 @@ def _decode(
     return images[good], labels[good]
 
 
-def _decode_file(file: Path) -> tuple[Pixels, bool, str]:
+def _decode_file(file: str) -> tuple[Pixels, bool, str]:
     """(pixels, whether they were resized, problem); CMYK, palettes, grey, 16 bits and transparency become RGB."""
     try:
         with Image.open(file) as image:

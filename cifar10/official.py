@@ -8,17 +8,15 @@ published md5 is c58f30108f718f92721af3b95e74349a).
 import hashlib
 import io
 import pickle
-import socket
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from distill import downloads
 from distill.recipe import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -28,7 +26,6 @@ FOLDER = "cifar-10-batches-py"
 BATCHES = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)}
 NAMES = "batches.meta"
 LARGEST = 100_000_000  # bytes of one batch; the published ones have 31 million
-WAITS = (0, 2, 10)  # seconds before each attempt to download
 
 # What a pickled numpy array of bytes consists of, under the names that old and new versions of numpy give it.
 ARRAY_PIECES = {
@@ -151,25 +148,6 @@ def _images(batch: dict[bytes, Any], source: str) -> NDArray[np.uint8]:
 
 
 def download(directory: Path) -> None:
-    """Fetch the archive into `directory`, verified by sha256; several attempts, and nothing half under its name.
-
-    Raises UserError that says which file to put where.
-    """
+    """Fetch the archive into `directory`, verified by sha256. Raises UserError that says which file to put where."""
     by_hand = f"put {ARCHIVE} from {URL} into {directory}, or try --data sample"
-    timeout, problem = socket.getdefaulttimeout(), ""
-    socket.setdefaulttimeout(30)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for wait in WAITS:
-            time.sleep(wait)
-            print(f"downloading {URL} to {directory}")
-            try:
-                torch.hub.download_url_to_file(URL, str(directory / ARCHIVE), SHA256, progress=True)
-                return
-            except (OSError, RuntimeError) as error:
-                problem = str(error)
-    except OSError as error:
-        problem = f"{directory}: {error.strerror}"
-    finally:
-        socket.setdefaulttimeout(timeout)
-    raise UserError(f"could not download CIFAR-10 ({problem}); {by_hand}")
+    downloads.fetch("CIFAR-10", URL, directory / ARCHIVE, SHA256, by_hand)

@@ -83,7 +83,7 @@ def answered(recipe: Recipe, options: Options, data: ImageData, training: Tensor
     )
     store = LogitStore(STORES, key)
     present = sum(path.stat().st_size for path in store.path.glob("*.pt"))
-    fit, line = fits(slots, len(training.images), encoding, options.store_limit, STORES, present)
+    fit, line = fits(slots, training.image_count, encoding, options.store_limit, STORES, present)
     if not fit:
         print(f"store: off: {line}")
         return AnsweredData(training, teacher, None, encoding)

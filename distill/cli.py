@@ -80,7 +80,7 @@ def _add_flags(parser: Parser, owner: type, defaults: Any, hidden: Sequence[str]
         settings: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS, "help": shown}
         if value_type(owner, known.name) is bool:
             # A recipe may have turned the switch on, so that it must be possible to turn it off.
-            on = owner is Recipe or getattr(defaults, known.name)
+            on = issubclass(owner, Recipe) or getattr(defaults, known.name)
             action = argparse.BooleanOptionalAction if on else "store_true"
             group.add_argument(*names, action=action, **settings)
             continue
@@ -104,10 +104,12 @@ def parse(
     description: str,
     examples: str,
     options: Options | None = None,
-) -> tuple[Recipe, Any]:
+    positional: str | None = None,
+) -> tuple[Any, Any]:
     """The recipe and the options that `argv` asks for: the named recipe (`default` if none), with the flags given.
 
-    `options`: their defaults, of a class of one's own where there are more of them.
+    `recipes` of one class, `options` of another: subclasses of Recipe and Options where there are more flags.
+    `positional`: an option that may also be given by itself, as the first word.
     Without a teacher in the default recipe the flags of distillation do not exist. `--show-recipe` prints the recipe
     as JSON and exits. Raises UserError for anything wrong.
     """
@@ -116,11 +118,19 @@ def parse(
     names = [name for name, recipe in recipes.items() if recipe.objective == base.objective]
     shown = textwrap.indent(textwrap.dedent(examples).strip(), "  ")
     epilog = f"named recipes: {', '.join(names)} (default: {default})\n\nexamples:\n{shown}"
-    parser = Parser(prog=prog, usage="%(prog)s [flags]", description=description, epilog=epilog)
-    _add_flags(parser, Recipe, base, hidden)
+    usage = f"%(prog)s {f'{positional.upper()} ' if positional else ''}[flags]"
+    parser = Parser(prog=prog, usage=usage, description=description, epilog=epilog)
+    if positional:
+        parser.add_argument(
+            f"first_{positional}", nargs="?", metavar=positional.upper(), help=f"the same as {flag(positional)}"
+        )
+    _add_flags(parser, type(base), base, hidden)
     options = options or Options()
     _add_flags(parser, type(options), options, hidden)
     given = vars(parser.parse(argv))
+    first = given.pop(f"first_{positional}", None)
+    if positional and first is not None and given.setdefault(positional, first) != first:
+        raise UserError(f"{first} and {flag(positional)} {given[positional]}: give one of them")
     options = replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
     name = (options.recipe or default).replace("-", "_").lower()
     if name not in names:

@@ -3,7 +3,8 @@
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from distill import checkpoint
@@ -35,7 +37,7 @@ from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier
 from distill.run_dir import RunDirectory, differing, open_run, tell
 from distill.stop import Stopped, StopRequest, memory_advice
-from distill.views import Batch, EvaluationSet, TrainingData
+from distill.views import Batch, TestData, TrainingData
 
 LOOK = 50  # steps between two looks at a flag on a CUDA device; each look waits for the device
 ASK = 10  # steps after which the processes of several GPUs ask each other whether to stop or save
@@ -69,7 +71,7 @@ class EvaluationStopped(Exception):
 
 
 @torch.no_grad()
-def evaluate(network: Classifier, test: EvaluationSet, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lambda: False) -> Evaluation:
     """Cross-entropy and accuracies of `network` in eval mode. Each process takes its share of the images, each image is
     seen once, and every process gets the whole result. Raises EvaluationStopped."""
     device = network.mean.device
@@ -236,7 +238,7 @@ class Trainer:
 
     def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
         try:
-            before = {**Recipe.from_dict(payload["recipe"]).to_dict(), **payload["facts"]}
+            before = {**type(self.recipe).from_dict(payload["recipe"]).to_dict(), **payload["facts"]}
         except (KeyError, TypeError):
             raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
         now = {**self.recipe.to_dict(), **self.facts}
@@ -285,21 +287,30 @@ class Trainer:
         position = state.epoch * self.data.steps_per_epoch + state.step
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(position, self.recipe, self.data.steps_per_epoch)
-        step = self.objective(self.spread, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        step.loss.backward()  # type: ignore[no-untyped-call]
-        finite = torch.isfinite(step.loss.detach())
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        parts = batch.parts(self.recipe.accumulate)
+        for part in parts:  # the gradients of parts add up to that of their mean
+            # DistributedDataParallel averages what has been added up, at the last part
+            local = isinstance(self.spread, DistributedDataParallel) and part is not parts[-1]
+            with self.spread.no_sync() if local else nullcontext():  # type: ignore[operator]
+                step = self.objective(self.spread, part)
+                loss = step.loss / len(parts)
+                loss.backward()  # type: ignore[no-untyped-call]
+            finite &= torch.isfinite(step.loss.detach())
+            state.tally.add(step.logits.detach(), part.labels, step.loss.detach(), step.parts)
         if self.recipe.clip_norm:
             norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip_norm)
             finite &= torch.isfinite(norm)
         self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, position)
         reduce(self.first_bad_step, "max")  # one process is enough to stop all of them
+        if not self.optimizer.defaults.get("fused"):
+            self._check_finite()
         # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself.
         self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.average:
             self.average.update(self.student, position)
-        state.tally.add(step.logits.detach(), batch.labels, step.loss.detach(), step.parts)
         if self.device.type == "cpu" or position % LOOK == 0:
             self._check_finite()
 
@@ -369,7 +380,7 @@ def fit(
     student: Classifier,
     objective: Objective,
     data: TrainingData,
-    tests: dict[str, EvaluationSet],
+    tests: Mapping[str, TestData],
     facts: dict[str, Any],
 ) -> Fitted:
     """Train `student` to the end of the recipe, continuing where the run's checkpoint stands; evaluate each epoch.
@@ -421,7 +432,7 @@ def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
 
 
 def evaluate_checkpoint(
-    student: Classifier, test: EvaluationSet, options: Options, recipe: Recipe, data_name: str
+    student: Classifier, test: TestData, options: Options, recipe: Recipe, data_name: str
 ) -> dict[str, Any]:
     """--evaluate: the accuracy of --resume, --init or the run's last checkpoint on the test images, printed."""
     named = options.resume or options.init

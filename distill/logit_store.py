@@ -26,7 +26,7 @@ from distill import checkpoint
 from distill.kd_loss import TEMPERATURES, TopKLogits, top_k_logits
 from distill.recipe import UserError
 from distill.teacher import Teacher
-from distill.views import Batch, TensorData
+from distill.views import Batch, ViewedData
 
 FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
 KEY, ASIDE = "key.json", ".damaged"
@@ -147,7 +147,7 @@ class LogitStore:
 
 
 def store_key(
-    data: TensorData,
+    data: ViewedData,
     teacher: Teacher,
     *,
     teacher_arch: str,
@@ -159,14 +159,14 @@ def store_key(
 ) -> dict[str, Any]:
     """What an answer depends on, and how it is kept. `name`, `digest`: of the images."""
     spec, network = teacher.network.spec, teacher.network
-    key: dict[str, Any] = {"data": name, "data_digest": digest, "images": len(data.images), "classes": classes}
+    key: dict[str, Any] = {"data": name, "data_digest": digest, "images": data.image_count, "classes": classes}
     key |= {"teacher": teacher_arch}
     key["computed_on"] = network.mean.device.type
     key |= {"teacher_digest": teacher.digest, "precision": str(network.precision).removeprefix("torch.")}
     key |= {"size": spec.size, "mean": list(spec.mean), "std": list(spec.std)}
     key |= {"policy": data.policy.name, "view_seed": view_seed}
     if data.policy.view_count is None:
-        key["rendered_on"] = data.images.device.type  # its pixels may differ in the last bit
+        key["rendered_on"] = data.device.type  # its pixels may differ in the last bit
     if top_k:
         key["top_k"] = top_k
     if data.mixup:
@@ -181,7 +181,7 @@ class AnsweredData:
     stored. Each process answers its own share of the epoch, so that none is answered twice.
     """
 
-    def __init__(self, data: TensorData, teacher: Teacher, store: LogitStore | None, encoding: Encoding) -> None:
+    def __init__(self, data: ViewedData, teacher: Teacher, store: LogitStore | None, encoding: Encoding) -> None:
         self.data, self.teacher, self.store, self.encoding = data, teacher, store, encoding
         self.steps_per_epoch, self.labelled = data.steps_per_epoch, data.labelled
         share = data.plan.batch_size // data.plan.share[1]
@@ -190,7 +190,7 @@ class AnsweredData:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         slot = self.data.plan.order.slot(epoch)
-        column = self.store.column(slot, self.data.images.device) if self.store else None
+        column = self.store.column(slot, self.data.device) if self.store else None
         chosen = (indices for indices, _ in self.data.plan.steps(epoch, first_step))
         fresh: list[NDArray[np.int64]] = []
         flushed = time.monotonic()
@@ -208,7 +208,7 @@ class AnsweredData:
         """Answer what the store lacks of `slot` for all training images. Yields how many were known or are done now."""
         assert self.store
         indices = self.data.plan.indices
-        column = self.store.column(slot, self.data.images.device)
+        column = self.store.column(slot, self.data.device)
         missing = indices[~column.answered[indices]]
         yield len(indices) - len(missing)
         fresh: list[NDArray[np.int64]] = []
@@ -233,7 +233,7 @@ class AnsweredData:
         count_of_views = self.data.plan.order.view_count
         slots = [slot for slot in self.store.coverage() if count_of_views is None or slot < count_of_views]
         for slot in slots:
-            column = self.store.column(slot, self.data.images.device)
+            column = self.store.column(slot, self.data.device)
             known = np.flatnonzero(column.answered)
             chosen = np.sort(chance.choice(known, min(len(known), -(-count // len(slots))), replace=False))
             batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))

@@ -17,10 +17,10 @@ def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
 
     Warm-up: lr * (step + 1) / W over W steps. Then with p in [0, 1), the share of the remaining steps that is done:
     cosine lr * (1 + cos(pi p)) / 2 (Loshchilov and Hutter 2016, arXiv:1608.03983), constant lr,
-    multistep lr, lr / 10 and lr / 100 from 50 % and 75 % of the whole run on. restarts: the cosine every 10 epochs anew
-    (SGDR, the same paper). onecycle (Smith and Topin 2017,
-    arXiv:1708.07120, as torch's OneCycleLR without a cycle of the momentum): half a cosine from lr / 25 up to lr over
-    30 % of the run, then one down to lr / 250,000.
+    multistep lr, lr / 10 and lr / 100 from 50 % and 75 % of the whole run on, step lr * decay_rate^n in epochs
+    n * decay_epochs to (n + 1) * decay_epochs of the run. restarts: the cosine every 10 epochs anew (SGDR, the same
+    paper). onecycle (Smith and Topin 2017, arXiv:1708.07120, as torch's OneCycleLR without a cycle of the momentum):
+    half a cosine from lr / 25 up to lr over 30 % of the run, then one down to lr / 250,000.
     """
     total = recipe.epochs * steps_per_epoch
     if recipe.schedule == "onecycle":
@@ -38,6 +38,8 @@ def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
         return _half_cosine(recipe.lr, 0.0, (step - warmup) % period / period)
     if recipe.schedule == "multistep":
         return recipe.lr * 0.1 ** ((step >= total * 0.5) + (step >= total * 0.75))
+    if recipe.schedule == "step":
+        return float(recipe.lr * recipe.decay_rate ** (step // (recipe.decay_epochs * steps_per_epoch)))
     return recipe.lr
 
 
@@ -46,11 +48,13 @@ def _half_cosine(start: float, end: float, done: float) -> float:
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101; betas 0.9 and 0.999).
+    """SGD with Nesterov momentum, AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101; betas 0.9 and 0.999), or RMSprop
+    with EfficientNet's settings (Tan and Le 2019, arXiv:1905.11946: decay 0.9; TensorFlow's epsilon of 0.001 stands
+    under the root, which is 0.0316 beside it).
 
     Weight decay on matrices and kernels, on vectors (BatchNorm, biases) only with `decay_all`. Fused: three times
     faster than the default on a CPU, and the only form that leaves out an update when a flag on the device says so,
-    without a synchronisation (engine.py).
+    without a synchronisation (engine.py). RMSprop has no such form.
     """
     weights = [p for p in network.parameters() if p.dim() > 1 or recipe.decay_all]
     vectors = [p for p in network.parameters() if p.dim() <= 1 and not recipe.decay_all]
@@ -58,6 +62,8 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    if recipe.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=recipe.lr, alpha=0.9, eps=0.0316, momentum=recipe.momentum, foreach=True)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
 
 

@@ -49,8 +49,18 @@ class Recipe:
         128, "images a step; the last partial batch is dropped", group="training", flags=("-b",), least=1
     )
     lr: float = knob(0.1, "peak learning rate", group="training", above=0)
-    optimizer: str = knob("sgd", "sgd (Nesterov momentum) or adamw", group="training", choices=("sgd", "adamw"))
-    momentum: float = knob(0.9, "of SGD (Nesterov's form where it is not 0)", group="training", least=0, most=1)
+    accumulate: int = knob(
+        1, "parts that a step's images are computed in, one after the other, to save memory", group="training", least=1
+    )
+    optimizer: str = knob(
+        "sgd",
+        "sgd (Nesterov momentum), adamw, or rmsprop as EfficientNets are trained",
+        group="training",
+        choices=("sgd", "adamw", "rmsprop"),
+    )
+    momentum: float = knob(
+        0.9, "of SGD (Nesterov's form where it is not 0) and RMSprop", group="training", least=0, most=1
+    )
     weight_decay: float = knob(
         5e-4, "L2 penalty, not on BatchNorm and biases", group="training", flags=("--wd",), least=0
     )
@@ -58,10 +68,13 @@ class Recipe:
     schedule: str = knob(
         "cosine",
         "of the learning rate after the warm-up: cosine to 0; multistep, a tenth at 50 %% and at 75 %% of the run; "
-        "onecycle, with a warm-up of its own over 30 %% of the run; restarts, cosine to 0 every 10 epochs",
+        "step, --decay-rate every --decay-epochs; onecycle, with a warm-up of its own over 30 %% of the run; restarts, "
+        "cosine to 0 every 10 epochs",
         group="training",
-        choices=("cosine", "multistep", "onecycle", "restarts", "constant"),
+        choices=("cosine", "multistep", "step", "onecycle", "restarts", "constant"),
     )
+    decay_epochs: float = knob(30.0, "of --schedule step", group="training", above=0)
+    decay_rate: float = knob(0.1, "of --schedule step", group="training", above=0, most=1)
     warmup: float = knob(
         5.0, "epochs of linear warm-up; a quarter of the run at most", group="training", least=0, most=1e6
     )

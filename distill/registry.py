@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.recipe import UserError
@@ -50,11 +51,17 @@ def _flatten(name: str) -> str:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a network expects: a square of `size` pixels, and `mean`, `std` per channel of images in [0, 1]."""
+    """What a network expects: a square of `size` pixels, and `mean`, `std` per channel of images in [0, 1].
+
+    Photos are evaluated as its authors did: the short side to `resized` pixels by `interpolation` (with antialiasing),
+    then the centre.
+    """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resized: int = 0  # 0 where images come as squares of `size`
+    interpolation: str = "bilinear"
 
 
 class Classifier(nn.Module):
@@ -84,8 +91,12 @@ class Classifier(nn.Module):
         return logits.float()
 
     def normalise(self, images: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3) -> float32 (B, 3, H, W), channels_last."""
+        """images: uint8 (B, H, W, 3) -> float32 (B, 3, S, S), channels_last, resized to the network's own S where the
+        images were made for another network."""
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
+        if self.spec.resized and images.shape[1] != self.spec.size:
+            shape, how = (self.spec.size, self.spec.size), self.spec.interpolation
+            pixels = F.interpolate(pixels, shape, mode=how, antialias=True).clamp(0, 255)
         return (pixels - self.mean) * self.scale
 
 

@@ -80,7 +80,8 @@ class RunDirectory:
         config = self.read_config()
         if not config or not self.has_begun():
             return
-        before = Recipe.from_dict(config["recipe"]).to_dict() | {k: v for k, v in config["facts"].items() if k in facts}
+        before = type(recipe).from_dict(config["recipe"]).to_dict()
+        before |= {key: value for key, value in config["facts"].items() if key in facts}
         now = {**recipe.to_dict(), **facts}
         changed = differing(before, now)
         grows = "epochs" in changed and recipe.epochs > before["epochs"]
@@ -194,11 +195,11 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [key for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
-def tell(fields: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+def tell(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
     """`--lr was 0.1, is 0.2, data_digest was 1, is 2`: flags of the recipe, and facts."""
-    known = Recipe.__dataclass_fields__
-    shown = [{key: str(values.get(key))[:24] for key in fields} for values in (before, now)]  # of a digest enough
-    return ", ".join(f"{flag(k) if k in known else k} was {shown[0][k]}, is {shown[1][k]}" for k in fields)
+    known = {name for owner in (Recipe, *Recipe.__subclasses__()) for name in vars(owner)["__dataclass_fields__"]}
+    shown = [{key: str(values.get(key))[:24] for key in changed} for values in (before, now)]  # of a digest enough
+    return ", ".join(f"{flag(k) if k in known else k} was {shown[0][k]}, is {shown[1][k]}" for k in changed)
 
 
 def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:

@@ -12,7 +12,7 @@ from distill.fusion import rewrite
 from distill.parallel import choose_precision, spread_inference
 from distill.recipe import UserError
 from distill.registry import Classifier
-from distill.views import EvaluationSet
+from distill.views import TestData
 
 FLOAT16_MAX = 65504.0
 BLOCK = {"cpu": 64, "cuda": 512}  # images at a time: on a CPU as many as its caches like
@@ -83,7 +83,7 @@ class Known:
     precision: dict[str, Any]
 
 
-def examine(teacher: Teacher, test: EvaluationSet, data_digest: str, cache: Path) -> Known:
+def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> Known:
     """What `teacher` knows, found once for teacher, data and precision and kept under `cache`.
 
     A damaged file of an earlier call is named and made anew.
@@ -97,22 +97,28 @@ def examine(teacher: Teacher, test: EvaluationSet, data_digest: str, cache: Path
         except checkpoint.CheckpointError as error:
             print(f"{error}; measuring the teacher again")
     if not found.keys() >= {"logits", "precision"}:
-        logits = torch.cat([teacher.logits(images) for images, _ in test.batches()])
-        compared = _compare(teacher.network, test.images[:COMPARED], logits[:COMPARED])
-        found = {"logits": logits.half().cpu(), "precision": {"precision": name, **compared}}
+        logits, exact = _answers(teacher, test)
+        compared = {"images": len(exact), "agreement": agreement(logits[: len(exact)].argmax(1), exact.argmax(1))}
+        compared["error"] = (logits[: len(exact)] - exact).abs().mean().item()
+        found = {"logits": logits.half(), "precision": {"precision": name, **compared}}
         checkpoint.save_cache(path, found)
     answers = found["logits"].float()
     return Known(accuracy(answers, test.labels.cpu()), answers, found["precision"])
 
 
 @torch.no_grad()
-def _compare(network: Classifier, images: Tensor, logits: Tensor) -> dict[str, float]:
-    """Agreement in percent and mean absolute difference of `logits` and those of `network` in float32."""
-    precision, network.precision = network.precision, choose_precision("float32", images.device)
-    exact = torch.cat([network(part) for part in torch.split(images, BLOCK["cpu"])])
-    network.precision = precision
-    same, error = agreement(logits.argmax(1), exact.argmax(1)), (logits - exact).abs().mean().item()
-    return {"images": len(images), "agreement": same, "error": error}
+def _answers(teacher: Teacher, test: TestData) -> tuple[Tensor, Tensor]:
+    """The teacher's logits (N, C) for all images, and for the first of them those of its network in float32."""
+    network, found, exact, compared = teacher.network, [], [], 0
+    for images, _ in test.batches():
+        found.append(teacher.logits(images).cpu())
+        if (wanted := COMPARED - compared) > 0:
+            precision, network.precision = network.precision, choose_precision("float32", network.mean.device)
+            parts = torch.split(images[:wanted].to(network.mean.device), BLOCK["cpu"])
+            exact += [network(part).cpu() for part in parts]
+            network.precision = precision
+            compared += len(images[:wanted])
+    return torch.cat(found), torch.cat(exact)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -37,17 +37,38 @@ def uniforms(seed: int, purpose: str, counter: int, shape: tuple[int, ...]) -> N
     return (draws >> np.uint64(11)).astype(np.float64).reshape(shape) * 2.0**-53
 
 
+def uniforms_of(seed: int, purpose: str, counter: int, row: int, columns: int) -> NDArray[np.float64]:
+    """Row `row` of uniforms(seed, purpose, counter, (any, columns)), without those before it; columns: a multiple of 4,
+    the numbers that Philox makes at each count."""
+    assert columns % 4 == 0
+    key = hashlib.sha256(f"{seed}/{purpose}/{counter}".encode()).digest()[:16]
+    words = np.frombuffer(key, dtype="<u8").astype(np.uint64)
+    draws = np.random.Philox(key=words, counter=row * (columns // 4)).random_raw(columns).astype(np.uint64)
+    return (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def permutation(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.int64]:
     """A random order of 0 .. count-1: the order that sorts raw draws."""
     return np.argsort(raw_draws(seed, purpose, counter, count), kind="stable")
 
 
 # -------------------------------------------------------------------------------------------------------------- views
-class ViewPolicy(Protocol):
-    """How view v of image i looks. Implementations: cifar10/augment.py."""
+class Views(Protocol):
+    """How view v of image i looks, as far as the order of the views and the key of a store have to know."""
 
-    name: str
-    view_count: int | None  # distinct views of an image; None where parameters are continuous
+    @property
+    def name(self) -> str:
+        """The policy and all its parameters: policies of one name show the same."""
+        ...
+
+    @property
+    def view_count(self) -> int | None:
+        """Distinct views of an image; None where parameters are continuous."""
+        ...
+
+
+class ViewPolicy(Views, Protocol):
+    """A policy for small images, that works on whole batches. Implementations: cifar10/augment.py."""
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3) on any device, indices, views: int64 (B,) on the CPU, where parameters are drawn
@@ -63,7 +84,7 @@ class ViewOrder:
     the parameters of its views are independent draws already; without K each epoch shows a new one.
     """
 
-    def __init__(self, policy: ViewPolicy, view_seed: int, image_count: int, views: int | None) -> None:
+    def __init__(self, policy: Views, view_seed: int, image_count: int, views: int | None) -> None:
         self.view_count = views or policy.view_count
         self._table: NDArray[np.uint8] | None = None
         if policy.view_count and policy.view_count > 1:
@@ -113,6 +134,21 @@ class Batch:
     mixture: Mixture | None = None
     teacher_logits: Any = None
 
+    def parts(self, count: int) -> "list[Batch]":
+        """The batch in `count` equal parts, in order."""
+        size = len(self.labels) // count
+        return [self._rows(slice(k * size, (k + 1) * size)) for k in range(count)]
+
+    def _rows(self, rows: slice) -> "Batch":
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):  # of tensors, such as kd_loss.TopKLogits
+                return type(value)(*map(cut, value))
+            return None if value is None else value[rows]
+
+        mixture = Mixture(self.mixture.labels[rows], self.mixture.share[rows]) if self.mixture else None
+        own = (self.images[rows], self.labels[rows], self.indices[rows], self.views[rows])
+        return Batch(*own, mixture, cut(self.teacher_logits))
+
 
 class TrainingData(Protocol):
     """What the engine trains on: any position of any epoch can be asked for, and is always the same."""
@@ -122,6 +158,34 @@ class TrainingData(Protocol):
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from `first_step` on."""
+        ...
+
+
+class ViewedData(TrainingData, Protocol):
+    """Training data that a teacher can be asked about: any images in any views of theirs."""
+
+    plan: "EpochPlan"
+    policy: Any  # Views
+    mixup: Any  # whether views are mixtures
+    image_count: int
+    device: torch.device  # where views are rendered
+
+    def batch(self, chosen: NDArray[np.int64], shown: NDArray[np.int64]) -> Batch:
+        """The images `chosen` (B,) in the views `shown` (B,)."""
+        ...
+
+
+class TestData(Protocol):
+    """What a network is evaluated on."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,)."""
+        ...
+
+    def batches(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images uint8 (B, H, W, 3) and labels (B,); (r, n) yields the r-th of n consecutive parts, and each image is
+        in one of them."""
         ...
 
 
@@ -139,10 +203,14 @@ class EpochPlan:
     seed: int
     batch_size: int
     share: tuple[int, int] = (0, 1)
+    accumulate: int = 1  # parts that a process computes its own images of a batch in
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.share[1]:
-            raise UserError(f"--batch-size {self.batch_size} must be a multiple of the {self.share[1]} processes")
+        if self.batch_size % (self.share[1] * self.accumulate):
+            parts = f" times {self.accumulate} parts of --accumulate" if self.accumulate > 1 else ""
+            raise UserError(
+                f"--batch-size {self.batch_size} must be a multiple of the {self.share[1]} processes{parts}"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -201,6 +269,7 @@ class TensorData:
         """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device, negative where there are none; mixup: draws of
         two columns."""
         self.images, self.labels, self.plan, self.policy, self.mixup = images, labels, plan, policy, mixup
+        self.image_count, self.device = len(images), images.device
         self.steps_per_epoch, self.labelled = plan.steps_per_epoch, bool((labels >= 0).all())
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:

@@ -17,6 +17,7 @@ import pytest
 from cifar10 import data as module
 from cifar10 import official
 from cifar10.data import load_data
+from distill import downloads
 from distill.recipe import UserError
 
 
@@ -170,7 +171,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     archive = forge(members())
     monkeypatch.setattr(official, "URL", f"http://127.0.0.1:{server.server_port}/{official.ARCHIVE}")
     monkeypatch.setattr(official, "SHA256", hashlib.sha256(archive).hexdigest())
-    monkeypatch.setattr(official, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(downloads, "WAITS", (0, 0, 0))
     monkeypatch.setattr(module, "DEFAULT", tmp_path / "home" / "data" / "cifar10")
     server.answers = [(archive, len(archive))]
     yield server
