@@ -5,13 +5,12 @@ Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. Digest of 
 published md5 is c58f30108f718f92721af3b95e74349a).
 """
 
-import hashlib
 import io
 import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +70,7 @@ def read_official(path: Path) -> dict[str, NDArray[Any]]:
 def _read_archive(archive: Path) -> Callable[[str], bytes]:
     try:
         with open(archive, "rb") as file:
-            found = _sha256(file)
+            found = downloads.sha256_of(file)
     except OSError as error:
         raise UserError(f"cannot read {archive}: {error.strerror}") from None
     if found != SHA256:
@@ -95,13 +94,6 @@ def _read_archive(archive: Path) -> Callable[[str], bytes]:
         return contents[name]
 
     return read
-
-
-def _sha256(file: BinaryIO) -> str:
-    total = hashlib.sha256()
-    while block := file.read(1 << 20):
-        total.update(block)
-    return total.hexdigest()
 
 
 def _read_file(path: Path) -> bytes:

@@ -12,18 +12,16 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
-from distill.kd_loss import top_k_error
-from distill.logit_store import AnsweredData, Encoding, LogitStore, fits, store_key
-from distill.parallel import choose_teacher_precision, first_here, on_main
+from distill.parallel import choose_teacher_precision, on_main
 from distill.recipe import Options, Recipe, UserError, flag
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
-from distill.teacher import COMPARED, Known, Teacher, chance_warning, examine
-from distill.views import EvaluationSet, TensorData
+from distill.teacher import Known, Teacher, introduce
+from distill.views import EvaluationSet
 
 # Options that are the student's alone, as they are when the teacher is trained.
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
-STORES = CHECKPOINTS / "stores"
+CACHE = CHECKPOINTS / "cache" / "teachers"
 CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
 
 
@@ -51,60 +49,7 @@ def load_teacher(
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
     classifier = Classifier(network, CIFAR_INPUT, choose_teacher_precision(precision, device))
     teacher = Teacher(classifier.to(device), options.device)
-    with first_here():
-        known = examine(teacher, test, data.digest, CHECKPOINTS / "cache" / "teachers")
-    print(f"teacher: {recipe.teacher_arch} from {path}, test accuracy {known.accuracy:.2f} %")
-    compared = known.precision
-    print(
-        f"teacher: in {compared['precision']} its arg max agrees with float32 on {compared['agreement']:.2f} % of "
-        f"{compared['images']} test images, a logit differs by {compared['error']:.2g} on average"
-    )
-    if warning := chance_warning(known.accuracy, len(data.classes)):
-        print(warning)
-    return teacher, known
-
-
-def answered(recipe: Recipe, options: Options, data: ImageData, training: TensorData, teacher: Teacher) -> AnsweredData:
-    """The training data with the teacher's answers, from its store unless that is turned off or would be too large."""
-    assert recipe.teacher_arch
-    encoding = Encoding(len(data.classes), recipe.top_k)
-    if not options.store:
-        return AnsweredData(training, teacher, None, encoding)
-    slots = min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
-    key = store_key(
-        training,
-        teacher,
-        teacher_arch=recipe.teacher_arch,
-        name=data.name,
-        digest=data.digest,
-        classes=len(data.classes),
-        view_seed=recipe.view_seed,
-        top_k=recipe.top_k,
-    )
-    store = LogitStore(STORES, key)
-    present = sum(path.stat().st_size for path in store.path.glob("*.pt"))
-    fit, line = fits(slots, training.image_count, encoding, options.store_limit, STORES, present)
-    if not fit:
-        print(f"store: off: {line}")
-        return AnsweredData(training, teacher, None, encoding)
-    print(f"store: {store.path}, {line}")
-    return AnsweredData(training, teacher, store, encoding)
-
-
-@torch.no_grad()
-def measure_top_k(recipe: Recipe, student: Classifier, test: EvaluationSet, known: Known) -> float | None:
-    """|g_k - g| / |g| of the KD term's gradient on test images, before training; printed. None without --top-k."""
-    if not recipe.top_k:
-        return None
-    images = test.images[:COMPARED]
-    logits = torch.cat([student.eval()(part) for part in torch.split(images, test.batch_size)]).cpu()
-    with torch.enable_grad():
-        error = top_k_error(logits, known.logits[: len(logits)], k=recipe.top_k, temperature=recipe.T)
-    print(
-        f"top-k: with {recipe.top_k} logits of an answer the gradient of the KD term differs by {100 * error:.2g} % "
-        f"from that with all, on {len(logits)} test images, for the student as it is before training"
-    )
-    return error
+    return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}", CACHE)
 
 
 def _trained(

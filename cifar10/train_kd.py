@@ -41,7 +41,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student
-    from cifar10.teachers import answered, load_teacher, measure_top_k
+    from cifar10.teachers import load_teacher
+    from distill.answers import answered, measure_top_k
     from distill.engine import evaluate_checkpoint, fit
     from distill.objectives import Distillation
     from distill.parallel import shares, start

@@ -133,6 +133,8 @@ def parse(
         raise UserError(f"{first} and {flag(positional)} {given[positional]}: give one of them")
     options = replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
     name = (options.recipe or default).replace("-", "_").lower()
+    if name not in names and f"{name}_kd" in names:
+        name = f"{name}_kd"
     if name not in names:
         raise UserError(f"--recipe must be one of {', '.join(names)}, got {options.recipe!r}")
     recipe = replace(recipes[name], **given)

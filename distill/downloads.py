@@ -1,8 +1,11 @@
 """Files from the network: verified, tried again, and nothing half under its name."""
 
+import hashlib
+import re
 import socket
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -33,3 +36,30 @@ def fetch(what: str, url: str, file: Path, sha256: str, by_hand: str) -> None:
     finally:
         socket.setdefaulttimeout(timeout)
     raise UserError(f"could not download {what} ({problem}); {by_hand}")
+
+
+def sha256_of(file: BinaryIO) -> str:
+    total = hashlib.sha256()
+    while block := file.read(1 << 20):
+        total.update(block)
+    return total.hexdigest()
+
+
+def digits(name: str) -> str:
+    """The first digits of a file's sha256, as its name ends with them: `resnet152-394f9c45.pth`."""
+    found = re.search(r"-([0-9a-f]{8,64})\.", name)
+    assert found, name
+    return found[1]
+
+
+def check(file: Path, sha256: str) -> None:
+    """Raises UserError unless the sha256 of `file` begins with these digits."""
+    try:
+        with open(file, "rb") as stream:
+            found = sha256_of(stream)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    if not found.startswith(sha256):
+        raise UserError(
+            f"{file} has sha256 {found[:16]}... instead of {sha256}...: remove it, it is cut or another file"
+        )

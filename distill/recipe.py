@@ -89,7 +89,7 @@ class Recipe:
     dropout: float | None = knob(
         None, "before the classifier of the student (default: its own)", group="training", least=0, below=1
     )
-    drop_connect: float = knob(
+    drop_connect: float | None = knob(
         0.0,
         "rate at the last block of the student at which it is skipped, rising from 0",
         group="training",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.fusion import rewrite
-from distill.parallel import choose_precision, spread_inference
+from distill.parallel import choose_precision, first_here, spread_inference
 from distill.recipe import UserError
 from distill.registry import Classifier
 from distill.views import TestData
@@ -104,6 +104,22 @@ def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> 
         checkpoint.save_cache(path, found)
     answers = found["logits"].float()
     return Known(accuracy(answers, test.labels.cpu()), answers, found["precision"])
+
+
+def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cache: Path) -> Known:
+    """`examine`, and print what is found: accuracy, how its answers compare with float32, and a warning where it knows
+    hardly anything. `name`: of the teacher, and where it comes from. One process of a machine examines it."""
+    with first_here():
+        known = examine(teacher, test, data_digest, cache)
+    compared = known.precision
+    print(f"teacher: {name}, test accuracy {known.accuracy:.2f} %")
+    print(
+        f"teacher: in {compared['precision']} its arg max agrees with float32 on {compared['agreement']:.2f} % of "
+        f"{compared['images']} test images, a logit differs by {compared['error']:.2g} on average"
+    )
+    if warning := chance_warning(known.accuracy, known.logits.shape[1]):
+        print(warning)
+    return known
 
 
 @torch.no_grad()

@@ -255,6 +255,12 @@ class ViewDraws:
         return found
 
 
+def mix(images: Tensor, others: Tensor, share: Tensor) -> Tensor:
+    """share * images + (1 - share) * others, rounded to uint8; images, others: uint8 (B, H, W, 3), share: (B,)."""
+    weight = share.view(-1, 1, 1, 1)
+    return (weight * images + (1 - weight) * others).round().to(torch.uint8)
+
+
 class TensorData:
     """Training data that lies in memory as one tensor, on the CPU or a GPU; views are rendered where it lies.
 
@@ -295,9 +301,7 @@ class TensorData:
         there = partners.to(images.device, non_blocking=True)
         others = self.policy.render(self.images[there], partners, views)
         share = torch.from_numpy(drawn[:, 1].astype(np.float32)).to(images.device, non_blocking=True)
-        weight = share.view(-1, 1, 1, 1)
-        mixed = (weight * images + (1 - weight) * others).round().to(torch.uint8)
-        return mixed, Mixture(self.labels[there], share)
+        return mix(images, others, share), Mixture(self.labels[there], share)
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,9 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
 
     from cifar10.data import load_data, prepare
     from cifar10.models import CIFAR_INPUT, MODELS, build_student
+    from distill.answers import AnsweredData
     from distill.engine import Trainer
-    from distill.logit_store import AnsweredData, Encoding, LogitStore
+    from distill.logit_store import Encoding, LogitStore
     from distill.objectives import CrossEntropy, Distillation, Objective
     from distill.parallel import choose_teacher_precision
     from distill.registry import Classifier

@@ -1,6 +1,7 @@
-"""Evaluate any checkpoint, ours or foreign, on the test images.
+"""Evaluate a network on the test images: a checkpoint of ours, a file of others, or ImageNet's published weights.
 
     python scripts/evaluate.py --arch resnext29_32x8d --checkpoint FILE --data DIR [--json FILE]
+    python scripts/evaluate.py --dataset imagenet --arch resnet50 --data DIR [--checkpoint FILE]
 
 Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
 """
@@ -8,8 +9,10 @@ Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -21,14 +24,28 @@ from distill.recipe import UserError, knob, validate  # noqa: E402
 class Evaluate:
     """The flags of this script."""
 
+    dataset: str = knob(
+        "cifar10",
+        "small images or photos, and the networks for them",
+        group="what",
+        choices=("cifar10", "imagenet"),
+    )
     arch: str | None = knob(None, "the network's architecture (not needed for ours)", group="what", flags=("-a",))
-    checkpoint: str | None = knob(None, "its weights: last.pt of a run, or a file of others", group="what")
-    data: str | None = knob(None, "'sample', a directory, or a .npz file (default: data/cifar10)", group="what")
-    split: str = knob("test", "which images", group="what", choices=("test", "train"))
-    batch_size: int = knob(256, "images at a time", group="how", flags=("-b",), least=1)
+    checkpoint: str | None = knob(
+        None, "its weights: last.pt of a run, or a file of others (imagenet: default the published ones)", group="what"
+    )
+    weights: str | None = knob(None, "which of torchvision's weights, such as IMAGENET1K_V2", group="what")
+    data: str | None = knob(
+        None, "'sample', a directory, or a .npz file (default: data/cifar10); imagenet: a directory", group="what"
+    )
+    split: str | None = knob(
+        None, "which images: test (imagenet: val) by default, or train", group="what", choices=("test", "val", "train")
+    )
+    batch_size: int = knob(256, "images at a time (cifar10)", group="how", flags=("-b",), least=1)
     precision: str = knob("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
-    workers: int = knob(2, "threads that decode a folder of images", group="how", flags=("-j",), least=0, most=256)
+    workers: int = knob(2, "that decode images", group="how", flags=("-j",), least=0, most=256)
+    decoder: str = knob("torchvision", "of photos", group="how", choices=("torchvision", "pillow", "simplejpeg"))
     skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %% or one", group="how")
     json: str | None = knob(None, "write accuracy, top5, loss, images, images_per_second to this file", group="how")
 
@@ -38,38 +55,67 @@ class Evaluate:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Evaluate(), prog="evaluate.py", description=__doc__ or "")
-    if not options.checkpoint:
+    photos = options.dataset == "imagenet"
+    if not options.checkpoint and not photos:
         raise UserError("--checkpoint is needed; --help shows an example")
+    if options.split == ("test" if photos else "val"):
+        raise UserError(f"--split {options.split}: {options.dataset} has {'val' if photos else 'test'} and train")
     if options.json and not Path(options.json).resolve().parent.is_dir():
         raise UserError(f"--json {options.json}: there is no such directory")
-    from cifar10.data import load_data
-    from cifar10.models import CIFAR_INPUT, MODELS
     from distill import checkpoint
     from distill.engine import evaluate
     from distill.parallel import choose_precision, start
     from distill.registry import Classifier
-    from distill.views import EvaluationSet
 
     device = start(options.device)
+    arch = options.arch or (checkpoint.load_arch(Path(options.checkpoint)) if options.checkpoint else None)
+    if not arch:
+        of_file = f": {options.checkpoint} does not say what network it is of" if options.checkpoint else ""
+        raise UserError(f"--arch is needed{of_file}")
+    with ExitStack() as stack:
+        network, spec, test = (_photos if photos else _small)(options, arch, device, stack)
+        classifier = Classifier(network, spec, choose_precision(options.precision, device)).to(device)
+        found = evaluate(classifier, test)
+    print(found)
+    if options.json:
+        checkpoint.write_atomically(Path(options.json), (json.dumps(found.to_dict()) + "\n").encode())
+
+
+def _small(options: Evaluate, arch: str, device: Any, _: ExitStack) -> tuple[Any, Any, Any]:
+    """The network of small images, what it wants to see, and the images."""
+    from cifar10.data import load_data
+    from cifar10.models import CIFAR_INPUT, MODELS
+    from distill import checkpoint
+    from distill.views import EvaluationSet
+
+    assert options.checkpoint
     weights = checkpoint.load_weights(Path(options.checkpoint))
-    named = options.arch or checkpoint.load_arch(Path(options.checkpoint))
-    if not named:
-        raise UserError(f"--arch is needed: {options.checkpoint} does not say what network it is of")
-    arch = MODELS.resolve(named)
+    arch = MODELS.resolve(arch)
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     if options.split == "train" and not data.labelled:
         raise UserError("the training images have no labels to evaluate on")
     network = MODELS.build(arch, len(data.classes))
     checkpoint.apply_weights(network, weights, options.checkpoint)
-    images, labels = {
-        "test": (data.test_images, data.test_labels),
-        "train": (data.train_images, data.train_labels),
-    }[options.split]
-    classifier = Classifier(network, CIFAR_INPUT, choose_precision(options.precision, device)).to(device)
-    found = evaluate(classifier, EvaluationSet(images.to(device), labels.to(device), options.batch_size))
-    print(found)
-    if options.json:
-        checkpoint.write_atomically(Path(options.json), (json.dumps(found.to_dict()) + "\n").encode())
+    train = options.split == "train"
+    images, labels = (data.train_images, data.train_labels) if train else (data.test_images, data.test_labels)
+    return network, CIFAR_INPUT, EvaluationSet(images.to(device), labels.to(device), options.batch_size)
+
+
+def _photos(options: Evaluate, arch: str, device: Any, stack: ExitStack) -> tuple[Any, Any, Any]:
+    """The network of photos, what it wants to see, and the photos."""
+    from imagenet.data import PhotoTests, load_data
+    from imagenet.loader import Workers
+    from imagenet.models import find
+    from imagenet.teachers import load_weights
+
+    known = find(arch, options.weights)
+    workers = stack.enter_context(Workers(options.workers))
+    data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
+    network = known.build(num_classes=len(data.classes))
+    load_weights(network, known, options.checkpoint, len(data.classes), flag="--checkpoint")
+    train = options.split == "train"
+    files, labels = (data.train_files, data.train_labels) if train else (data.val_files, data.val_labels)
+    return network, known.spec, PhotoTests(files, labels, known.spec, workers, device, options.decoder)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def stores() -> dict[str, dict[str, Any]]:
-    from cifar10.teachers import STORES
+    from distill.answers import STORES
     from distill.logit_store import list_stores
 
     return {store["path"].name: store for store in list_stores(STORES)}
@@ -90,8 +90,9 @@ def work(recipe: Recipe, options: StoreOptions) -> int:
 
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS
-    from cifar10.teachers import answered, load_teacher
+    from cifar10.teachers import load_teacher
     from cifar10.train_ce import train
+    from distill.answers import answered
     from distill.parallel import start
 
     device = start(options.device, deterministic=options.deterministic)

@@ -30,7 +30,7 @@ def build_student(
     torch.manual_seed(recipe.seed)
     network = MODELS.build(recipe.arch, num_classes)
     if isinstance(network, EfficientNet):
-        network.set_dropout(recipe.dropout, recipe.drop_connect)
+        network.set_dropout(recipe.dropout, recipe.drop_connect or 0.0)
     elif recipe.dropout or recipe.drop_connect:
         raise UserError(f"--dropout and --drop-connect: {recipe.arch} has neither; efficientnet_b0 has both")
     init_digest = None

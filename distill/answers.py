@@ -1,0 +1,201 @@
+"""Training data with a teacher's answers, from its store where that has them."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.kd_loss import top_k_error
+from distill.logit_store import Column, Encoding, LogitStore, fits, store_key
+from distill.recipe import Options, Recipe
+from distill.registry import Classifier
+from distill.run_dir import CHECKPOINTS
+from distill.teacher import COMPARED, Known, Teacher
+from distill.views import Batch, TestData, ViewedData
+
+STORES = CHECKPOINTS / "stores"
+FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
+
+
+class Images(Protocol):
+    """What a store has to know of the images it is about."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+
+def answered(recipe: Recipe, options: Options, data: Images, training: ViewedData, teacher: Teacher) -> "AnsweredData":
+    """The training data with the teacher's answers, from its store unless that is turned off or would be too large."""
+    assert recipe.teacher_arch
+    encoding = Encoding(len(data.classes), recipe.top_k)
+    if not options.store:
+        return AnsweredData(training, teacher, None, encoding)
+    slots = min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
+    key = store_key(
+        training,
+        teacher,
+        teacher_arch=recipe.teacher_arch,
+        name=data.name,
+        digest=data.digest,
+        classes=len(data.classes),
+        view_seed=recipe.view_seed,
+        top_k=recipe.top_k,
+    )
+    store = LogitStore(STORES, key)
+    present = sum(path.stat().st_size for path in store.path.glob("*.pt"))
+    fit, line = fits(slots, training.image_count, encoding, options.store_limit, STORES, present)
+    if not fit:
+        print(f"store: off: {line}")
+        return AnsweredData(training, teacher, None, encoding)
+    print(f"store: {store.path}, {line}")
+    return AnsweredData(training, teacher, store, encoding)
+
+
+@torch.no_grad()
+def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Known) -> float | None:
+    """|g_k - g| / |g| of the KD term's gradient on test images, before training; printed. None without --top-k."""
+    if not recipe.top_k:
+        return None
+    found: list[Tensor] = []
+    for images, _ in test.batches():
+        found.append(student.eval()(images).cpu())
+        if sum(map(len, found)) >= COMPARED:
+            break
+    logits = torch.cat(found)[:COMPARED]
+    with torch.enable_grad():
+        error = top_k_error(logits, known.logits[: len(logits)], k=recipe.top_k, temperature=recipe.T)
+    print(
+        f"top-k: with {recipe.top_k} logits of an answer the gradient of the KD term differs by {100 * error:.2g} % "
+        f"from that with all, on {len(logits)} test images, for the student as it is before training"
+    )
+    return error
+
+
+class AnsweredData:
+    """Training data whose batches bring the teacher's logits along, from the store where it has them.
+
+    What it has not is answered ahead of the step, as many batches at a time as fill a block of the teacher, and
+    stored. Each process answers its own share of the epoch, so that none is answered twice.
+    """
+
+    def __init__(self, data: ViewedData, teacher: Teacher, store: LogitStore | None, encoding: Encoding) -> None:
+        self.data, self.teacher, self.store, self.encoding = data, teacher, store, encoding
+        self.steps_per_epoch, self.labelled = data.steps_per_epoch, data.labelled
+        share = data.plan.batch_size // data.plan.share[1]
+        self._ahead = max(1, teacher.block // share)  # batches
+        self.answered = 0  # views that the teacher has answered in this process, the others came from the store
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        slot = self.data.plan.order.slot(epoch)
+        column = self.store.column(slot, self.data.device) if self.store else None
+        chosen = (indices for indices, _ in self.data.plan.steps(epoch, first_step))
+        fresh: list[NDArray[np.int64]] = []
+        flushed = time.monotonic()
+        try:
+            for group in _grouped(zip(self.data.batches(epoch, first_step), chosen, strict=True), self._ahead):
+                for batch, logits in self._answer(group, column, fresh):
+                    yield replace(batch, teacher_logits=logits)
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    self._flush(slot, column, fresh)
+                    flushed = time.monotonic()
+        finally:
+            self._flush(slot, column, fresh)
+
+    def fill(self, slot: int) -> Iterator[int]:
+        """Answer what the store lacks of `slot` for all training images. Yields how many were known or are done now."""
+        assert self.store
+        indices = self.data.plan.indices
+        column = self.store.column(slot, self.data.device)
+        missing = indices[~column.answered[indices]]
+        yield len(indices) - len(missing)
+        fresh: list[NDArray[np.int64]] = []
+        flushed = time.monotonic()
+        try:
+            for start in range(0, len(missing), self.teacher.block):
+                chosen = missing[start : start + self.teacher.block]
+                batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))
+                list(self._answer([(batch, chosen)], column, fresh))
+                yield len(chosen)
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    self._flush(slot, column, fresh)
+                    flushed = time.monotonic()
+        finally:
+            self._flush(slot, column, fresh)
+
+    def verify(self, count: int) -> tuple[int, int, float]:
+        """Ask the teacher again for a random sample of what is stored: (answers compared, how many are the same bits,
+        largest difference of a logit)."""
+        assert self.store
+        chance, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
+        count_of_views = self.data.plan.order.view_count
+        slots = [slot for slot in self.store.coverage() if count_of_views is None or slot < count_of_views]
+        for slot in slots:
+            column = self.store.column(slot, self.data.device)
+            known = np.flatnonzero(column.answered)
+            chosen = np.sort(chance.choice(known, min(len(known), -(-count // len(slots))), replace=False))
+            batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))
+            again = self.encoding.encode(self.teacher.logits(batch.images), batch.labels)
+            stored, logits = column.rows[batch.indices], slice(0, self.encoding.top_k or None)
+            difference = (again[:, logits].float() - stored[:, logits].float()).abs().amax(1)
+            compared, equal = compared + len(chosen), equal + int((difference == 0).sum())
+            largest = max(largest, float(difference.max()))
+        return compared, equal, largest
+
+    def _answer(
+        self, group: list[tuple[Batch, NDArray[np.int64]]], column: Column | None, fresh: list[NDArray[np.int64]]
+    ) -> Iterator[tuple[Batch, Any]]:
+        """Each batch of `group` with its logits. New answers go into `column`, their images' numbers to `fresh`."""
+        if column is None:
+            rows = self._ask([batch for batch, _ in group])
+            ends = np.cumsum([len(indices) for _, indices in group])
+            for (batch, indices), end in zip(group, ends, strict=True):
+                yield batch, self.encoding.decode(rows[end - len(indices) : end])
+            return
+        unknown = [np.flatnonzero(~column.answered[indices]) for _, indices in group]
+        if any(map(len, unknown)):
+            pairs = list(zip(group, unknown, strict=True))
+            indices = np.concatenate([indices[rows] for (_, indices), rows in pairs])
+            parts = [_rows(batch, torch.from_numpy(rows)) for (batch, _), rows in pairs]
+            column.rows[torch.from_numpy(indices).to(column.rows.device)] = self._ask(parts)
+            column.answered[indices] = True
+            fresh.append(indices)
+        for batch, _ in group:
+            yield batch, self.encoding.decode(column.rows[batch.indices])
+
+    def _ask(self, batches: list[Batch]) -> Tensor:
+        """The teacher's answers to all of them, encoded."""
+        answers = self.teacher.logits(torch.cat([batch.images for batch in batches]))
+        self.answered += len(answers)
+        return self.encoding.encode(answers, torch.cat([batch.labels for batch in batches]))
+
+    def _flush(self, slot: int, column: Column | None, fresh: list[NDArray[np.int64]]) -> None:
+        if self.store and column and fresh:
+            indices = np.concatenate(fresh)
+            fresh.clear()
+            self.store.write(slot, indices, column.rows[torch.from_numpy(indices).to(column.rows.device)])
+
+
+def _rows(batch: Batch, chosen: Tensor) -> Batch:
+    """Images and labels of some rows of a batch."""
+    there = chosen.to(batch.images.device)
+    return replace(batch, images=batch.images[there], labels=batch.labels[there])
+
+
+def _grouped(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

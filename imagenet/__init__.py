@@ -1,0 +1,1 @@
+"""Distillation on ImageNet, and on any photos in folders laid out like it."""

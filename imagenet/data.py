@@ -1,0 +1,246 @@
+"""Photos in folders: listed once, decoded in workers each time they are shown."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill import checkpoint
+from distill.folders import list_images
+from distill.parallel import first_here, share
+from distill.recipe import UserError
+from distill.registry import InputSpec
+from distill.run_dir import CHECKPOINTS
+from distill.views import Batch, EpochPlan, Mixture, ViewOrder, mix, split_validation, uniforms_of
+from imagenet.augment import PhotoViews
+from imagenet.loader import Job, Workers
+from imagenet.recipes import ImageNetRecipe
+
+TRAIN, VAL = "train", "val"
+BATCH = 128  # photos that are evaluated at a time
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Files, and labels int64 (N,) from 0 to len(classes) - 1, of both splits."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_files: Sequence[str]
+    train_labels: Tensor
+    val_files: Sequence[str]
+    val_labels: Tensor
+    digest: str  # of the files' names below the directory, their sizes, and the classes; not of what is in them
+
+    labelled = True
+
+    def __str__(self) -> str:
+        counts = f"{len(self.train_files)} training, {len(self.val_files)} validation photos"
+        return f"{self.name}: {counts}, {len(self.classes)} classes, digest {self.digest[:12]}"
+
+
+def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = False) -> Photos:
+    """The directory `source` with train/CLASS/* and val/CLASS/*. Raises UserError.
+
+    skip_bad_images: every file is decoded once, and what cannot be is left out; remembered as long as no file changes.
+    """
+    if not source:
+        raise UserError("DATA is missing: the directory that holds train/CLASS/* and val/CLASS/* images")
+    path = Path(source)
+    if not path.is_dir():
+        raise UserError(f"{source} is no directory: it needs train/CLASS/* and val/CLASS/* images")
+    with first_here():
+        classes, listed = list_images(path, TRAIN, VAL)
+        if len(classes) < 2:
+            raise UserError(f"{path} has one class, {classes[0]!r}: it takes two")
+        digest, stamp = _digests(path, classes, listed)
+        if skip_bad_images:
+            listed = _without_broken(listed, stamp, workers)
+    columns = [column for split in (TRAIN, VAL) for column in zip(*listed[split], strict=True)]
+    files, labels = columns[::2], [torch.tensor(column) for column in columns[1::2]]
+    return Photos(path.resolve().name, tuple(classes), files[0], labels[0], files[1], labels[1], digest)
+
+
+def _digests(path: Path, classes: list[str], listed: dict[str, list[tuple[str, int]]]) -> tuple[str, str]:
+    """Of names and sizes, which are the same in a copy of the directory, and with them of the times of changes."""
+    sizes, times = [], []
+    for file, _ in listed[TRAIN] + listed[VAL]:
+        try:
+            status = Path(file).stat()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        sizes += [file[len(str(path)) :], status.st_size]
+        times.append(status.st_mtime_ns)
+    same = checkpoint.digest([classes, sizes])
+    return same, checkpoint.digest([str(path.resolve()), same, times])
+
+
+def _without_broken(
+    listed: dict[str, list[tuple[str, int]]], stamp: str, workers: Workers
+) -> dict[str, list[tuple[str, int]]]:
+    from tqdm import tqdm
+
+    cache = CHECKPOINTS / "cache" / f"broken-{stamp[:32]}.pt"
+    found: dict[str, Any] = {}
+    if cache.exists():
+        try:
+            found = checkpoint.load(cache)
+        except checkpoint.CheckpointError as error:
+            print(f"{error}; looking at all photos again")
+    if not found:
+        for split, pairs in listed.items():
+            parts = workers.find_broken([file for file, _ in pairs], "torchvision")
+            total = -(-len(pairs) // 16)
+            found[split] = [
+                problem for part in tqdm(parts, f"decoding {split}", total, disable=None) for problem in part
+            ]
+        checkpoint.save_cache(cache, found)
+    kept = {}
+    for split, pairs in listed.items():
+        broken = dict(found[split])
+        if len(broken) > max(1, len(pairs) // 1000):
+            first = next(iter(broken.values()))
+            raise UserError(f"{len(broken)} of {len(pairs)} {split} photos are broken, more than 0.1 %: {first}")
+        for problem in broken.values():
+            print(f"left out: {problem}")
+        kept[split] = [pair for number, pair in enumerate(pairs) if number not in broken]
+    return kept
+
+
+class PhotoData:
+    """Training data whose views are rendered in the workers, and sent to `device` as uint8. As views.TensorData."""
+
+    labelled = True
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        labels: Tensor,
+        plan: EpochPlan,
+        policy: PhotoViews,
+        workers: Workers,
+        device: torch.device,
+        *,
+        mixup: bool = False,
+    ) -> None:
+        self.files, self.labels, self.plan, self.policy = files, labels, plan, policy
+        self.workers, self.device, self.mixup = workers, device, mixup
+        self.steps_per_epoch, self.image_count = plan.steps_per_epoch, len(files)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        return self._batches(self.plan.steps(epoch, first_step))
+
+    def batch(self, chosen: NDArray[np.int64], shown: NDArray[np.int64]) -> Batch:
+        """The photos `chosen` (B,) in the views `shown` (B,)."""
+        return next(self._batches(iter([(chosen, shown)])))
+
+    def _batches(self, steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[Batch]:
+        planned: list[tuple[NDArray[np.int64], NDArray[np.int64], Any]] = []
+
+        def jobs() -> Iterator[Job]:
+            for chosen, shown in steps:
+                partners, mixed = self._partners(chosen, shown) if self.mixup else (chosen[:0], None)
+                planned.append((chosen, shown, (partners, mixed)))
+                shown_twice = np.concatenate([shown, shown[: len(partners)]])
+                everyone = np.concatenate([chosen, partners])
+                yield Job([self.files[i] for i in everyone.tolist()], everyone, shown_twice)
+
+        for images in self.workers.render(self.policy, jobs()):
+            chosen, shown, (partners, mixed) = planned.pop(0)
+            pixels = to_device(images, self.device)
+            mixture = None
+            if mixed is not None:
+                weight = torch.from_numpy(mixed).to(self.device)
+                mixture = Mixture(self.labels[torch.from_numpy(partners)].to(self.device), weight)
+                pixels = mix(pixels[: len(chosen)], pixels[len(chosen) :], weight)
+            indices = torch.from_numpy(chosen)
+            here = [value.to(self.device) for value in (self.labels[indices], indices, torch.from_numpy(shown))]
+            yield Batch(pixels, here[0], here[1], here[2], mixture)
+
+    def _partners(
+        self, chosen: NDArray[np.int64], shown: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Whom each photo is mixed with, in the same view, and its own share, drawn for (view seed, i, v)."""
+        subset, seed = self.plan.indices, self.policy.view_seed
+        drawn = np.stack(
+            [uniforms_of(seed, "mixup", v, i, 4) for i, v in zip(chosen.tolist(), shown.tolist(), strict=True)]
+        )
+        places = np.minimum(drawn[:, 0] * len(subset), len(subset) - 1).astype(np.int64)
+        return subset[places], drawn[:, 1].astype(np.float32)
+
+
+class PhotoTests:
+    """Photos to evaluate on, as the network of `spec` wants them. As views.EvaluationSet."""
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        labels: Tensor,
+        spec: InputSpec,
+        workers: Workers,
+        device: torch.device,
+        decoder: str,
+    ) -> None:
+        self.labels, self._files, self._workers = labels.to(device), files, workers
+        self._device = device
+        self._policy = PhotoViews("none", spec.size, 0, decoder, 0, spec.resized, spec.interpolation)
+        self.name = self._policy.name
+
+    def batches(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        part, parts = share
+        first, last = (len(self._files) * k // parts for k in (part, part + 1))
+        starts = range(first, last, BATCH)
+        jobs = (np.arange(start, min(start + BATCH, last)) for start in starts)
+        rendered = self._workers.render(
+            self._policy, (Job([self._files[i] for i in job.tolist()], job, np.zeros_like(job)) for job in jobs)
+        )
+        for start, images in zip(starts, rendered, strict=True):
+            yield to_device(images, self._device), self.labels[start : start + len(images)]
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """`images` on `device`; the copy to a GPU goes on while this process does."""
+    return images if device.type == "cpu" else images.pin_memory().to(device, non_blocking=True)
+
+
+def prepare(
+    photos: Photos,
+    recipe: ImageNetRecipe,
+    spec: InputSpec,
+    teacher_spec: InputSpec | None,
+    workers: Workers,
+    device: torch.device,
+) -> tuple[PhotoData, dict[str, PhotoTests]]:
+    """The training views of `recipe`, and what its epochs are evaluated on: `test` (val/), and `val` if photos of
+    train/ are held out. `spec`, `teacher_spec`: of the student and the teacher. Raises UserError."""
+    count = len(photos.train_files)
+    if count - recipe.val_split < recipe.batch_size:
+        held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""
+        raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training photos{held_out_too}")
+    size = recipe.render_size or (teacher_spec or spec).size
+    policy = PhotoViews(
+        recipe.augment,
+        size,
+        recipe.view_seed,
+        recipe.decoder,
+        recipe.cutout,
+        round(size * spec.resized / spec.size),
+        spec.interpolation,
+    )
+    if recipe.views and policy.view_count and recipe.views > policy.view_count:
+        raise UserError(f"--views must be at most 1 with --augment none, got {recipe.views}")
+    trained, held_out = split_validation(count, recipe.val_split)
+    order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
+    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, share(), recipe.accumulate)
+    data = PhotoData(photos.train_files, photos.train_labels, plan, policy, workers, device, mixup=recipe.mixup)
+    tests = {"test": PhotoTests(photos.val_files, photos.val_labels, spec, workers, device, recipe.decoder)}
+    if len(held_out):
+        files = [photos.train_files[i] for i in held_out.tolist()]
+        labels = photos.train_labels[torch.from_numpy(held_out)]
+        tests["val"] = PhotoTests(files, labels, spec, workers, device, recipe.decoder)
+    return data, tests

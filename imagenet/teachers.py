@@ -1,0 +1,63 @@
+"""Where the teacher of a run on photos comes from: a file, or its published weights."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill import checkpoint
+from distill.parallel import choose_teacher_precision, on_main
+from distill.recipe import UserError
+from distill.registry import Classifier
+from distill.run_dir import CHECKPOINTS
+from distill.teacher import Known, Teacher, introduce
+from imagenet.data import Photos, PhotoTests
+from imagenet.loader import Workers
+from imagenet.models import CLASSES, Network, fetch
+from imagenet.recipes import ImageNetOptions, ImageNetRecipe
+
+RANDOM = "none"  # --teacher-checkpoint none: no weights at all
+
+
+def load_teacher(
+    recipe: ImageNetRecipe,
+    options: ImageNetOptions,
+    known: Network,
+    photos: Photos,
+    workers: Workers,
+    device: torch.device,
+    auto_precision: str | None = None,
+) -> tuple[Teacher, Known]:
+    """The frozen teacher `known` of `recipe`, and what it knows of the validation photos, as it wants to see them.
+
+    auto_precision: what --teacher-precision auto means, if it is settled already. Raises UserError if the weights do
+    not fit the architecture or the number of classes.
+    """
+    torch.manual_seed(0)  # of random weights
+    network = known.build(num_classes=len(photos.classes))
+    source = load_weights(network, known, options.teacher_checkpoint, len(photos.classes))
+    precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
+    classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device)).to(device)
+    teacher = Teacher(classifier, options.device)
+    test = PhotoTests(photos.val_files, photos.val_labels, known.spec, workers, device, recipe.decoder)
+    digest = checkpoint.digest([photos.digest, test.name, str(known.spec)])
+    return teacher, introduce(teacher, test, digest, f"{known.arch} from {source}", CHECKPOINTS / "cache" / "teachers")
+
+
+def load_weights(
+    network: nn.Module, known: Network, named: str | None, classes: int, flag: str = "--teacher-checkpoint"
+) -> str:
+    """Load the file `named`, or the published weights. Returns what they are called. `flag`: that names a file."""
+    if named == RANDOM:
+        print(f"warning: {flag} {RANDOM}: {known.arch} has random weights, and knows nothing")
+        return "random weights"
+    if named:
+        checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(Path(named)), named)
+        return named
+    if classes != CLASSES:
+        raise UserError(
+            f"the published {known.arch} knows {CLASSES} classes, the data has {classes}: "
+            f"train one on it, and name that by {flag} FILE"
+        )
+    checkpoint.apply_weights(network, fetch(known, f"or name them by {flag} FILE"), f"the published {known.arch}")
+    return "its published weights"

@@ -1,0 +1,72 @@
+"""Train a network on photos by cross-entropy.
+
+bash scripts/train.sh DATA --arch resnet18
+bash scripts/train.sh DATA --arch efficientnet-b0 --recipe finetune     from its published weights
+NPROC=8 bash scripts/train.sh DATA --arch resnet50 --workers 12         a process for each of 8 GPUs
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # called as a file: python imagenet/train_ce.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from distill import cli
+from imagenet.recipes import RECIPES, ImageNetOptions, ImageNetRecipe
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe, options = cli.parse(
+        argv,
+        prog="train.sh",
+        recipes=RECIPES,
+        default="standard",
+        description="Train a network on photos by cross-entropy; with --kd taught by another (train.sh --kd --help).",
+        examples=(__doc__ or "").split("\n\n", 1)[1],
+        options=ImageNetOptions(),
+        positional="data",
+    )
+    train(recipe, options)
+    from distill.parallel import leave
+
+    leave()
+
+
+def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
+    """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
+    # torch takes seconds to load: only now, after the flags were found right
+    from distill.engine import evaluate_checkpoint, fit
+    from distill.objectives import CrossEntropy
+    from distill.parallel import shares, start
+    from distill.run_dir import open_run
+    from imagenet.data import load_data, prepare
+    from imagenet.loader import Workers
+    from imagenet.models import build_student, find
+
+    device = start(options.device, deterministic=options.deterministic)
+    recipe = replace(recipe, arch=find(recipe.arch, recipe.weights).arch)
+    with Workers(options.workers, options.loader_minutes) as workers:
+        photos = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
+        print(photos)
+        student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
+        training, tests = prepare(photos, recipe, student.spec, None, workers, device)
+        facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
+        facts["world_size"] = shares(options.device)
+        if options.evaluate:
+            return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
+        with open_run(options, recipe, photos.name) as run:
+            if summary := run.claim(recipe, facts, device, extend=options.extend):
+                return summary
+            objective = CrossEntropy(recipe.label_smoothing)
+            fitted = fit(
+                run, recipe, options, student=student, objective=objective, data=training, tests=tests, facts=facts
+            )
+            views = training.plan.order.view_count or recipe.epochs
+            return run.finish(recipe, facts, student.network, device, views=views, **fitted.to_dict())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,90 @@
+"""Train a network on photos, taught by a bigger one.
+
+bash scripts/train.sh DATA --arch resnet18 --teacher-arch resnet34
+bash scripts/train.sh DATA --arch efficientnet-b0 --teacher-arch resnet152 --kd --T 1 --w 0.5 --workers 16
+bash scripts/train.sh DATA --arch efficientnet-b0 --teacher-arch efficientnet-lite2      its weights come by pip
+NPROC=8 bash scripts/train.sh DATA --kd --recipe strong_kd --teacher-checkpoint resnet152.pth
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # called as a file: python imagenet/train_kd.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from distill import cli
+from imagenet.recipes import RECIPES, ImageNetOptions, ImageNetRecipe
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe, options = cli.parse(
+        argv,
+        prog="train.sh",
+        recipes=RECIPES,
+        default="standard_kd",
+        description=f"Train a network on photos, taught by another.\n\n  {cli.LOSS_FORMULA}\n\n{cli.LOSS_LEGEND}",
+        examples=(__doc__ or "").split("\n\n", 1)[1],
+        options=ImageNetOptions(),
+        positional="data",
+    )
+    train(recipe, options)
+    from distill.parallel import leave
+
+    leave()
+
+
+def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
+    """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
+    # torch takes seconds to load: only now, after the flags were found right
+    from distill.answers import answered, measure_top_k
+    from distill.engine import evaluate_checkpoint, fit
+    from distill.objectives import Distillation
+    from distill.parallel import shares, start
+    from distill.run_dir import open_run
+    from distill.teacher import agreement
+    from imagenet.data import load_data, prepare
+    from imagenet.loader import Workers
+    from imagenet.models import build_student, find
+    from imagenet.teachers import load_teacher
+
+    device = start(options.device, deterministic=options.deterministic)
+    known_teacher = find(recipe.teacher_arch or "", recipe.teacher_weights)
+    recipe = replace(recipe, arch=find(recipe.arch, recipe.weights).arch, teacher_arch=known_teacher.arch)
+    if not options.kd:
+        print(f"--teacher-arch {recipe.teacher_arch}: it teaches, as with --kd")
+    with Workers(options.workers, options.loader_minutes) as workers:
+        photos = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
+        print(photos)
+        student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
+        training, tests = prepare(photos, recipe, student.spec, known_teacher.spec, workers, device)
+        if options.evaluate:
+            return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
+        facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
+        facts["world_size"] = shares(options.device)
+        with open_run(options, recipe, photos.name) as run:
+            run.check(recipe, facts, extend=options.extend)
+            precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
+            teacher, known = load_teacher(recipe, options, known_teacher, photos, workers, device, precision)
+            facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
+            if summary := run.claim(recipe, facts, device, extend=options.extend):
+                return summary
+            answers = answered(recipe, options, photos, training, teacher)
+            error = measure_top_k(recipe, student, tests["test"], known)
+            print(f"{cli.LOSS_FORMULA}  with T = {recipe.T:g}, w = {recipe.w:g}")
+            objective = Distillation(recipe.T, recipe.w, recipe.label_smoothing)
+            fitted = fit(
+                run, recipe, options, student=student, objective=objective, data=answers, tests=tests, facts=facts
+            )
+            teacher.check_untouched()
+            print(f"teacher: {answers.answered:,} views answered, the others were in the store")
+            found = {"teacher_accuracy": known.accuracy, "teacher_precision": known.precision, "top_k_error": error}
+            found["agreement"] = agreement(fitted.test.predictions, known.logits.argmax(1))
+            found["views"] = training.plan.order.view_count or recipe.epochs
+            return run.finish(recipe, facts, student.network, device, **fitted.to_dict(), **found)
+
+
+if __name__ == "__main__":
+    cli.run(main)
