@@ -19,7 +19,7 @@ LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, me
   T     temperature: higher shows more of what the teacher thinks of the wrong classes
   w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
 DISTILLATION_FIELDS = (
-    *("teacher_arch", "T", "w", "teacher_checkpoint", "teacher_precision", "top_k"),
+    *("teacher_arch", "T", "w", "teacher_checkpoint", "teacher_precision", "teacher_weights", "top_k"),
     *("store", "store_limit"),
 )
 
@@ -88,11 +88,34 @@ def _add_flags(parser: Parser, owner: type, defaults: Any, hidden: Sequence[str]
         group.add_argument(*names, type=_converter(owner, known), metavar=metavar, **settings)
 
 
-def parse_flags(argv: Sequence[str], defaults: Settings, *, prog: str, description: str) -> Settings:
-    """`defaults`, a dataclass made with `knob`, with the flags in `argv`. Raises UserError."""
-    parser = Parser(prog=prog, usage="%(prog)s [flags]", description=description)
+def parse_flags(
+    argv: Sequence[str], defaults: Settings, *, prog: str, description: str, positional: str | None = None
+) -> Settings:
+    """`defaults`, a dataclass made with `knob`, with the flags in `argv`; `positional`: see parse(). Raises
+    UserError."""
+    parser = Parser(prog=prog, usage=_usage(positional), description=description)
+    _add_positional(parser, positional)
     _add_flags(parser, type(defaults), defaults, ())
-    return replace(defaults, **vars(parser.parse(argv)))
+    return replace(defaults, **_given(parser, argv, positional))
+
+
+def _usage(positional: str | None) -> str:
+    return f"%(prog)s {f'{positional.upper()} ' if positional else ''}[flags]"
+
+
+def _add_positional(parser: Parser, positional: str | None) -> None:
+    if positional:
+        parser.add_argument(
+            f"first_{positional}", nargs="?", metavar=positional.upper(), help=f"the same as {flag(positional)}"
+        )
+
+
+def _given(parser: Parser, argv: Sequence[str], positional: str | None) -> dict[str, Any]:
+    given = vars(parser.parse(argv))
+    first = given.pop(f"first_{positional}", None)
+    if positional and first is not None and given.setdefault(positional, first) != first:
+        raise UserError(f"{first} and {flag(positional)} {given[positional]}: give one of them")
+    return given
 
 
 def parse(
@@ -118,19 +141,12 @@ def parse(
     names = [name for name, recipe in recipes.items() if recipe.objective == base.objective]
     shown = textwrap.indent(textwrap.dedent(examples).strip(), "  ")
     epilog = f"named recipes: {', '.join(names)} (default: {default})\n\nexamples:\n{shown}"
-    usage = f"%(prog)s {f'{positional.upper()} ' if positional else ''}[flags]"
-    parser = Parser(prog=prog, usage=usage, description=description, epilog=epilog)
-    if positional:
-        parser.add_argument(
-            f"first_{positional}", nargs="?", metavar=positional.upper(), help=f"the same as {flag(positional)}"
-        )
+    parser = Parser(prog=prog, usage=_usage(positional), description=description, epilog=epilog)
+    _add_positional(parser, positional)
     _add_flags(parser, type(base), base, hidden)
     options = options or Options()
     _add_flags(parser, type(options), options, hidden)
-    given = vars(parser.parse(argv))
-    first = given.pop(f"first_{positional}", None)
-    if positional and first is not None and given.setdefault(positional, first) != first:
-        raise UserError(f"{first} and {flag(positional)} {given[positional]}: give one of them")
+    given = _given(parser, argv, positional)
     options = replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
     name = (options.recipe or default).replace("-", "_").lower()
     if name not in names and f"{name}_kd" in names:

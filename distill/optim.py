@@ -50,7 +50,7 @@ def _half_cosine(start: float, end: float, done: float) -> float:
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101; betas 0.9 and 0.999), or RMSprop
     with EfficientNet's settings (Tan and Le 2019, arXiv:1905.11946: decay 0.9; TensorFlow's epsilon of 0.001 stands
-    under the root, which is 0.0316 beside it).
+    under the root, torch's beside it).
 
     Weight decay on matrices and kernels, on vectors (BatchNorm, biases) only with `decay_all`. Fused: three times
     faster than the default on a CPU, and the only form that leaves out an update when a flag on the device says so,
@@ -63,7 +63,9 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
     if recipe.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=recipe.lr, alpha=0.9, eps=0.0316, momentum=recipe.momentum, foreach=True)
+        return torch.optim.RMSprop(
+            groups, lr=recipe.lr, alpha=0.9, eps=0.001**0.5, momentum=recipe.momentum, foreach=True
+        )
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
 
 

@@ -95,8 +95,11 @@ def spread(network: Classifier, recipe: Recipe, device_name: str) -> nn.Module:
         network.network = nn.SyncBatchNorm.convert_sync_batchnorm(network.network)  # type: ignore[no-untyped-call]
     step = _compile(network, device_name) if recipe.compile else network
     if world_size() > 1:
-        # static_graph: a network may have parameters that no image reaches (EfficientNet's first block)
-        return DistributedDataParallel(step, [device] if device.type == "cuda" else None, static_graph=True)
+        # A network may have parameters that no image reaches (EfficientNet's first block). static_graph, the faster way
+        # to allow them, fails with no_sync (torch 2.15 and before: expect_autograd_hooks_).
+        parts = recipe.accumulate > 1
+        devices_here = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(step, devices_here, static_graph=not parts, find_unused_parameters=parts)
     return step if recipe.compile else spread_inference(network, device_name)
 
 

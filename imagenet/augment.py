@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from distill.views import uniforms_of
-from imagenet.decoding import Box, read_box, read_centre
+from imagenet.decoding import Box, read_box, read_centre, simplejpeg
 
 TRIES = 10
 DRAWS = 2 * TRIES + 8  # area and ratio of each try, then row, column, flip, the seed of the colours, cutout's centre
@@ -42,6 +42,10 @@ class PhotoViews:
     cutout: int = 0
     resized: int = 0
     interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.decoder == "simplejpeg":
+            simplejpeg()  # an absent package is told before the first photo
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ Decoders agree to the bit or nearly, but which one decodes is part of what a vie
 libraries: torchvision.io and simplejpeg are libjpeg-turbo, Pillow reads every format.
 """
 
+import importlib
 import io
 import warnings
 from collections.abc import Callable
@@ -88,21 +89,19 @@ def _open(file: str, work: Callable[[Image.Image, bytes], Tensor]) -> Tensor:
                 if image.width * image.height > LARGEST:
                     raise ValueError(f"{image.width}x{image.height} pixels, more than {LARGEST:,}")
                 return work(image, content)
-    except ImportError:
-        raise
     except Exception as error:  # decoders raise nearly anything on damaged input
         raise BrokenImage(f"cannot decode {file}: {type(error).__name__}: {str(error)[:120]}") from None
 
 
 def _decode(image: Image.Image, content: bytes, decoder: str, factor: int) -> Tensor:
     """uint8 (3, H, W); CMYK, palettes, grey, 16 bits and transparency become RGB."""
+    library = simplejpeg() if decoder == "simplejpeg" else None
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     if plain and factor == 1 and decoder != "pillow":
         try:
-            if decoder == "torchvision":
-                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                return decode_jpeg(encoded, mode=ImageReadMode.RGB)
-            return _channels_first(_simplejpeg().decode_jpeg(content, "RGB"))
+            if library:
+                return _channels_first(library.decode_jpeg(content, "RGB"))
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except (RuntimeError, ValueError):
             pass  # Pillow reads some files that others refuse, and says what is wrong with the rest
     if plain and factor > 1:
@@ -116,9 +115,9 @@ def _channels_first(pixels: np.ndarray) -> Tensor:  # type: ignore[type-arg]
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _simplejpeg() -> Any:
+def simplejpeg() -> Any:
+    """The package. Raises UserError if it is absent."""
     try:
-        import simplejpeg
+        return importlib.import_module("simplejpeg")
     except ImportError:
         raise UserError("--decoder simplejpeg needs the package simplejpeg: pip install simplejpeg") from None
-    return simplejpeg

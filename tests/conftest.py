@@ -12,6 +12,7 @@ os.environ["DISTILL_CHECKPOINTS"] = tempfile.mkdtemp(prefix="distill-tests-")  #
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,12 +38,31 @@ def small_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training and 8 validation photos of 4 classes: CIFAR-10's, enlarged to various sizes, JPEG but for a few."""
+    from cifar10.data import load_data as load_small
+
+    data, root = load_small("sample"), tmp_path_factory.mktemp("images") / "photos"
+    for k in range(32):
+        split, label = ("train", k % 4) if k < 24 else ("val", k % 4)
+        folder = root / split / f"n{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(data.train_images[200 * label + k].numpy())
+        image = image.resize((90 + 7 * k, 70 + 5 * (k % 9)), Image.Resampling.BICUBIC)
+        if k == 5:
+            image = image.convert("L")
+        image.save(folder / (f"{k:02d}.png" if k == 6 else f"{k:02d}.JPEG"), quality=90)
+    return root
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where runs land by default."""
-    for module in ("distill.run_dir", "cifar10.teachers", "cifar10.data"):
+    for module in ("distill.run_dir", "cifar10.teachers", "cifar10.data", "imagenet.teachers", "imagenet.data"):
         monkeypatch.setattr(f"{module}.CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr("cifar10.teachers.STORES", tmp_path / "checkpoints" / "stores")
+    monkeypatch.setattr("cifar10.teachers.CACHE", tmp_path / "checkpoints" / "cache")
+    monkeypatch.setattr("distill.answers.STORES", tmp_path / "checkpoints" / "stores")
     return tmp_path / "checkpoints"
 
 

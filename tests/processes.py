@@ -1,10 +1,12 @@
 """What test_processes.py starts in one process and in two: python tests/processes.py CASE NPZ DIRECTORY.
 
 gradient: one step with BatchNorm in eval mode, then an evaluation; both are written to DIRECTORY.
+photos: an evaluation of photos.
 nan: the loss of the last process is not a number in step 2.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,6 +23,11 @@ from distill.recipe import Options, Recipe
 from distill.run_dir import RunDirectory
 from distill.stop import Stopped
 from distill.views import Batch
+from imagenet.data import PhotoTests
+from imagenet.data import load_data as load_data_of_photos
+from imagenet.loader import Workers
+from imagenet.models import build_student as build_photo_student
+from imagenet.recipes import STANDARD
 
 
 class Unlucky(CrossEntropy):
@@ -35,10 +42,26 @@ class Unlucky(CrossEntropy):
         return step._replace(loss=step.loss * float("nan")) if bad else step
 
 
+def evaluate_photos(source: str, directory: Path) -> None:
+    """A ResNet-18 with weights of its own on val/."""
+    with Workers(1) as workers:
+        photos = load_data_of_photos(source, workers)
+        recipe = replace(STANDARD, arch="resnet18", image_size=32)
+        student, _ = build_photo_student(recipe, len(photos.classes), None, torch.device("cpu"))
+        test = PhotoTests(photos.val_files, photos.val_labels, student.spec, workers, torch.device("cpu"), "pillow")
+        found = evaluate(student, test)
+    result = {"predictions": found.predictions, "found": found.to_dict()}
+    torch.save(result, directory / f"{parallel.world_size()}-{parallel.rank()}.pt")
+
+
 def main(argv: list[str]) -> None:
     case, npz, directory = argv[0], argv[1], Path(argv[2])
-    recipe = Recipe(epochs=2, batch_size=8, lr=0.01, warmup=0, dropout=0.0)
     device = parallel.start("cpu")
+    if case == "photos":
+        evaluate_photos(npz, directory)
+        return
+    parts = parallel.world_size() if case == "gradient" else 1
+    recipe = Recipe(epochs=2, batch_size=8, lr=0.01, warmup=0, dropout=0.0, accumulate=parts)
     data = load_data(npz)
     training, tests = prepare(data, recipe, device)
     student, _ = build_student(recipe, len(data.classes), None, device)

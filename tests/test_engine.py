@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from cifar10.data import load_data, prepare
 from distill import checkpoint, engine, parallel
+from distill.answers import AnsweredData
 from distill.engine import Fitted, evaluate, fit
-from distill.logit_store import AnsweredData, Encoding
+from distill.logit_store import Encoding
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step
 from distill.optim import WeightAverage, build_optimizer, learning_rate
@@ -95,6 +96,8 @@ def test_learning_rate() -> None:
     assert rates[99] == pytest.approx((1 + math.cos(math.pi * 79 / 80)) / 2)
     steps = replace(recipe, schedule="multistep", warmup=0)
     assert [learning_rate(s, steps, 10) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    tenths = replace(recipe, schedule="step", warmup=0, decay_epochs=2.4, decay_rate=0.5)
+    assert [learning_rate(s, tenths, 10) for s in (0, 23, 24, 47, 48, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.0625]
     restarts = replace(recipe, epochs=25, schedule="restarts", warmup=0)
     assert [learning_rate(s, restarts, 10) for s in (0, 50, 99, 100, 150, 249)] == pytest.approx(
         [1, 0.5, (1 + math.cos(math.pi * 0.99)) / 2, 1, 0.5, (1 + math.cos(math.pi * 0.49)) / 2]
@@ -133,6 +136,38 @@ def test_adamw_is_torchs_and_can_be_held_back() -> None:
     before = [p.detach().clone() for p in network.parameters()]
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+
+
+def test_rmsprop_is_torchs_with_efficientnets_settings() -> None:
+    network, other = small_network(), small_network()
+    optimizer = build_optimizer(network, replace(RECIPE, optimizer="rmsprop", weight_decay=0.0))
+    theirs = torch.optim.RMSprop(other.parameters(), lr=RECIPE.lr, alpha=0.9, eps=math.sqrt(0.001), momentum=0.9)
+    for _ in range(3):
+        for p, q in zip(network.parameters(), other.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        theirs.step()
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_accumulated_parts_have_the_gradient_of_the_whole(small_npz: Path, tmp_path: Path) -> None:
+    """Without BatchNorm's statistics, which are those of a part: one step, then the same weights; the tally too."""
+    found = []
+    for parts in (1, 4):
+        student = small_network()
+        for module in student.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train = lambda _mode=True, module=module: nn.Module.train(module, False)  # type: ignore[method-assign]
+        recipe = replace(RECIPE, accumulate=parts, mixup=True, epochs=1)
+        fitted = train(tmp_path / str(parts), small_npz, recipe, student=student, teacher=teaching())
+        found.append((student.state_dict(), fitted.records[0]))
+    for key, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][key], value, rtol=1e-4, atol=1e-5)
+    assert found[1][1]["train_loss"] == pytest.approx(found[0][1]["train_loss"], rel=1e-4)
+    with pytest.raises(UserError, match="--batch-size 8 must be a multiple of the 1 processes times 3 parts"):
+        train(tmp_path / "3", small_npz, replace(RECIPE, accumulate=3))
 
 
 def test_weight_average_is_the_formula() -> None:
@@ -404,6 +439,7 @@ def test_warning_near_chance() -> None:
         {"augment": "crop_flip"},
         {"augment": "original"},
         {"mixup": True, "cutout": 9, "augment": "original"},
+        {"optimizer": "rmsprop", "lr": 0.001, "accumulate": 2, "schedule": "step", "decay_epochs": 0.5},
         {"optimizer": "adamw", "lr": 0.001, "ema": 0.9, "clip_norm": 1.0, "schedule": "onecycle"},
     ],
     ids=str,
@@ -633,13 +669,15 @@ class Poisoned(CrossEntropy):
         return Step(step.logits, step.loss * (float("nan") if self.steps == self.at else 1), ())
 
 
-def test_no_update_is_made_from_a_loss_that_is_not_finite(small_npz: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+def test_no_update_is_made_from_a_loss_that_is_not_finite(optimizer: str, small_npz: Path, tmp_path: Path) -> None:
     Poisoned.steps = 0
     student = small_network()
+    recipe = replace(RECIPE, optimizer=optimizer, lr=0.001)
     with pytest.raises(
         Stopped, match=r"the loss or its gradient is not finite at step 6 \(lr 0\.0.*last good checkpoint is"
     ) as stop:
-        train(tmp_path / "run", small_npz, objective=Poisoned(), student=student)
+        train(tmp_path / "run", small_npz, recipe, objective=Poisoned(), student=student)
     assert stop.value.exit_code == 1
     assert all(torch.isfinite(p).all() for p in student.parameters())
     payload = checkpoint.load(tmp_path / "run" / "last.pt")

@@ -12,9 +12,11 @@ import torch
 
 from cifar10 import train_kd
 from cifar10.data import load_data, prepare
+from distill import answers as answers_module
 from distill import checkpoint, logit_store
+from distill.answers import AnsweredData
 from distill.kd_loss import TopKLogits, top_k_logits
-from distill.logit_store import AnsweredData, Encoding, LogitStore, fits, store_key
+from distill.logit_store import Encoding, LogitStore, fits, store_key
 from distill.recipe import Options, Recipe, UserError
 from distill.teacher import Teacher
 from distill.views import TensorData
@@ -249,7 +251,7 @@ def test_answers_ahead_of_the_step(small_npz: Path, tmp_path: Path, monkeypatch:
 
 
 def test_answers_are_kept_as_time_passes(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_store, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(answers_module, "FLUSH_SECONDS", -1.0)
     data, _, store = store_of(tmp_path, small_npz)
     batches = answering(data, Teacher(small_network(seed=1), block=8), store).batches(0)
     next(batches), next(batches), next(batches)

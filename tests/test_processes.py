@@ -53,7 +53,7 @@ def until_saved(process: "subprocess.Popen[str]", output: Path, times: int) -> N
 
 
 def test_gradient_and_evaluation_of_two_are_those_of_one(small_npz: Path, tmp_path: Path) -> None:
-    """EfficientNet-B0, BatchNorm in eval mode, no dropout: to 1e-5 of the largest."""
+    """EfficientNet-B0, BatchNorm in eval mode, no dropout, the two in two parts each: to 1e-5 of the largest."""
     for count in (1, 2):
         found = processes(count, "gradient", small_npz, tmp_path)
         assert found.returncode == 0, found.stderr
@@ -69,6 +69,19 @@ def test_gradient_and_evaluation_of_two_are_those_of_one(small_npz: Path, tmp_pa
         assert torch.equal(one["predictions"], two["predictions"])
         assert one["found"]["images"] == two["found"]["images"] == 20
         assert one["found"]["accuracy"] == two["found"]["accuracy"]
+
+
+def test_photos_are_evaluated_alike_by_two(photos: Path, tmp_path: Path) -> None:
+    for count in (1, 2):
+        found = processes(count, "photos", photos, tmp_path)
+        assert found.returncode == 0, found.stderr
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        assert torch.equal(one["predictions"], two["predictions"])
+        for name in ("images", "accuracy", "top5"):
+            assert one["found"][name] == two["found"][name]
+        assert one["found"]["loss"] == pytest.approx(two["found"]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
