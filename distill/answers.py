@@ -120,9 +120,11 @@ class AnsweredData:
         fresh: list[NDArray[np.int64]] = []
         flushed = time.monotonic()
         try:
-            for start in range(0, len(missing), self.teacher.block):
-                chosen = missing[start : start + self.teacher.block]
-                batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))
+            blocks = [
+                missing[start : start + self.teacher.block] for start in range(0, len(missing), self.teacher.block)
+            ]
+            shown = (self.data.plan.order.shown(slot, chosen) for chosen in blocks)
+            for chosen, batch in zip(blocks, self.data.show(zip(blocks, shown, strict=True)), strict=True):
                 list(self._answer([(batch, chosen)], column, fresh))
                 yield len(chosen)
                 if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -142,7 +144,7 @@ class AnsweredData:
             column = self.store.column(slot, self.data.device)
             known = np.flatnonzero(column.answered)
             chosen = np.sort(chance.choice(known, min(len(known), -(-count // len(slots))), replace=False))
-            batch = self.data.batch(chosen, self.data.plan.order.shown(slot, chosen))
+            batch = next(self.data.show(iter([(chosen, self.data.plan.order.shown(slot, chosen))])))
             again = self.encoding.encode(self.teacher.logits(batch.images), batch.labels)
             stored, logits = column.rows[batch.indices], slice(0, self.encoding.top_k or None)
             difference = (again[:, logits].float() - stored[:, logits].float()).abs().amax(1)

@@ -99,6 +99,16 @@ def parse_flags(
     return replace(defaults, **_given(parser, argv, positional))
 
 
+def take_dataset(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """--dataset NAME in `argv`, `cifar10` if it is not there, and the rest. Raises UserError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset", default="cifar10")
+    found, rest = parser.parse_known_args(argv)
+    if found.dataset not in ("cifar10", "imagenet"):
+        raise UserError(f"--dataset must be one of cifar10, imagenet, got {found.dataset!r}")
+    return found.dataset, rest
+
+
 def _usage(positional: str | None) -> str:
     return f"%(prog)s {f'{positional.upper()} ' if positional else ''}[flags]"
 

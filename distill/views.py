@@ -170,8 +170,8 @@ class ViewedData(TrainingData, Protocol):
     image_count: int
     device: torch.device  # where views are rendered
 
-    def batch(self, chosen: NDArray[np.int64], shown: NDArray[np.int64]) -> Batch:
-        """The images `chosen` (B,) in the views `shown` (B,)."""
+    def show(self, steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[Batch]:
+        """For each (images, views), both (B,), the batch of them; what follows may be in the making meanwhile."""
         ...
 
 
@@ -279,8 +279,11 @@ class TensorData:
         self.steps_per_epoch, self.labelled = plan.steps_per_epoch, bool((labels >= 0).all())
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        for chosen, shown in self.plan.steps(epoch, first_step):
-            yield self.batch(chosen, shown)
+        return self.show(self.plan.steps(epoch, first_step))
+
+    def show(self, steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[Batch]:
+        """For each (images, views), both (B,), the batch of them."""
+        return (self.batch(chosen, shown) for chosen, shown in steps)
 
     def batch(self, chosen: NDArray[np.int64], shown: NDArray[np.int64]) -> Batch:
         """The images `chosen` (B,) in the views `shown` (B,)."""

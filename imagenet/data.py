@@ -133,13 +133,10 @@ class PhotoData:
         self.steps_per_epoch, self.image_count = plan.steps_per_epoch, len(files)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        return self._batches(self.plan.steps(epoch, first_step))
+        return self.show(self.plan.steps(epoch, first_step))
 
-    def batch(self, chosen: NDArray[np.int64], shown: NDArray[np.int64]) -> Batch:
-        """The photos `chosen` (B,) in the views `shown` (B,)."""
-        return next(self._batches(iter([(chosen, shown)])))
-
-    def _batches(self, steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[Batch]:
+    def show(self, steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[Batch]:
+        """For each (photos, views), both (B,), the batch of them; the next ones are in the making meanwhile."""
         planned: list[tuple[NDArray[np.int64], NDArray[np.int64], Any]] = []
 
         def jobs() -> Iterator[Job]:

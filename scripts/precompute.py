@@ -5,27 +5,30 @@
     python scripts/precompute.py --teacher-arch resnet152 --data DIR --verify 1000  ask again for a sample, and compare
     python scripts/precompute.py --prune NAME                                       remove a store, after asking
 
-The flags are those of trainKD.sh: what a view is, and which teacher answers, must be the same as in training.
+The flags are those of trainKD.sh, with --dataset imagenet those of train.sh --kd: what a view is, and which teacher
+answers, must be the same as in training.
 """
 
 import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cifar10.recipes import RECIPES  # noqa: E402
+from cifar10 import recipes as small  # noqa: E402
 from distill import cli  # noqa: E402
 from distill.recipe import Options, Recipe, UserError, knob  # noqa: E402
+from imagenet import recipes as photos  # noqa: E402
 
 
 @dataclass(frozen=True)
-class StoreOptions(Options):
-    """The flags of trainKD.sh and these."""
+class Stores:
+    """What is done with stores."""
 
     list: bool = knob(False, "show the stores and exit", group="stores")
     verify: int | None = knob(None, "ask again for this many stored answers, and compare", group="stores", least=1)
@@ -33,21 +36,33 @@ class StoreOptions(Options):
     yes: bool = knob(False, "remove without asking", group="stores")
 
 
+@dataclass(frozen=True)
+class SmallStores(Stores, Options):
+    """The flags of trainKD.sh and these."""
+
+
+@dataclass(frozen=True)
+class PhotoStores(Stores, photos.ImageNetOptions):
+    """The flags of train.sh --kd and these."""
+
+
 def main(argv: Sequence[str]) -> int:
+    dataset, argv = cli.take_dataset(argv)
     recipe, options = cli.parse(
         argv,
         prog="precompute.py",
-        recipes=RECIPES,
-        default="kd",
+        recipes=photos.RECIPES if dataset == "imagenet" else small.RECIPES,
+        default="standard_kd" if dataset == "imagenet" else "kd",
         description="Let a teacher answer views ahead of time.",
         examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
-        options=StoreOptions(),
+        options=PhotoStores() if dataset == "imagenet" else SmallStores(),
     )
     if options.list:
         return show()
     if options.prune:
         return prune(options.prune, options.yes)
-    return work(recipe, options)
+    with ExitStack() as stack:
+        return work(*(prepare_photos if dataset == "imagenet" else prepare_small)(recipe, options, stack), options)
 
 
 def stores() -> dict[str, dict[str, Any]]:
@@ -85,14 +100,12 @@ def prune(name: str, sure: bool) -> int:
     return 0
 
 
-def work(recipe: Recipe, options: StoreOptions) -> int:
-    from tqdm import tqdm
-
+def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[Recipe, Any, Any, Any]:
+    """The recipe, and its images, their views, and its teacher."""
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS
     from cifar10.teachers import load_teacher
     from cifar10.train_ce import train
-    from distill.answers import answered
     from distill.parallel import start
 
     device = start(options.device, deterministic=options.deterministic)
@@ -100,7 +113,38 @@ def work(recipe: Recipe, options: StoreOptions) -> int:
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, replace(recipe, batch_size=1), device)
-    teacher, _ = load_teacher(recipe, options, data, tests["test"], train)
+    teacher = load_teacher(recipe, options, data, tests["test"], train)[0]
+    return recipe, data, training, teacher
+
+
+def prepare_photos(
+    recipe: photos.ImageNetRecipe, options: PhotoStores, stack: ExitStack
+) -> tuple[Recipe, Any, Any, Any]:
+    """The recipe, and its photos, their views, and its teacher."""
+    from distill.parallel import start
+    from imagenet.data import load_data, prepare
+    from imagenet.loader import Workers
+    from imagenet.models import find
+    from imagenet.teachers import load_teacher
+
+    device = start(options.device, deterministic=options.deterministic)
+    known = find(recipe.teacher_arch or "", recipe.teacher_weights)
+    recipe = replace(recipe, teacher_arch=known.arch)
+    workers = stack.enter_context(Workers(options.workers, options.loader_minutes))
+    data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
+    print(data)
+    spec = find(recipe.arch, recipe.weights).spec
+    training, _ = prepare(data, replace(recipe, batch_size=1), spec, known.spec, workers, device)
+    teacher = load_teacher(recipe, options, known, data, workers, device)[0]
+    return recipe, data, training, teacher
+
+
+def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -> int:
+    """Fill the store of `teacher` for these views, or ask again for a sample of it."""
+    from tqdm import tqdm
+
+    from distill.answers import answered
+
     slots = training.plan.order.view_count or recipe.epochs
     answers = answered(replace(recipe, epochs=slots), replace(options, store=True), data, training, teacher)
     if not answers.store:

@@ -2,46 +2,59 @@
 
     python scripts/sweep.py --data sample --recipe sample_student_kd --T-list 1,2,3,4 --w-list 0.5,0.8,0.9
 
-The other flags are those of trainKD.sh. Cut, the same command continues; finished runs are reported.
+The other flags are those of trainKD.sh, with --dataset imagenet those of train.sh --kd. Cut, the same command
+continues; finished runs are reported.
 """
 
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cifar10.recipes import RECIPES  # noqa: E402
+from cifar10 import recipes as small  # noqa: E402
 from distill import cli  # noqa: E402
 from distill.recipe import Options, UserError, knob  # noqa: E402
+from imagenet import recipes as photos  # noqa: E402
 
 
 @dataclass(frozen=True)
-class SweepOptions(Options):
-    """The flags of trainKD.sh and these."""
+class Sweep:
+    """What a sweep goes through."""
 
     T_list: str = knob("1,2,3,4", "temperatures, with commas", group="sweep")
     w_list: str = knob("0.5,0.8,0.9", "shares of the KD term, with commas", group="sweep")
 
 
+@dataclass(frozen=True)
+class SmallSweep(Sweep, Options):
+    """The flags of trainKD.sh and these."""
+
+
+@dataclass(frozen=True)
+class PhotoSweep(Sweep, photos.ImageNetOptions):
+    """The flags of train.sh --kd and these."""
+
+
 def main(argv: Sequence[str]) -> None:
+    dataset, argv = cli.take_dataset(argv)
     recipe, options = cli.parse(
         argv,
         prog="sweep.py",
-        recipes=RECIPES,
-        default="kd",
+        recipes=photos.RECIPES if dataset == "imagenet" else small.RECIPES,
+        default="standard_kd" if dataset == "imagenet" else "kd",
         description="Train a student for each T and w.",
         examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
-        options=SweepOptions(),
+        options=PhotoSweep(kd=True) if dataset == "imagenet" else SmallSweep(),
     )
     if options.output:
         raise UserError("--output names one run: a sweep's runs lie side by side in checkpoints/")
     pairs = [(T, w) for T in numbers(options.T_list, "--T-list") for w in numbers(options.w_list, "--w-list")]
     recipes = [replace(recipe, T=T, w=w) for T, w in pairs]  # all of them are checked before the first one trains
-    from cifar10.train_kd import train
-
+    train = import_module(f"{dataset}.train_kd").train
     start, rows = time.perf_counter(), []
     for each in recipes:
         print(f"== T {each.T:g}, w {each.w:g}")

@@ -32,6 +32,7 @@ from imagenet.data import PhotoTests, load_data, prepare
 from imagenet.decoding import Box, BrokenImage, read_box, read_centre
 from imagenet.loader import Job, LoaderError, Workers
 from imagenet.recipes import RECIPES, STANDARD
+from scripts import precompute, sweep
 
 CPU = torch.device("cpu")
 NONE = Workers(0)
@@ -280,7 +281,8 @@ def test_views_at_the_teachers_size_and_mixtures(photos: Path) -> None:
     assert set(tests) == {"test", "val"}
     assert next(tests["test"].batches())[0].shape == (8, 32, 32, 3)
     assert first.mixture is not None
-    again = training.batch(first.indices.numpy()[::-1].copy(), first.views.numpy()[::-1].copy())
+    reversed_order = (first.indices.numpy()[::-1].copy(), first.views.numpy()[::-1].copy())
+    again = next(training.show(iter([reversed_order])))
     assert torch.equal(again.images.flip(0), first.images)  # nothing depends on the batch
     sized, _ = prepare(data, replace(recipe, render_size=40), spec, bigger, NONE, CPU)
     assert sized.policy.name != training.policy.name
@@ -478,6 +480,25 @@ def test_kd_and_its_store(photos: Path, home: Path, tmp_path: Path, capsys: pyte
     assert "it teaches" not in second
     runs = sorted(path.name for path in (home / "photos" / "mobilenet_v3_small").iterdir())
     assert runs == ["kd-resnet18-T1-w0.5-seed0", "kd-resnet18-T2-w0.5-seed0"]
+
+
+@pytest.mark.usefixtures("home")
+def test_stores_and_sweeps_of_photos(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(models.find("resnet18").build(num_classes=4).state_dict(), tmp_path / "teacher.pth")
+    flags = ["--dataset", "imagenet", "--data", str(photos), "--teacher-arch", "resnet18", "--render-size", "32"]
+    flags += ["--teacher-checkpoint", str(tmp_path / "teacher.pth"), "--views", "2", *SMALL]
+    assert precompute.main([*flags, "--workers", "1"]) == 0
+    assert "48 views are in" in capsys.readouterr().out
+    assert precompute.main([*flags, "--workers", "1"]) == 0
+    assert "0 of them answered by this call" in capsys.readouterr().out
+    assert precompute.main([*flags, "--workers", "0", "--verify", "10"]) == 0
+    assert "10 answers asked again: 10 the same to the bit" in capsys.readouterr().out
+    sweep.main([*flags, "--workers", "0", "--T-list", "1,2", "--w-list", "0.5"])
+    said = capsys.readouterr().out
+    assert said.count("teacher: 0 views answered") == 2
+    assert "| 2 | 0.5 |" in said
+    with pytest.raises(UserError, match="--dataset must be one of cifar10, imagenet, got 'mnist'"):
+        sweep.main(["--dataset", "mnist"])
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_evaluate_script(command: Any, small_npz: Path, tmp_path: Path, name: st
         ([], "--checkpoint is needed"),
         (["--arch", "resnet18", "--checkpoint", "nowhere.pt"], "cannot read nowhere.pt"),
         (["--checkpoint", "x", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no such directory"),
-        (["--split", "val"], "--split must be one of test, train"),
+        (["--split", "val", "--checkpoint", "x"], "--split val: cifar10 has test and train"),
     ],
 )
 def test_evaluate_script_mistakes(command: Any, flags: list[str], message: str) -> None:
