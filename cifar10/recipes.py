@@ -65,12 +65,14 @@ SHORT_TEACHER = replace(STUDENT, arch="resnet18", epochs=12, schedule="onecycle"
 """A teacher that a CPU can train: ResNet-18 by one cycle, in bfloat16, which is 2.3 x faster where there is AMX.
 
 bash scripts/trainCE.sh --recipe short_teacher
+Accuracy: 91.19 (one seed). Time: 12 epochs of 5 minutes on 2 CPU cores, at 174 images/s.
 """
 
 SHORT_STUDENT = replace(STUDENT, epochs=20, warmup=2.0, dropout=0.0)
 """The student in an hour on 2 CPU cores: 20 epochs, 2 of them warm-up, no dropout.
 
 bash scripts/trainCE.sh --recipe short_student
+Accuracy: 90.11 (one seed). Time: 75 minutes.
 """
 
 SHORT_STUDENT_KD = replace(SHORT_STUDENT, teacher_arch=SHORT_TEACHER.arch, T=4.0, w=0.9)
