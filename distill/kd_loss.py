@@ -1,4 +1,5 @@
-"""The loss of Hinton's distillation on logits: pure functions of tensors."""
+"""Losses of distillation on logits: pure functions of tensors. All compute in float32 and are means over the images, in
+nats; the gradient goes to the student alone; shapes that do not fit raise ValueError."""
 
 from typing import NamedTuple
 
@@ -15,15 +16,99 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
     Raises ValueError if the shapes differ or T <= 0.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
+    _check(student_logits, teacher_logits, temperature)
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    # batchmean: the default 'mean' would divide by the number of classes as well.
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float, labels: Tensor | None = None) -> None:
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         raise ValueError(f"student and teacher logits must both be (B, C), got {shapes}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-    # batchmean: the default 'mean' would divide by the number of classes as well.
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    if labels is not None and labels.shape != student_logits.shape[:1]:
+        raise ValueError(f"labels must be ({len(student_logits)},), got {tuple(labels.shape)}")
+
+
+def dkd(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """T^2 * (alpha * KL(b_t || b_s) + beta * KL(q_t || q_s)), b the two-class distribution (label, not label) at
+    temperature T and q that over the other classes alone.
+
+    Shapes: logits (B, C), labels (B,). 0 where the two agree up to a constant. Computed by logsumexp: 1 - p(label)
+    would be 0 for a student that is sure. Raises ValueError.
+    Source: Zhao et al. 2022, arXiv:2203.08679.
+    """
+    _check(student_logits, teacher_logits, temperature, labels)
+    student, teacher = student_logits.float() / temperature, teacher_logits.detach().float() / temperature
+    binary = F.kl_div(
+        _label_or_not(student, labels), _label_or_not(teacher, labels), reduction="batchmean", log_target=True
+    )
+    own, known = (F.log_softmax(_others(logits, labels), dim=1) for logits in (student, teacher))
+    rest = F.kl_div(own, known, reduction="batchmean", log_target=True)
+    return temperature**2 * (alpha * binary + beta * rest)
+
+
+def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma: float, temperature: float) -> Tensor:
+    """-p_t(y) log p_s(y) at T = 1, and -gamma * T^2 * sum over the other classes i of q_t(i) log q_s(i), q the softmax
+    over the C - 1 other logits at temperature T.
+
+    Shapes: logits (B, C), labels (B,). At equality not 0 but the entropies of the teacher. Raises ValueError.
+    Source: Yang et al. 2023, arXiv:2303.13005.
+    """
+    _check(student_logits, teacher_logits, temperature, labels)
+    student, teacher = student_logits.float(), teacher_logits.detach().float()
+    column = labels.view(-1, 1)
+    target = teacher.softmax(1).gather(1, column) * F.log_softmax(student, dim=1).gather(1, column)
+    known = F.softmax(_others(teacher, labels) / temperature, dim=1)
+    rest = known * F.log_softmax(_others(student, labels) / temperature, dim=1)
+    return -(target.mean() + gamma * temperature**2 * rest.sum(1).mean())
+
+
+def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: float, tau: float) -> Tensor:
+    """tau^2 * (beta * (1 - mean over images of r_i) + gamma * (1 - mean over classes of r_c)), r_i the Pearson
+    correlation of softmax(s / tau) and softmax(t / tau) across the classes, r_c that across the images of the batch.
+
+    Shapes: (B, C). 0 where the two agree, and for gamma > 0 a function of the batch as a whole. Raises ValueError.
+    Source: Huang et al. 2022, arXiv:2205.10536.
+    """
+    _check(student_logits, teacher_logits, tau)
+    student = F.softmax(student_logits.float() / tau, dim=1)
+    teacher = F.softmax(teacher_logits.detach().float() / tau, dim=1)
+    between, within = _correlation(student, teacher), _correlation(student.T, teacher.T)
+    return tau**2 * (beta * (1 - between.mean()) + gamma * (1 - within.mean()))
+
+
+def standardize(logits: Tensor) -> Tensor:
+    """(z - mean) / (deviation + 1e-7) for each image, over its classes, with the unbiased deviation: (B, C) -> float32.
+
+    Applied to student and teacher before kd or dkd. Source: Sun et al. 2024, arXiv:2403.01427.
+    """
+    values = logits.float()
+    return (values - values.mean(1, keepdim=True)) / (values.std(1, keepdim=True) + 1e-7)
+
+
+def _others(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, C - 1): all logits but the label's."""
+    places = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    return logits.gather(1, places + (places >= labels.view(-1, 1)))
+
+
+def _label_or_not(logits: Tensor, labels: Tensor) -> Tensor:
+    """log (p(label), 1 - p(label)): (B, 2)."""
+    label = logits.gather(1, labels.view(-1, 1))
+    others = torch.logsumexp(_others(logits, labels), dim=1, keepdim=True)
+    return F.log_softmax(torch.cat([label, others], dim=1), dim=1)
+
+
+def _correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson's, of each row: (N, M), (N, M) -> (N,). A row without variance has none: 0."""
+    one, other = (rows - rows.mean(1, keepdim=True) for rows in (one, other))
+    return (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1) + 1e-8)
 
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)  # at which a top-k answer knows what the other classes have

@@ -1,27 +1,115 @@
 """The loss: agreement with recorded values, and the contract that every loss on logits keeps."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from distill.kd_loss import TopKLogits, kd, kd_top_k, top_k_error, top_k_logits
+from distill.kd_loss import TopKLogits, dist, dkd, kd, kd_top_k, nkd, standardize, top_k_error, top_k_logits
 
 CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
 
 
+NAMES = {"T": "temperature"}  # of the hyper-parameters in the recorded values
+LABELLED = (dkd, nkd)
+LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "kd": (kd, {"temperature": 3}),
+    "kd, standardised": (lambda s, t, **given: kd(standardize(s), standardize(t), **given), {"temperature": 2}),
+    "dkd": (dkd, {"alpha": 1, "beta": 8, "temperature": 4}),
+    "nkd": (nkd, {"gamma": 1.5, "temperature": 1}),
+    "dist": (dist, {"beta": 1, "gamma": 1, "tau": 1}),
+}
+
+
+def loss_of(name: str, student: Tensor, teacher: Tensor) -> Tensor:
+    loss, given = LOSSES[name]
+    labels = (torch.arange(len(student)) % student.shape[1],) if loss in LABELLED else ()
+    return loss(student, teacher, *labels, **given)
+
+
 @pytest.mark.parametrize("case", [0, 1])
-@pytest.mark.parametrize("name", ["kd_T1", "kd_T3", "kd_T4"])
+@pytest.mark.parametrize("name", [k for k in CASES[0]["losses"] if k.startswith(("kd_", "dkd_", "nkd_", "dist_"))])
 def test_agrees_with_the_reference_in_value_and_gradient(case: int, name: str) -> None:
     inputs, expected = CASES[case]["inputs"], CASES[case]["losses"][name]
-    student = torch.tensor(inputs["student_logits"], requires_grad=True)
-    loss = kd(student, torch.tensor(inputs["teacher_logits"]), temperature=expected["hp"]["T"])
-    assert loss.item() == pytest.approx(expected["value"], rel=1e-5)
+    student, teacher = (
+        torch.tensor(inputs["student_logits"], requires_grad=True),
+        torch.tensor(inputs["teacher_logits"]),
+    )
+    given = {NAMES.get(key, key): value for key, value in expected["hp"].items()}
+    labels = torch.tensor(inputs["labels"])
+    if name.startswith("kd_standardized"):
+        loss = kd(standardize(student), standardize(teacher), **given)
+    elif name.startswith(("dkd_", "nkd_")):
+        loss = (dkd if name.startswith("dkd_") else nkd)(student, teacher, labels, **given)
+    else:
+        loss = (dist if name.startswith("dist_") else kd)(student, teacher, **given)
+    if not name.startswith("nkd_"):  # whose recorded value holds the teacher's entropy as well
+        assert loss.item() == pytest.approx(expected["value"], rel=1e-5)
     loss.backward()
     assert student.grad is not None
     assert student.grad.norm().item() == pytest.approx(expected["grad_norm"], rel=1e-5)
     torch.testing.assert_close(student.grad.flatten()[:5], torch.tensor(expected["grad_head"]), rtol=1e-4, atol=1e-7)
+
+
+def test_dkd_is_kd_where_its_parts_weigh_alike() -> None:
+    """KL = KL of (label, not label) + (1 - p_t(label)) * KL over the others, the paper's equation."""
+    student, teacher, labels = torch.randn(1, 7), torch.randn(1, 7), torch.tensor([2])
+    share = 1 - teacher.softmax(1)[0, 2].item()
+    found = dkd(student, teacher, labels, alpha=1, beta=share, temperature=1)
+    torch.testing.assert_close(found, kd(student, teacher, temperature=1), rtol=1e-5, atol=1e-6)
+
+
+def test_dkd_of_a_sure_student() -> None:
+    """A gap of 300: 1 - p would be 0, its logarithm infinite."""
+    student = torch.zeros(2, 5).index_fill_(1, torch.tensor([1]), 300.0).requires_grad_()
+    loss = dkd(student, torch.randn(2, 5), torch.tensor([1, 1]), alpha=1, beta=8, temperature=1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
+def test_finite_for_large_logits(name: str, dtype: torch.dtype, size: float) -> None:
+    student = (torch.randn(8, 10).clamp(-1, 1) * size).to(dtype).requires_grad_()
+    loss = loss_of(name, student, (torch.randn(8, 10).clamp(-1, 1) * size).to(dtype))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_to_the_student_only_least_at_equality_and_independent_of_order(name: str) -> None:
+    student, teacher = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    loss = loss_of(name, student, teacher)
+    loss.backward()
+    assert teacher.grad is None
+    # rows and classes turned by one place alike, so that the labels, row mod C, turn with them
+    turned = [logits.detach().roll((1, 1), (0, 1)) for logits in (student, teacher)]
+    torch.testing.assert_close(loss_of(name, *turned), loss.detach())
+    same = teacher.detach().clone().requires_grad_()
+    least = loss_of(name, same, teacher)
+    least.backward()
+    assert same.grad is not None
+    assert same.grad.abs().max() < 1e-6 or name == "nkd"
+    assert least < loss
+    if name != "nkd":
+        assert least.item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_mismatched_shapes(name: str) -> None:
+    with pytest.raises(ValueError, match=r"\(4, 10\) and \(4, 9\)"):
+        loss_of(name, torch.zeros(4, 10), torch.zeros(4, 9))
+    with pytest.raises(ValueError, match=r"labels must be \(4,\), got \(3,\)"):
+        dkd(torch.zeros(4, 9), torch.zeros(4, 9), torch.zeros(3), alpha=1, beta=1, temperature=1)
 
 
 def test_is_the_formula() -> None:
@@ -36,27 +124,6 @@ def test_zero_at_equality_up_to_a_constant() -> None:
     assert kd(logits, logits, temperature=3).item() == pytest.approx(0, abs=1e-6)
     assert kd(logits + 5, logits, temperature=3).item() == pytest.approx(0, abs=1e-5)
     assert kd(torch.randn(6, 10), logits, temperature=3).item() > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
-def test_finite_for_large_logits(dtype: torch.dtype, size: float) -> None:
-    student = (torch.randn(8, 10).clamp(-1, 1) * size).to(dtype).requires_grad_()
-    loss = kd(student, (torch.randn(8, 10).clamp(-1, 1) * size).to(dtype), temperature=1)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert torch.isfinite(loss)
-    assert student.grad is not None
-    assert torch.isfinite(student.grad).all()
-
-
-def test_gradient_to_the_student_only_and_independent_of_order() -> None:
-    student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10, requires_grad=True)
-    loss = kd(student, teacher, temperature=4)
-    loss.backward()
-    assert teacher.grad is None
-    order = torch.randperm(8)
-    torch.testing.assert_close(kd(student[order], teacher[order], temperature=4), loss)
 
 
 @pytest.mark.parametrize(
