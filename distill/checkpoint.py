@@ -14,6 +14,7 @@ import shutil
 import stat
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,13 @@ def load_arch(path: Path) -> str | None:
     return arch if isinstance(arch, str) else None
 
 
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The recipe that a checkpoint of ours was trained by; {} for other files. Raises CheckpointError."""
+    content = read(path)
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load `weights` into `network`, every key and shape as it must be. Raises CheckpointError naming what differs.
 
@@ -342,7 +350,9 @@ def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str
     bad = [k for k, v in given.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise CheckpointError(f"{source} has weights that are not finite: {_listed('in', bad)[0]}")
-    network.load_state_dict(given, strict=False)
+    state = OrderedDict(given)
+    state._metadata = own._metadata  # type: ignore[attr-defined]  # versions of modules, for those that ask
+    network.load_state_dict(state, strict=False)
 
 
 def _listed(verb: str, names: list[str]) -> list[str]:

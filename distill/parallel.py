@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -199,19 +200,25 @@ def on_main(work: Callable[P, Result]) -> Callable[P, Result]:
 @contextmanager
 def first_here() -> Iterator[None]:
     """The first process of each machine enters alone, the others when it is done and has filled the caches."""
-    if local_rank():
-        if any_of(False)[0]:
-            failed = UserError("the first process has failed")
-            failed.told = True
-            raise failed
+    if world_size() == 1:
         yield
         return
-    done = False
+    # what the first one does may take longer than a collective of training should
+    patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")
+    done = bool(local_rank())
     try:
-        yield
-        done = True
+        if not done:
+            yield
+            done = True
     finally:
-        any_of(not done)
+        failed = torch.tensor([not done], dtype=torch.uint8)
+        dist.all_reduce(failed, dist.ReduceOp.MAX, patient)  # type: ignore[arg-type]
+    if failed.item():
+        elsewhere = UserError("the first process of a machine has failed")
+        elsewhere.told = True
+        raise elsewhere
+    if local_rank():
+        yield
 
 
 def any_of(*flags: bool) -> list[bool]:

@@ -1,5 +1,6 @@
 """The frozen teacher: in eval mode, without gradients, its answers rounded to float16; and what it knows."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from distill.registry import Classifier
 from distill.views import TestData
 
 FLOAT16_MAX = 65504.0
-BLOCK = {"cpu": 64, "cuda": 512}  # images at a time: on a CPU as many as its caches like
+BLOCK = {"cpu": 64, "cuda": 512}  # images of up to 224 pixels at a time: on a CPU as many as its caches like
 COMPARED = 1000  # images on which a rounded teacher is compared with its float32 form
 
 
@@ -30,7 +31,7 @@ class Teacher:
 
     def __init__(self, network: Classifier, device_name: str = "cpu", block: int | None = None) -> None:
         self.network, self._device_name = network.eval().requires_grad_(False), device_name
-        self.block = block or BLOCK[network.mean.device.type]
+        self.block = block or _block(network)
         self.digest = self._content()
         self._fast: nn.Module | None = None
 
@@ -70,6 +71,12 @@ class Teacher:
 
     def _content(self) -> str:
         return checkpoint.digest(self.network.network.state_dict())
+
+
+def _block(network: Classifier) -> int:
+    """A power of two, of about as many pixels for every size of images."""
+    most = BLOCK[network.mean.device.type] * min(1.0, (224 / network.spec.size) ** 2)
+    return max(16, 1 << int(math.log2(most)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Photos in folders: listed once, decoded in workers each time they are shown."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from imagenet.loader import Job, Workers
 from imagenet.recipes import ImageNetRecipe
 
 TRAIN, VAL = "train", "val"
-BATCH = 128  # photos that are evaluated at a time
+BATCH = {"cpu": 128, "cuda": 512}  # photos that are evaluated at a time
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = F
         digest, stamp = _digests(path, classes, listed)
         if skip_bad_images:
             listed = _without_broken(listed, stamp, workers)
+            digest, _ = _digests(path, classes, listed)
     columns = [column for split in (TRAIN, VAL) for column in zip(*listed[split], strict=True)]
     files, labels = columns[::2], [torch.tensor(column) for column in columns[1::2]]
     return Photos(path.resolve().name, tuple(classes), files[0], labels[0], files[1], labels[1], digest)
@@ -74,7 +76,7 @@ def _digests(path: Path, classes: list[str], listed: dict[str, list[tuple[str, i
             status = Path(file).stat()
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
-        sizes += [file[len(str(path)) :], status.st_size]
+        sizes += [os.path.relpath(file, path), status.st_size]
         times.append(status.st_mtime_ns)
     same = checkpoint.digest([classes, sizes])
     return same, checkpoint.digest([str(path.resolve()), same, times])
@@ -152,11 +154,11 @@ class PhotoData:
             pixels = to_device(images, self.device)
             mixture = None
             if mixed is not None:
-                weight = torch.from_numpy(mixed).to(self.device)
-                mixture = Mixture(self.labels[torch.from_numpy(partners)].to(self.device), weight)
+                weight = to_device(torch.from_numpy(mixed), self.device)
+                mixture = Mixture(to_device(self.labels[torch.from_numpy(partners)], self.device), weight)
                 pixels = mix(pixels[: len(chosen)], pixels[len(chosen) :], weight)
             indices = torch.from_numpy(chosen)
-            here = [value.to(self.device) for value in (self.labels[indices], indices, torch.from_numpy(shown))]
+            here = [to_device(value, self.device) for value in (self.labels[indices], indices, torch.from_numpy(shown))]
             yield Batch(pixels, here[0], here[1], here[2], mixture)
 
     def _partners(
@@ -191,8 +193,9 @@ class PhotoTests:
     def batches(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
         part, parts = share
         first, last = (len(self._files) * k // parts for k in (part, part + 1))
-        starts = range(first, last, BATCH)
-        jobs = (np.arange(start, min(start + BATCH, last)) for start in starts)
+        size = BATCH[self._device.type]
+        starts = range(first, last, size)
+        jobs = (np.arange(start, min(start + size, last)) for start in starts)
         rendered = self._workers.render(
             self._policy, (Job([self._files[i] for i in job.tolist()], job, np.zeros_like(job)) for job in jobs)
         )
@@ -200,9 +203,9 @@ class PhotoTests:
             yield to_device(images, self._device), self.labels[start : start + len(images)]
 
 
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """`images` on `device`; the copy to a GPU goes on while this process does."""
-    return images if device.type == "cpu" else images.pin_memory().to(device, non_blocking=True)
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`; the copy to a GPU goes on while this process does."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def prepare(

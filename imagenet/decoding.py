@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from distill.recipe import UserError
 
-LARGEST = 100_000_000  # pixels of a file; more is a mistake or a decompression bomb. ImageNet's largest has 61 million.
+LARGEST = 64_000_000  # pixels of a file, or of it resized; more is a mistake or a decompression bomb
 
 
 class BrokenImage(UserError):
@@ -68,6 +68,8 @@ def read_centre(file: str, resized: int, size: int, interpolation: str, decoder:
         height, width = pixels.shape[1:]
         short = min(height, width)
         shape = (int(resized * height / short), int(resized * width / short))
+        if shape[0] * shape[1] > LARGEST:
+            raise ValueError(f"{width}x{height} pixels, too thin to be resized to {resized} on the short side")
         found = resize(pixels, shape, interpolation)
         top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
         return found[:, top : top + size, left : left + size]

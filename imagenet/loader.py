@@ -1,7 +1,7 @@
 """Processes that render photos into memory which they share with this one.
 
 A batch is rendered in small parts by all of them, each row at its place, so that their number changes nothing.
-Signals to stop are this process's business: the workers ignore them, and end when it does.
+Signals to stop are this process's business: the workers have them blocked, and end when it does.
 """
 
 import multiprocessing
@@ -10,11 +10,12 @@ import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ from distill.recipe import UserError
 from imagenet.augment import PhotoViews
 from imagenet.decoding import BrokenImage, read_centre
 
-AHEAD = 3  # batches in the making
+AHEAD = 3, 1024  # batches in the making at least, and photos
 PART = 16  # photos of a task, at most
+# A scheduler may signal every process of a job.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class LoaderError(UserError):
@@ -63,7 +66,7 @@ class Workers:
         waiting: deque[tuple[Any, NDArray[np.uint8], list[Future[None]]]] = deque()
         try:
             for job in jobs:
-                if len(waiting) == AHEAD:
+                if len(waiting) >= max(AHEAD[0], AHEAD[1] // len(job.files)):
                     yield self._finished(*waiting.popleft())
                 file, path = _memory()
                 shape = (len(job.files), policy.size, policy.size, 3)
@@ -87,7 +90,7 @@ class Workers:
             return
         waiting: deque[Future[list[tuple[int, str]]]] = deque()
         for part in parts:
-            waiting.append(self._started().submit(_broken, *part))
+            waiting.append(self._submitted(_broken, *part))
             if len(waiting) > 4 * self.count:
                 yield self._result(waiting.popleft())
         while waiting:
@@ -109,20 +112,29 @@ class Workers:
         if self._pool is None:
             context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
             context.set_forkserver_preload(["torch", "torchvision.transforms", "torchvision.io"])
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            resource_tracker.ensure_running()  # unblocks some of them
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            forkserver.ensure_running()  # it and the workers inherit what is blocked
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin)
         return self._pool
 
     def _submit(self, policy: PhotoViews, job: Job, path: str, shape: tuple[int, ...]) -> "list[Future[None]]":
         size = min(PART, -(-len(job.files) // self.count))
-        futures = []
+        status = os.stat(path)
+        memory, futures = (path, status.st_dev, status.st_ino), []
         for start in range(0, len(job.files), size):
             rows = slice(start, start + size)
             part = Job(list(job.files[rows]), job.indices[rows], job.views[rows])
-            try:
-                futures.append(self._started().submit(_render_part, policy, part, path, shape, start))
-            except BrokenProcessPool:
-                raise self._dead() from None
+            futures.append(self._submitted(_render_part, policy, part, memory, shape, start))
         return futures
+
+    def _submitted(self, work: Callable[..., Any], *given: Any) -> "Future[Any]":
+        try:
+            return self._started().submit(work, *given)
+        except BrokenProcessPool:
+            raise self._dead() from None
 
     def _finished(self, file: Any, array: NDArray[np.uint8], futures: "list[Future[None]]") -> Tensor:
         with file:
@@ -158,8 +170,6 @@ def _memory() -> tuple[Any, str]:
 
 # ------------------------------------------------------------------------------------------------------ in the workers
 def _begin() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent
@@ -176,9 +186,15 @@ def _render_all(policy: PhotoViews, job: Job) -> Tensor:
     return torch.stack([policy.render(*row) for row in rows])
 
 
-def _render_part(policy: PhotoViews, part: Job, path: str, shape: tuple[int, ...], start: int) -> None:
-    """Render the rows from `start` on into the memory at `path`."""
+def _render_part(
+    policy: PhotoViews, part: Job, memory: tuple[str, int, int], shape: tuple[int, ...], start: int
+) -> None:
+    """Render the rows from `start` on into `memory`: its path, device and inode."""
+    path, *same = memory
     with open(path, "r+b") as file:
+        status = os.fstat(file.fileno())
+        if [status.st_dev, status.st_ino] != same:
+            return  # nobody waits for it any more, and the path is that of another file by now
         array = torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=shape))
     for row, (name, index, view) in enumerate(zip(part.files, part.indices.tolist(), part.views.tolist(), strict=True)):
         array[start + row] = policy.render(name, index, view)

@@ -40,6 +40,14 @@ WSL = {
 }
 
 
+AUXILIARY = ("googlenet", "inception_v3")  # they have heads for the training of their time
+RENAMED = (  # torchvision's densenets and vision transformers had other names when their weights were published
+    (r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2"),
+    (r"mlp\.linear_1\.", "mlp.0."),
+    (r"mlp\.linear_2\.", "mlp.3."),
+)
+
+
 @dataclass(frozen=True)
 class Network:
     """A network that a name stands for.
@@ -53,6 +61,21 @@ class Network:
     spec: InputSpec
     build: Callable[..., nn.Module]
     fetch: Callable[[str], Mapping[str, Tensor]]
+
+    def at(self, size: int | None) -> "Network":
+        """The same for images of another size, if one is given. Raises UserError when it is built, if it has none."""
+        if not size or size == self.spec.size:
+            return self
+
+        def build(num_classes: int, **given: Any) -> nn.Module:
+            try:
+                return self.build(num_classes=num_classes, image_size=size, **given)
+            except (AssertionError, ValueError, RuntimeError) as error:
+                cause = " ".join(str(error).split())[:120]
+                raise UserError(f"{self.arch} cannot be built for images of {size} pixels: {cause}") from None
+
+        resized = round(self.spec.resized * size / self.spec.size)
+        return replace(self, spec=replace(self.spec, size=size, resized=resized), build=build)
 
 
 def find(name: str, weights: str | None = None) -> Network:
@@ -83,27 +106,39 @@ def build_student(
 ) -> tuple[Classifier, str | None]:
     """The network of `recipe`, initialised from its seed, from the file `init` or, if `pretrained`, from its published
     weights; and the digest of those weights. Where they are of other classes the network's last layer is fresh."""
-    known = find(recipe.arch, recipe.weights)
+    known = find(recipe.arch, recipe.weights).at(recipe.image_size)
     torch.manual_seed(recipe.seed)
-    settings = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect, "image_size": recipe.image_size}
+    given = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect}
     try:
         network = known.build(
-            num_classes=num_classes, **{key: value for key, value in settings.items() if value is not None}
+            num_classes=num_classes, **{key: value for key, value in given.items() if value is not None}
         )
     except TypeError:
         raise UserError(f"--dropout, --drop-connect: {recipe.arch} does not have what is given") from None
-    spec = known.spec
-    if recipe.image_size:
-        ratio = recipe.image_size / spec.size
-        spec = replace(spec, size=recipe.image_size, resized=round(spec.resized * ratio))
     init_digest = None
     if init or recipe.pretrained:
         source = init or f"the published {recipe.arch}"
         by_hand = "or name them by --init FILE"
-        given = on_main(checkpoint.load_weights)(Path(init)) if init else fetch(known, by_hand)
-        checkpoint.apply_weights(network, _with_own_head(network, given, source), source)
+        weights = adapted(on_main(checkpoint.load_weights)(Path(init)) if init else fetch(known, by_hand), known.arch)
+        checkpoint.apply_weights(network, _with_own_head(network, weights, source), source)
         init_digest = checkpoint.digest(network.state_dict())
-    return Classifier(network, spec, choose_precision(recipe.precision, device)).to(device), init_digest
+    return Classifier(network, known.spec, choose_precision(recipe.precision, device)).to(device), init_digest
+
+
+def find_trained(name: str, weights: str | None, file: str | None) -> Network:
+    """find(), and where `file` is a checkpoint of ours the size and the look that it was trained for."""
+    recipe = checkpoint.load_recipe(Path(file)) if file else {}
+    return find(name, weights or recipe.get("weights")).at(recipe.get("image_size"))
+
+
+def adapted(weights: Mapping[str, Tensor], arch: str) -> dict[str, Tensor]:
+    """Published weights under the names that torchvision's networks have today, without heads for training alone."""
+    found = dict(weights)
+    if arch in AUXILIARY:
+        found = {key: value for key, value in found.items() if not key.lower().startswith("aux")}
+    for old, new in RENAMED:
+        found = {re.sub(old, new, key): value for key, value in found.items()}
+    return found
 
 
 def fetch(known: Network, by_hand: str) -> Mapping[str, Tensor]:
@@ -133,7 +168,6 @@ def _torchvision(arch: str, weights: str | None) -> Network:
     look = entry.transforms()
     size, resized = look.crop_size[0], look.resize_size[0]
     spec = InputSpec(size, tuple(look.mean), tuple(look.std), resized, look.interpolation.value)
-    auxiliary = arch in ("googlenet", "inception_v3")  # heads of the training of their time
 
     def build(num_classes: int, **given: Any) -> nn.Module:
         names = {"drop_connect": "stochastic_depth_prob", "image_size": None}
@@ -144,19 +178,13 @@ def _torchvision(arch: str, weights: str | None) -> Network:
             names["image_size"] = "input_size"
             given["image_size"] = (given.get("image_size", size),) * 2
         settings = {name: value for key, value in given.items() if (name := names.get(key, key))}
-        if auxiliary:
+        if arch in AUXILIARY:
             settings |= {"aux_logits": False, "init_weights": True}
         return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **settings)
 
-    def fetch(by_hand: str) -> Mapping[str, Tensor]:
-        found = _download(arch, entry.url, by_hand)
-        if auxiliary:  # their published weights are of networks that see deviations of 0.5, and convert
-            found = {key: value for key, value in found.items() if not key.lower().startswith("aux")}
-        return found
-
-    if auxiliary:
+    if arch in AUXILIARY:  # their published weights are of networks that see deviations of 0.5, and convert
         spec = replace(spec, mean=HALF, std=HALF)
-    return Network(arch, spec, build, fetch)
+    return Network(arch, spec, build, lambda by_hand: _download(arch, entry.url, by_hand))
 
 
 def _efficientnet(arch: str, number: int) -> Network:
@@ -227,7 +255,8 @@ def _timm(name: str) -> Network:
             return timm.create_model(arch, pretrained=True).state_dict()
         except Exception as error:  # whatever the hub's client raises
             cause = " ".join(str(error).split())[:120]
-            raise UserError(f"could not get timm's weights of {arch} ({cause}); {by_hand}") from None
+            where = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else known.url
+            raise UserError(f"could not get timm's weights of {arch} from {where} ({cause}); {by_hand}") from None
 
     return Network(name, spec, build, fetch)
 

@@ -13,10 +13,16 @@ from distill.run_dir import CHECKPOINTS
 from distill.teacher import Known, Teacher, introduce
 from imagenet.data import Photos, PhotoTests
 from imagenet.loader import Workers
-from imagenet.models import CLASSES, Network, fetch
+from imagenet.models import CLASSES, Network, adapted, fetch, find_trained
 from imagenet.recipes import ImageNetOptions, ImageNetRecipe
 
 RANDOM = "none"  # --teacher-checkpoint none: no weights at all
+
+
+def find_teacher(recipe: ImageNetRecipe, options: ImageNetOptions) -> Network:
+    """The network of the teacher of `recipe`, as its weights want to see photos."""
+    named = options.teacher_checkpoint
+    return find_trained(recipe.teacher_arch or "", recipe.teacher_weights, None if named == RANDOM else named)
 
 
 def load_teacher(
@@ -52,12 +58,13 @@ def load_weights(
         print(f"warning: {flag} {RANDOM}: {known.arch} has random weights, and knows nothing")
         return "random weights"
     if named:
-        checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(Path(named)), named)
+        checkpoint.apply_weights(network, adapted(on_main(checkpoint.load_weights)(Path(named)), known.arch), named)
         return named
     if classes != CLASSES:
         raise UserError(
             f"the published {known.arch} knows {CLASSES} classes, the data has {classes}: "
             f"train one on it, and name that by {flag} FILE"
         )
-    checkpoint.apply_weights(network, fetch(known, f"or name them by {flag} FILE"), f"the published {known.arch}")
+    weights = adapted(fetch(known, f"or name them by {flag} FILE"), known.arch)
+    checkpoint.apply_weights(network, weights, f"the published {known.arch}")
     return "its published weights"

@@ -48,10 +48,10 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     from imagenet.data import load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
-    from imagenet.teachers import load_teacher
+    from imagenet.teachers import find_teacher, load_teacher
 
     device = start(options.device, deterministic=options.deterministic)
-    known_teacher = find(recipe.teacher_arch or "", recipe.teacher_weights)
+    known_teacher = find_teacher(recipe, options)
     recipe = replace(recipe, arch=find(recipe.arch, recipe.weights).arch, teacher_arch=known_teacher.arch)
     if not options.kd:
         print(f"--teacher-arch {recipe.teacher_arch}: it teaches, as with --kd")

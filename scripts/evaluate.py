@@ -105,10 +105,10 @@ def _photos(options: Evaluate, arch: str, device: Any, stack: ExitStack) -> tupl
     """The network of photos, what it wants to see, and the photos."""
     from imagenet.data import PhotoTests, load_data
     from imagenet.loader import Workers
-    from imagenet.models import find
+    from imagenet.models import find_trained
     from imagenet.teachers import load_weights
 
-    known = find(arch, options.weights)
+    known = find_trained(arch, options.weights, options.checkpoint)
     workers = stack.enter_context(Workers(options.workers))
     data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
     network = known.build(num_classes=len(data.classes))

@@ -112,7 +112,7 @@ def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[R
     recipe = replace(recipe, teacher_arch=MODELS.resolve(recipe.teacher_arch or ""), w=1.0)
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
-    training, tests = prepare(data, replace(recipe, batch_size=1), device)
+    training, tests = prepare(data, replace(recipe, batch_size=1, accumulate=1), device)
     teacher = load_teacher(recipe, options, data, tests["test"], train)[0]
     return recipe, data, training, teacher
 
@@ -125,16 +125,16 @@ def prepare_photos(
     from imagenet.data import load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import find
-    from imagenet.teachers import load_teacher
+    from imagenet.teachers import find_teacher, load_teacher
 
     device = start(options.device, deterministic=options.deterministic)
-    known = find(recipe.teacher_arch or "", recipe.teacher_weights)
+    known = find_teacher(recipe, options)
     recipe = replace(recipe, teacher_arch=known.arch)
     workers = stack.enter_context(Workers(options.workers, options.loader_minutes))
     data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
     print(data)
-    spec = find(recipe.arch, recipe.weights).spec
-    training, _ = prepare(data, replace(recipe, batch_size=1), spec, known.spec, workers, device)
+    spec = find(recipe.arch, recipe.weights).at(recipe.image_size).spec
+    training, _ = prepare(data, replace(recipe, batch_size=1, accumulate=1), spec, known.spec, workers, device)
     teacher = load_teacher(recipe, options, known, data, workers, device)[0]
     return recipe, data, training, teacher
 

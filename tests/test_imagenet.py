@@ -3,15 +3,19 @@
 import hashlib
 import http.server
 import io
+import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +29,7 @@ from torchvision import transforms
 from distill import downloads
 from distill.recipe import UserError
 from distill.registry import Classifier, InputSpec
+from distill.teacher import _block
 from distill.views import uniforms, uniforms_of
 from imagenet import models, train_ce, train_kd
 from imagenet.augment import DRAWS, PhotoViews, random_box
@@ -200,9 +205,13 @@ def test_a_broken_photo_in_a_worker_and_a_dead_worker(photos: Path, tmp_path: Pa
             list(workers.render(PhotoViews("crop", 32), iter([one])))
         rendered = workers.render(PhotoViews("crop", 32), jobs(files_of(photos)))
         next(rendered)
-        for process in multiprocessing.active_children():
-            os.kill(process.pid or 0, signal.SIGTERM)  # ignored: stopping is the business of the process that trains
+        server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        for pid in (server, *(process.pid for process in multiprocessing.active_children())):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # as a scheduler may signal all of a job
+                os.kill(pid or 0, number)
         time.sleep(0.2)
+        os.kill(server, 0)
+        next(rendered)
         assert all(process.is_alive() for process in multiprocessing.active_children())
         for process in multiprocessing.active_children():
             process.kill()
@@ -210,6 +219,25 @@ def test_a_broken_photo_in_a_worker_and_a_dead_worker(photos: Path, tmp_path: Pa
         with pytest.raises(LoaderError, match="a loader worker has died"):
             list(workers.render(PhotoViews("crop", 32), jobs(files_of(photos))))
         assert time.monotonic() - start < 5
+
+
+def test_abandoned_parts_are_written_nowhere(photos: Path, tmp_path: Path) -> None:
+    """The path of a batch's memory is that of another file as soon as the batch is given up."""
+    content = bytes(3_000_000)
+    with Workers(1) as workers:
+        for number in range(8):
+            rendered = workers.render(PhotoViews("crop", 224), jobs(files_of(photos)))
+            next(rendered)
+            rendered.close()  # type: ignore[attr-defined]
+            victims = [open(tmp_path / f"{number}-{k}", "w+b") for k in range(4)]  # noqa: SIM115
+            for victim in victims:
+                victim.write(content)
+                victim.flush()
+            list(workers.render(PhotoViews("crop", 32), jobs(files_of(photos))))  # the queue is empty
+            for victim in victims:
+                victim.seek(0)
+                assert victim.read() == content
+                victim.close()
 
 
 def test_a_worker_that_hangs(tmp_path: Path) -> None:
@@ -269,6 +297,30 @@ def test_bad_photos_can_be_left_out(photos: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "photos" / "train" / "n0" / "zz.JPEG").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"2 of 26 train photos are broken, more than 0.1 %"):
         load_data(str(tmp_path / "photos"), NONE, skip_bad_images=True)
+
+
+def test_the_digest_is_of_what_is_used_and_not_of_how_it_is_called(
+    photos: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert home
+    for file in files_of(photos) + files_of(photos, "val"):
+        there = tmp_path / "x" / Path(file).relative_to(photos)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.symlink_to(file)
+    whole = load_data(str(photos), NONE).digest
+    assert load_data(str(tmp_path / "x"), NONE).digest == whole
+    monkeypatch.chdir(tmp_path / "x")
+    assert load_data(".", NONE).digest == whole
+    assert load_data(".", NONE).name == "x"
+    (tmp_path / "x" / "train" / "n1" / "zz.JPEG").write_bytes(b"broken")
+    broken, left = (load_data(".", NONE, skip_bad_images=skip).digest for skip in (False, True))
+    assert broken != left == whole
+
+
+def test_thin_photos_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (40_000, 1)).save(tmp_path / "thin.png")
+    with pytest.raises(BrokenImage, match=r"thin\.png.*too thin"):
+        read_centre(str(tmp_path / "thin.png"), 256, 224, "bilinear", "pillow")
 
 
 def test_views_at_the_teachers_size_and_mixtures(photos: Path) -> None:
@@ -355,6 +407,34 @@ def test_names_and_settings() -> None:
     small, _ = models.build_student(replace(STANDARD, dropout=0.1, drop_connect=0.3, image_size=32), 5, None, CPU)
     rates = small.network._global_params  # type: ignore[union-attr]
     assert (rates.dropout_rate, rates.drop_connect_rate) == (0.1, 0.3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "today", "published"),
+    [
+        ("densenet121", r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2"),
+        ("vit_b_32", r"mlp\.(0|3)\.", lambda match: f"mlp.linear_{1 if match[1] == '0' else 2}."),
+        ("mnasnet0_5", "nothing", ""),
+    ],
+)
+def test_weights_as_they_were_published(name: str, today: str, published: Any, tmp_path: Path) -> None:
+    network = models.find(name).build(num_classes=3)
+    renamed = {re.sub(today, published, key): value for key, value in network.state_dict().items()}
+    assert (renamed.keys() == network.state_dict().keys()) == (name == "mnasnet0_5")
+    torch.save(renamed, tmp_path / "published.pth")
+    student, _ = models.build_student(replace(STANDARD, arch=name), 3, str(tmp_path / "published.pth"), CPU)
+    for key, value in student.network.state_dict().items():
+        assert torch.equal(value, network.state_dict()[key])
+
+
+def test_sizes_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="vit_b_16 cannot be built for images of 100 pixels"):
+        models.build_student(replace(STANDARD, arch="vit_b_16", image_size=100), 3, None, CPU)
+
+
+def test_a_teacher_of_large_photos_sees_fewer_at_a_time() -> None:
+    blocks = [_block(Classifier(nn.Identity(), InputSpec(size, (0, 0, 0), (1, 1, 1)))) for size in (32, 224, 260, 600)]
+    assert blocks == [64, 64, 32, 16]
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -543,6 +623,10 @@ def test_evaluate_takes_photos(photos: Path, tmp_path: Path, command: Command) -
     found = command(*common, "--arch", "mobilenet_v3_small", "--checkpoint", tmp_path / "weights.pth")
     assert found.returncode == 0, found.stderr
     assert "images 8 " in found.stdout
+    train_ce.main([str(photos), *SMALL, "--epochs", "1", "--workers", "0", "--output", str(tmp_path / "run")])
+    found = command(*common, "--checkpoint", tmp_path / "run" / "last.pt", "--json", tmp_path / "found.json")
+    measured, summary = (json.loads((tmp_path / name).read_text()) for name in ("found.json", "run/summary.json"))
+    assert measured["loss"] == pytest.approx(summary["test_loss"], rel=1e-5)  # at the size that it was trained for
     assert "has val and train" in command(*common, "--split", "test").stderr
 
 
