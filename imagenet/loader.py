@@ -105,7 +105,7 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def _started(self) -> ProcessPoolExecutor:
