@@ -21,6 +21,7 @@ from cifar10 import official
 from cifar10.augment import build_policy
 from distill import checkpoint
 from distill.folders import UNLABELLED, list_images
+from distill.methods import METHODS
 from distill.parallel import first_here, share
 from distill.recipe import Recipe, UserError
 from distill.run_dir import CHECKPOINTS, ROOT
@@ -101,8 +102,11 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
 
     Images lie on `device` as uint8. Raises UserError if there are too few of them.
     """
-    if not data.labelled and (recipe.objective == "ce" or recipe.w < 1 or recipe.val_split):
-        raise UserError("the training images have no labels: they take trainKD.sh --w 1, and no --val-split")
+    wants_labels = recipe.objective == "ce" or recipe.shares[1] or METHODS[recipe.method or "kd"].labels
+    if not data.labelled and (wants_labels or recipe.val_split):
+        raise UserError(
+            "the training images have no labels: they take trainKD.sh --w 1 (or a --ce-weight of 0), and no --val-split"
+        )
     policy = build_policy(recipe.augment, recipe.view_seed, recipe.views, recipe.cutout)
     count = len(data.train_images)
     if count - recipe.val_split < recipe.batch_size:

@@ -12,8 +12,10 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
+from distill.methods import flag
+from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
-from distill.recipe import Options, Recipe, UserError, flag
+from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
 from distill.teacher import Known, Teacher, introduce
@@ -44,12 +46,29 @@ def load_teacher(
     path = (
         Path(options.teacher_checkpoint) if options.teacher_checkpoint else _trained(recipe, options, data, test, train)
     )
-    network = MODELS.build(recipe.teacher_arch, len(data.classes))
-    checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(path), str(path))
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
-    classifier = Classifier(network, CIFAR_INPUT, choose_teacher_precision(precision, device))
-    teacher = Teacher(classifier.to(device), options.device)
+    teacher = _build(recipe.teacher_arch, path, len(data.classes), precision, device, options.device)
     return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}", CACHE)
+
+
+def _build(
+    arch: str, path: Path | None, classes: int, precision: str, device: torch.device, device_name: str
+) -> Teacher:
+    network = MODELS.build(arch, classes)
+    if path:
+        checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(path), str(path))
+    classifier = Classifier(network, CIFAR_INPUT, choose_teacher_precision(precision, device))
+    return Teacher(classifier.to(device), device_name)
+
+
+def show_features(recipe: Recipe, options: Options, student: Classifier, classes: int) -> None:
+    """Print where --overhaul takes the features of `student` and of the teacher, whose weights are random unless
+    --teacher-checkpoint names them."""
+    path = Path(options.teacher_checkpoint) if options.teacher_checkpoint else None
+    arch = recipe.teacher_arch or ""
+    teacher = _build(arch, path, classes, "float32", student.mean.device, "cpu")
+    weights = path or "random weights (--teacher-checkpoint FILE shows the margins of others)"
+    print(f"{arch}: {weights}\n{FeatureLoss(student, teacher, (recipe.arch, arch))}")
 
 
 def _trained(

@@ -41,10 +41,10 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student
-    from cifar10.teachers import load_teacher
-    from distill.answers import answered, measure_top_k
+    from cifar10.teachers import load_teacher, show_features
+    from distill.answers import answered, measure_top_k, tell
     from distill.engine import evaluate_checkpoint, fit
-    from distill.objectives import Distillation
+    from distill.objectives import objective
     from distill.parallel import shares, start
     from distill.run_dir import open_run
     from distill.teacher import agreement
@@ -58,6 +58,9 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     student, init_digest = build_student(recipe, len(data.classes), options.init, device)
     if options.evaluate:
         return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
+    if options.show_features:
+        show_features(recipe, options, student, len(data.classes))
+        return None
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
     facts["world_size"] = shares(options.device)
     with open_run(options, recipe, data.name) as run:
@@ -69,13 +72,12 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
         if summary := run.claim(recipe, facts, device, extend=options.extend):
             return summary
-        answers = answered(recipe, options, data, training, teacher)
+        answers = training if recipe.method == "none" else answered(recipe, options, data, training, teacher)
         error = measure_top_k(recipe, student, tests["test"], known)
-        print(f"{cli.LOSS_FORMULA}  with T = {recipe.T:g}, w = {recipe.w:g}")
-        objective = Distillation(recipe.T, recipe.w, recipe.label_smoothing, data.labelled)
-        fitted = fit(run, recipe, options, student=student, objective=objective, data=answers, tests=tests, facts=facts)
+        aim = objective(recipe, student, teacher, training, options.device)
+        fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
         teacher.check_untouched()
-        print(f"teacher: {answers.answered:,} views answered, the others were in the store")
+        tell(answers)
         return run.finish(
             recipe,
             facts,

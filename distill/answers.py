@@ -60,6 +60,12 @@ def answered(recipe: Recipe, options: Options, data: Images, training: ViewedDat
     return AnsweredData(training, teacher, store, encoding)
 
 
+def tell(data: object) -> None:
+    """Print how much the teacher has worked for `data`, if it was asked at all."""
+    if isinstance(data, AnsweredData):
+        print(f"teacher: {data.answered:,} views answered, the others were in the store")
+
+
 @torch.no_grad()
 def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Known) -> float | None:
     """|g_k - g| / |g| of the KD term's gradient on test images, before training; printed. None without --top-k."""
@@ -72,6 +78,7 @@ def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Kn
             break
     logits = torch.cat(found)[:COMPARED]
     with torch.enable_grad():
+        assert recipe.T
         error = top_k_error(logits, known.logits[: len(logits)], k=recipe.top_k, temperature=recipe.T)
     print(
         f"top-k: with {recipe.top_k} logits of an answer the gradient of the KD term differs by {100 * error:.2g} % "

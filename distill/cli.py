@@ -12,15 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn, TypeVar
 
-from distill.recipe import Options, Recipe, UserError, allowed, flag, lost_process, out_of_memory, value_type
+from distill.methods import SETTINGS, flag
+from distill.recipe import Options, Recipe, UserError, allowed, lost_process, out_of_memory, value_type
 
 LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)"
 LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
   T     temperature: higher shows more of what the teacher thinks of the wrong classes
   w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
 DISTILLATION_FIELDS = (
-    *("teacher_arch", "T", "w", "teacher_checkpoint", "teacher_precision", "teacher_weights", "top_k"),
-    *("store", "store_limit"),
+    *("teacher_arch", "teacher_checkpoint", "teacher_precision", "teacher_weights", "top_k", "store", "store_limit"),
+    *(*SETTINGS, "method", "standardize", "overhaul", "feature_weight", "teacher_bn", "show_features"),
 )
 
 
@@ -163,7 +164,7 @@ def parse(
         name = f"{name}_kd"
     if name not in names:
         raise UserError(f"--recipe must be one of {', '.join(names)}, got {options.recipe!r}")
-    recipe = replace(recipes[name], **given)
+    recipe = recipes[name].changed(given)
     if options.show_recipe:
         print(json.dumps({"recipe": name, **recipe.to_dict()}, indent=2))
         raise SystemExit(0)

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,10 @@ class Trainer:
         self.run, self.recipe, self.options, self.facts = run, recipe, options, facts
         self.student, self.objective, self.data = student, objective, data
         self.device = student.mean.device
-        self.spread = spread(student, recipe, options.device)
+        self.learner = objective.learner or student
+        self.spread = spread(self.learner, self.device, recipe, options.device)
         self.board = run.open_board() if options.tensorboard else None
-        self.optimizer = build_optimizer(student, recipe)
+        self.optimizer = build_optimizer(self.learner, recipe)
         self.average = WeightAverage(student, recipe.ema) if recipe.ema else None
         self.state = State(Tally(self.device, objective.parts))
         self.steps_left = options.steps
@@ -166,6 +167,7 @@ class Trainer:
             "facts": self.facts,
             "student": self.student.network.state_dict(),
             "average": self.average.network.network.state_dict() if self.average else None,
+            "connectors": self.objective.learner.connectors.state_dict() if self.objective.learner else None,
             "optimizer": self.optimizer.state_dict(),
             "ranks": gather(own),
             "epoch": state.epoch,
@@ -179,8 +181,8 @@ class Trainer:
     def check_state(self) -> None:
         """Raises Stopped if a loss was not finite, or a weight or running statistic is not."""
         self._check_finite()
-        share_buffers(self.student)
-        floating = (v for v in self.student.state_dict().values() if v.is_floating_point())
+        share_buffers(self.learner)
+        floating = (v for v in self.learner.state_dict().values() if v.is_floating_point())
         if not all(bool(torch.isfinite(value).all()) for value in floating):
             raise self._not_finite("a weight")
 
@@ -215,6 +217,8 @@ class Trainer:
             checkpoint.apply_weights(self.student.network, payload["student"], source)
             if self.average:
                 checkpoint.apply_weights(self.average.network.network, payload["average"], source)
+            if self.objective.learner:
+                checkpoint.apply_weights(self.objective.learner.connectors, payload["connectors"], source)
             self.optimizer.load_state_dict(payload["optimizer"])
             own = payload["ranks"][rank()]
             restore_generators(own["generators"], self.device)
@@ -289,7 +293,7 @@ class Trainer:
             group["lr"] = learning_rate(position, self.recipe, self.data.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        parts = batch.parts(self.recipe.accumulate)
+        parts = replace(batch, epoch=state.epoch).parts(self.recipe.accumulate)
         for part in parts:  # the gradients of parts add up to that of their mean
             # DistributedDataParallel averages what has been added up, at the last part
             local = isinstance(self.spread, DistributedDataParallel) and part is not parts[-1]
@@ -300,7 +304,7 @@ class Trainer:
             finite &= torch.isfinite(step.loss.detach())
             state.tally.add(step.logits.detach(), part.labels, step.loss.detach(), step.parts)
         if self.recipe.clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.recipe.clip_norm)
             finite &= torch.isfinite(norm)
         self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, position)
         reduce(self.first_bad_step, "max")  # one process is enough to stop all of them

@@ -1,14 +1,22 @@
 """What one training step minimises. An objective returns the logits, the loss and its named parts, so that one loop
 serves all of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from inspect import signature
+from typing import Any, NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.kd_loss import TopKLogits, kd, kd_top_k
-from distill.views import Batch
+from distill import kd_loss
+from distill.kd_loss import TopKLogits, kd_top_k, standardize
+from distill.methods import METHODS
+from distill.overhaul import Connected, FeatureLoss
+from distill.recipe import Recipe
+from distill.registry import Classifier
+from distill.teacher import Teacher
+from distill.views import Batch, TrainingData
 
 
 class Step(NamedTuple):
@@ -23,6 +31,11 @@ class Objective(Protocol):
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts of the loss."""
+        ...
+
+    @property
+    def learner(self) -> Connected | None:
+        """What is trained in the student's place: the student and what learns beside it. None: the student alone."""
         ...
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step: ...
@@ -47,38 +60,129 @@ class CrossEntropy:
 
     label_smoothing: float = 0.0
     parts: tuple[str, ...] = ()
+    learner: None = None
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
-        logits = student(batch.images)
+        return self.step(student(batch.images), batch)
+
+    def step(self, logits: Tensor, batch: Batch) -> Step:
         return Step(logits, cross_entropy(logits, batch, self.label_smoothing), ())
+
+
+LogitLoss = Callable[[Tensor, Any, Tensor], Tensor]
+"""(student_logits (B, C), teacher_logits (B, C) or TopKLogits, labels (B,)) -> scalar."""
+
+
+def logit_loss(recipe: Recipe) -> LogitLoss:
+    """The function of kd_loss.py that `recipe.method` names, with the recipe's values for its keywords."""
+    method = recipe.method or "kd"
+    function = getattr(kd_loss, method)
+    keywords = {
+        ("temperature" if name == "T" or (name == "tau" and "tau" not in signature(function).parameters) else name): v
+        for name, v in recipe.settings.items()
+        if name not in ("w", "ramp", "kd_weight", "ce_weight")
+    }
+
+    def loss(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
+        if isinstance(teacher, TopKLogits):
+            return kd_top_k(student, teacher, **keywords)
+        if recipe.standardize:
+            student, teacher = standardize(student), standardize(teacher)
+        found: Tensor = function(student, teacher, *((labels,) if METHODS[method].labels else ()), **keywords)
+        return found
+
+    return loss
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """w * kd(s, t) + (1 - w) * CE(s, y), in nats, mean over the batch. Without labels, which takes w = 1: kd(s, t).
+    """kd_weight * min((epoch + 1) / ramp, 1) * loss(s, t, y) + ce_weight * CE(s, y), mean over the batch; `ramp` in
+    epochs. Without labels, which takes ce_weight = 0, the first term alone.
 
     The batch brings the teacher's logits along; where they come from is no business of this class.
     """
 
-    temperature: float
-    w: float
+    loss: LogitLoss
+    kd_weight: float
+    ce_weight: float
+    ramp: float = 0.0
     label_smoothing: float = 0.0
     labelled: bool = True
+    learner: None = None
 
     def __post_init__(self) -> None:
-        if not self.labelled and self.w < 1:
-            raise ValueError(f"images without labels are taught by the teacher alone, w = 1, not {self.w}")
+        if not self.labelled and self.ce_weight:
+            raise ValueError(f"images without labels are taught by the teacher alone, w = 1, not {self.kd_weight:g}")
 
     @property
     def parts(self) -> tuple[str, ...]:
         return ("kd", "ce") if self.labelled else ("kd",)
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        return self.step(student(batch.images), batch)
+
+    def step(self, logits: Tensor, batch: Batch) -> Step:
         assert batch.teacher_logits is not None
-        logits = student(batch.images)
-        loss = kd_top_k if isinstance(batch.teacher_logits, TopKLogits) else kd
-        soft = loss(logits, batch.teacher_logits, temperature=self.temperature)
+        soft = self.loss(logits, batch.teacher_logits, batch.labels)
+        weight = self.kd_weight * min((batch.epoch + 1) / self.ramp, 1.0) if self.ramp else self.kd_weight
         if not self.labelled:
-            return Step(logits, soft, (soft.detach(),))
+            return Step(logits, weight * soft, (soft.detach(),))
         hard = cross_entropy(logits, batch, self.label_smoothing)
-        return Step(logits, self.w * soft + (1 - self.w) * hard, (soft.detach(), hard.detach()))
+        return Step(logits, weight * soft + self.ce_weight * hard, (soft.detach(), hard.detach()))
+
+
+@dataclass(frozen=True)
+class Overhaul:
+    """weight * features(student, teacher) + ce_weight * CE(s, y), or in place of CE what `logits` minimises (None: the
+    features alone). The student that it is called with is that of features.learner, which returns its features too."""
+
+    features: FeatureLoss
+    weight: float
+    logits: CrossEntropy | Distillation | None
+    ce_weight: float = 1.0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("features", *((self.logits.parts or ("ce",)) if self.logits else ()))
+
+    @property
+    def learner(self) -> Connected:
+        return self.features.learner
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        logits, found = student(batch.images)
+        features = self.weight * self.features(found, batch.images)
+        if self.logits is None:
+            return Step(logits, features, (features.detach(),))
+        step = self.logits.step(logits, batch)
+        alone = isinstance(self.logits, CrossEntropy)
+        rest = self.ce_weight * step.loss if alone else step.loss
+        return Step(logits, features + rest, (features.detach(), *((step.loss.detach(),) if alone else step.parts)))
+
+
+def objective(
+    recipe: Recipe,
+    student: Classifier,
+    teacher: Teacher,
+    data: TrainingData,
+    device_name: str = "cpu",
+) -> Distillation | Overhaul:
+    """What `recipe` minimises with `teacher`; printed with the values in force. data: where a margin is to be measured.
+    Raises UserError."""
+    print(recipe.formula)
+    logits = None if recipe.method == "none" else distillation(recipe, data.labelled)
+    if not recipe.overhaul:
+        assert logits
+        return logits
+    names = (recipe.arch, recipe.teacher_arch or "the teacher")
+    given: dict[str, Any] = {"seed": recipe.seed, "teacher_bn": recipe.teacher_bn, "device_name": device_name}
+    features = FeatureLoss(student, teacher, names, **given)
+    features.measure(data.batches(0))
+    print(features)
+    alone = CrossEntropy(recipe.label_smoothing) if data.labelled else None
+    return Overhaul(features, recipe.feature_weight or 0.0, logits or alone, recipe.ce_weight or 0.0)
+
+
+def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:
+    """What `recipe` minimises on logits. Raises ValueError."""
+    return Distillation(logit_loss(recipe), *recipe.shares, recipe.ramp or 0.0, recipe.label_smoothing, labelled)

@@ -23,7 +23,6 @@ from torch import distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distill.recipe import Recipe, UserError
-from distill.registry import Classifier
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -82,43 +81,42 @@ def devices(name: str) -> list[torch.device]:
     return [torch.device("cuda", int(number)) for number in numbers]
 
 
-def spread(network: Classifier, recipe: Recipe, device_name: str) -> nn.Module:
-    """`network` as it is called in a training step: the same parameters, on all processes or on all GPUs of this one.
+def spread(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:
+    """`network`, on `device`, as a training step calls it: the same parameters, on all processes or GPUs.
 
     Several processes: DistributedDataParallel, where the BatchNorm statistics of rank 0 count, unless they are common
     ones by `sync_bn`. One process that has several devices: DataParallel, where those of the first device count.
     `compile` as well. Raises UserError for what cannot be had.
     """
-    device = network.mean.device
     if recipe.sync_bn:
         if device.type != "cuda" or (world_size() == 1 and shares(device_name) > 1):
             raise UserError("--sync-bn takes CUDA and a process for each GPU: NPROC=2 bash scripts/...")
-        network.network = nn.SyncBatchNorm.convert_sync_batchnorm(network.network)  # type: ignore[no-untyped-call]
-    step = _compile(network, device_name) if recipe.compile else network
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # of its children
+    step = _compile(network, device, device_name) if recipe.compile else network
     if world_size() > 1:
         # A network may have parameters that no image reaches (EfficientNet's first block). static_graph, the faster way
         # to allow them, fails with no_sync (torch 2.15 and before: expect_autograd_hooks_).
         parts = recipe.accumulate > 1
         devices_here = [device] if device.type == "cuda" else None
         return DistributedDataParallel(step, devices_here, static_graph=not parts, find_unused_parameters=parts)
-    return step if recipe.compile else spread_inference(network, device_name)
+    return step if recipe.compile else spread_inference(network, device, device_name)
 
 
-def _compile(network: Classifier, device_name: str) -> nn.Module:
+def _compile(network: nn.Module, device: torch.device, device_name: str) -> nn.Module:
     if world_size() == 1 and shares(device_name) > 1:
         raise UserError("--compile takes one GPU, --device cuda:0, or a process for each: NPROC=2 bash scripts/...")
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
         raise UserError("--compile needs a C++ compiler such as g++, which is not on the PATH")
     print("compiling the student: the first step takes a minute or so")
     # CUDA graphs take the launches of many small kernels off the CPU; DistributedDataParallel's hooks stand between.
-    graphs = network.mean.device.type == "cuda" and world_size() == 1
+    graphs = device.type == "cuda" and world_size() == 1
     return torch.compile(network, mode="reduce-overhead" if graphs else None)  # type: ignore[return-value]
 
 
-def spread_inference(network: Classifier, device_name: str) -> nn.Module:
+def spread_inference(network: nn.Module, device: torch.device, device_name: str) -> nn.Module:
     """`network` as it is called where there are no gradients: each process has its own, on all GPUs of one process."""
     here = devices(device_name) if world_size() == 1 else []
-    if network.mean.device.type == "cuda" and len(here) > 1:
+    if device.type == "cuda" and len(here) > 1:
         return DataParallel(network, here)
     return network
 

@@ -5,8 +5,13 @@ rest: where things lie and how far to go this time. cli.py makes one flag from e
 """
 
 import math
-from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+
+from distill.methods import FEATURE_WEIGHT, METHODS, SETTINGS, flag, settle
+
+Self = TypeVar("Self", bound="Recipe")
 
 
 class UserError(ValueError):
@@ -38,12 +43,55 @@ def knob(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run computes. Raises UserError, naming the flag, for a value out of range."""
+    """What a run computes. Raises UserError, naming the flag, for a value out of range, and for a flag that the method
+    does not use. Flags of the method that are None become its authors' defaults for the kind of images (methods.py)."""
+
+    photos: ClassVar[bool] = False  # whose defaults a method takes
 
     arch: str = knob("efficientnet_b0", "the student (trainCE: the network)", group="networks", flags=("-a",))
     teacher_arch: str | None = knob(None, "the teacher", group="networks")
-    T: float = knob(3.0, "temperature of both softmaxes", group="distillation", above=0, most=1e4)
-    w: float = knob(0.8, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
+    T: float | None = knob(None, "temperature of both softmaxes", group="distillation", above=0, most=1e4)
+    w: float | None = knob(None, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
+    method: str | None = knob(
+        None,
+        "loss on logits: kd (--T, --w), dkd (--alpha, --beta, --tau), nkd (--gamma, --tau), dist (--beta, --gamma, "
+        "--tau); none with --overhaul",
+        group="distillation",
+        choices=tuple(METHODS),
+    )
+    standardize: bool = knob(
+        False, "kd and dkd on logits less their mean, over their deviation, image by image", group="distillation"
+    )
+    alpha: float | None = knob(None, "of dkd: weight of (label, not label)", group="distillation", least=0)
+    beta: float | None = knob(
+        None, "of dkd: weight of the other classes; of dist: of the classes' correlation", group="distillation", least=0
+    )
+    gamma: float | None = knob(
+        None, "of nkd: weight of the other classes; of dist: of the images' correlation", group="distillation", least=0
+    )
+    tau: float | None = knob(None, "temperature of dkd, nkd, dist", group="distillation", above=0, most=1e4)
+    ramp: float | None = knob(
+        None, "of dkd, nkd, dist: epochs over which the weight rises, 1/N in the first", group="distillation", least=0
+    )
+    kd_weight: float | None = knob(
+        None, "of the term on logits; with kd in place of --w", group="distillation", least=0
+    )
+    ce_weight: float | None = knob(None, "of the CE term; with kd in place of --w", group="distillation", least=0)
+    overhaul: bool = knob(
+        False,
+        "learn the teacher's features as well; without a method given, in place of its logits",
+        group="distillation",
+    )
+    feature_weight: float | None = knob(
+        None, "of --overhaul, per image (default: 1e-3, on ImageNet 1e-4)", group="distillation", least=0
+    )
+    teacher_bn: str = knob(
+        "eval",
+        "statistics that the teacher's BatchNorm uses for features: its own (eval), or the batch's, as the authors of "
+        "overhaul have it",
+        group="distillation",
+        choices=("eval", "batch"),
+    )
     epochs: int = knob(60, "passes over the training images", group="training", least=1)
     batch_size: int = knob(
         128, "images a step; the last partial batch is dropped", group="training", flags=("-b",), least=1
@@ -134,8 +182,50 @@ class Recipe:
 
     def __post_init__(self) -> None:
         validate(self)
+        given = {name: getattr(self, name) for name in SETTINGS}
+        wanted = {"T", "w", "kd_weight"} & {name for name, value in given.items() if value is not None}
+        method = self.method or ("kd" if wanted or not self.overhaul else "none")
+        try:
+            settled = settle(given, method, photos=self.photos, standardize=self.standardize)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        weight = FEATURE_WEIGHT[self.photos] if self.overhaul and self.feature_weight is None else self.feature_weight
+        for name, value in {**settled, "method": method, "feature_weight": weight}.items():
+            object.__setattr__(self, name, value)
+        validate(self)
+        self._check_method(method)
+
+    def _check_method(self, method: str) -> None:
+        known = METHODS[method]
+        if method == "none" and not self.overhaul:
+            raise UserError("--method none is for --overhaul; without both, trainCE trains by cross-entropy")
+        if not self.overhaul and (self.feature_weight is not None or self.teacher_bn != "eval"):
+            raise UserError("--feature-weight and --teacher-bn belong to --overhaul")
+        if self.overhaul and self.compile:
+            raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
+        if self.standardize and known.standardized is None:
+            raise UserError(f"--standardize is for kd and dkd, not for --method {method}")
+        if self.mixup and known.labels:
+            raise UserError(f"--method {method} wants one label for each image, and --mixup gives it two")
+        if self.top_k and (method != "kd" or self.standardize):
+            name = f"--method {method}" if method != "kd" else "--standardize"
+            raise UserError(f"{name} wants all logits of an answer: leave out --top-k")
         if self.top_k and self.T not in (1, 2, 3, 4):
             raise UserError(f"--top-k knows what the other classes sum to at --T 1, 2, 3 and 4, not {self.T:g}")
+
+    def changed(self: Self, given: Mapping[str, Any]) -> Self:
+        """The recipe with the fields `given`; another method comes with its own defaults, not with this one's flags."""
+        given = dict(given)
+        asked = given.get("method")
+        if not asked and (not given.get("overhaul") or {"T", "w", "kd_weight"} & given.keys()):
+            asked = self.method if self.method != "none" else "kd"
+        if asked != self.method:
+            given = {**dict.fromkeys(SETTINGS), "method": asked, **given}
+        elif {"kd_weight", "ce_weight"} & given.keys() and asked == "kd":
+            given.setdefault("w", None)
+        if given.get("standardize", self.standardize) != self.standardize:
+            given = {"T": None, "tau": None, **given}
+        return replace(self, **given)
 
     @property
     def objective(self) -> str:
@@ -143,11 +233,50 @@ class Recipe:
         return "kd" if self.teacher_arch else "ce"
 
     @property
+    def shares(self) -> tuple[float, float]:
+        """(of the term on logits, of the CE term)."""
+        if self.w is not None:
+            return self.w, 1 - self.w
+        return self.kd_weight or 0.0, self.ce_weight or 0.0
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The flags of the method, as they are in force."""
+        found = {name: getattr(self, name) for name in SETTINGS}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def formula(self) -> str:
+        """The loss of the run in a line, with the values in force."""
+        method, values = METHODS[self.method or ""], self.settings
+        shares = ("w", "(1 - w)") if self.w is not None else ("kd_weight", "ce_weight")
+        rising = "min(epoch / ramp, 1) * " if self.ramp else ""
+        if not self.ramp:
+            values.pop("ramp", None)
+        terms = [] if self.method == "none" else [f"{shares[0]} * {rising}{method.formula}"]
+        terms.append(f"{shares[1]} * CE(s, y)")
+        if self.overhaul:
+            terms.append("feature_weight * sum over stages of partial_l2 / (2^(stages after it) * B)")
+            values["feature_weight"] = self.feature_weight or 0.0
+        notes = [note for note in (method.note, "s and t standardised" if self.standardize else "") if note]
+        shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+        return "; ".join([f"loss = {' + '.join(terms)}  with {shown}", *notes])
+
+    @property
     def run_name(self) -> str:
         """The name of the run's directory below its student's."""
         if self.objective == "ce":
             return f"ce-seed{self.seed}"
-        return f"kd-{self.teacher_arch}-T{self.T:g}-w{self.w:g}-seed{self.seed}"
+        words = ["overhaul"] if self.overhaul else []
+        words += [] if self.method == "none" else [f"{self.method}{'-standardized' if self.standardize else ''}"]
+        words.append(str(self.teacher_arch))
+        usual = {} if self.method == "kd" else METHODS[self.method or ""].defaults(self.photos, self.standardize)
+        values = {name: value for name, value in self.settings.items() if usual.get(name) != value}
+        if self.overhaul and self.feature_weight != FEATURE_WEIGHT[self.photos]:
+            values["feature_weight"] = self.feature_weight or 0.0
+        words += [f"{name.replace('_', '')}{value:g}" for name, value in values.items()]
+        words += ["bnbatch"] if self.teacher_bn == "batch" else []
+        return "-".join([*words, f"seed{self.seed}"])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -192,6 +321,9 @@ class Options:
     resume: str | None = knob(None, "start from this checkpoint a run that has none of its own yet", group="running")
     save_minutes: float = knob(10.0, "minutes between checkpoints within an epoch", group="running", least=0)
     tensorboard: bool = knob(False, "also write the metrics for TensorBoard, if that is installed", group="running")
+    show_features: bool = knob(
+        False, "print where --overhaul takes features of teacher and student, and exit", group="running"
+    )
     extend: bool = knob(False, "allow more epochs than the run was started with", group="running")
     fresh: bool = knob(False, "start over in a new directory beside an existing run", group="running")
     evaluate: bool = knob(
@@ -204,11 +336,6 @@ class Options:
             raise UserError("--extend continues a run and --fresh starts a new one: give one of them")
         if self.fresh and self.resume:
             raise UserError("--resume continues a run and --fresh starts a new one: give one of them")
-
-
-def flag(name: str) -> str:
-    """`batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")
 
 
 def value_type(owner: type, name: str) -> type:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from distill import checkpoint
+from distill.methods import flag
 from distill.parallel import describe_device, on_main, rank
-from distill.recipe import Options, Recipe, UserError, flag
+from distill.recipe import Options, Recipe, UserError
 from distill.registry import count_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,8 +155,10 @@ class RunDirectory:
             "arch": recipe.arch,
             "teacher_arch": recipe.teacher_arch,
             "objective": recipe.objective,
+            "method": recipe.method if taught else None,
             "T": recipe.T if taught else None,
             "w": recipe.w if taught else None,
+            "formula": recipe.formula if taught else None,
             "seed": recipe.seed,
             "view_seed": recipe.view_seed,
             "data": {"name": facts["data"], "digest": facts["data_digest"]},

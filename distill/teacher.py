@@ -62,7 +62,7 @@ class Teacher:
         ahead = fast(torch.cat([noise[:1], noise[1:].flip(1)]))[:1]
         if max((one - other).abs().max(), (one[:1] - ahead).abs().max()) > 0.01 * one.abs().max():
             raise UserError("the teacher's answer to an image depends on the images beside it: it cannot teach here")
-        return spread_inference(fast, self._device_name)
+        return spread_inference(fast, fast.mean.device, self._device_name)
 
     def check_untouched(self) -> None:
         """Raises RuntimeError if parameters or buffers (BatchNorm's running statistics) differ from the start."""

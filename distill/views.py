@@ -125,7 +125,8 @@ class Mixture:
 @dataclass(frozen=True)
 class Batch:
     """One step's input. images: uint8 (B, H, W, 3), the rest int64 (B,); `indices` count in the whole training set.
-    teacher_logits: float32 (B, C) where a teacher takes part, or what is kept of them, kd_loss.TopKLogits."""
+    teacher_logits: float32 (B, C) where a teacher takes part, or what is kept of them, kd_loss.TopKLogits. epoch: from
+    0, for losses whose weight depends on it."""
 
     images: Tensor
     labels: Tensor
@@ -133,6 +134,7 @@ class Batch:
     views: Tensor
     mixture: Mixture | None = None
     teacher_logits: Any = None
+    epoch: int = 0
 
     def parts(self, count: int) -> "list[Batch]":
         """The batch in `count` equal parts, in order."""
@@ -147,7 +149,7 @@ class Batch:
 
         mixture = Mixture(self.mixture.labels[rows], self.mixture.share[rows]) if self.mixture else None
         own = (self.images[rows], self.labels[rows], self.indices[rows], self.views[rows])
-        return Batch(*own, mixture, cut(self.teacher_logits))
+        return Batch(*own, mixture, cut(self.teacher_logits), self.epoch)
 
 
 class TrainingData(Protocol):

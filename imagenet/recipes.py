@@ -4,6 +4,7 @@ None of them has been run on all of ImageNet here. Accuracies are those of other
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from distill.recipe import Options, Recipe, knob
 
@@ -11,6 +12,8 @@ from distill.recipe import Options, Recipe, knob
 @dataclass(frozen=True)
 class ImageNetRecipe(Recipe):
     """What a run on photos computes: a Recipe, and these fields."""
+
+    photos: ClassVar[bool] = True
 
     arch: str = knob(
         "efficientnet-b0",

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from distill import checkpoint
+from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
 from distill.recipe import UserError
 from distill.registry import Classifier
@@ -39,15 +40,29 @@ def load_teacher(
     auto_precision: what --teacher-precision auto means, if it is settled already. Raises UserError if the weights do
     not fit the architecture or the number of classes.
     """
-    torch.manual_seed(0)  # of random weights
-    network = known.build(num_classes=len(photos.classes))
-    source = load_weights(network, known, options.teacher_checkpoint, len(photos.classes))
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
-    classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device)).to(device)
-    teacher = Teacher(classifier, options.device)
+    teacher, source = _build(options, known, len(photos.classes), precision, device)
     test = PhotoTests(photos.val_files, photos.val_labels, known.spec, workers, device, recipe.decoder)
     digest = checkpoint.digest([photos.digest, test.name, str(known.spec)])
     return teacher, introduce(teacher, test, digest, f"{known.arch} from {source}", CHECKPOINTS / "cache" / "teachers")
+
+
+def _build(
+    options: ImageNetOptions, known: Network, classes: int, precision: str, device: torch.device
+) -> tuple[Teacher, str]:
+    torch.manual_seed(0)  # of random weights
+    network = known.build(num_classes=classes)
+    source = load_weights(network, known, options.teacher_checkpoint, classes)
+    classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device)).to(device)
+    return Teacher(classifier, options.device), source
+
+
+def show_features(
+    recipe: ImageNetRecipe, options: ImageNetOptions, known: Network, student: Classifier, classes: int
+) -> None:
+    """Print where --overhaul takes the features of `student` and of the teacher `known`."""
+    teacher, source = _build(options, known, classes, "float32", student.mean.device)
+    print(f"{known.arch}: {source}\n{FeatureLoss(student, teacher, (recipe.arch, known.arch))}")
 
 
 def load_weights(

@@ -39,16 +39,16 @@ def main(argv: Sequence[str]) -> None:
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
-    from distill.answers import answered, measure_top_k
+    from distill.answers import answered, measure_top_k, tell
     from distill.engine import evaluate_checkpoint, fit
-    from distill.objectives import Distillation
+    from distill.objectives import objective
     from distill.parallel import shares, start
     from distill.run_dir import open_run
     from distill.teacher import agreement
     from imagenet.data import load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
-    from imagenet.teachers import find_teacher, load_teacher
+    from imagenet.teachers import find_teacher, load_teacher, show_features
 
     device = start(options.device, deterministic=options.deterministic)
     known_teacher = find_teacher(recipe, options)
@@ -62,6 +62,9 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         training, tests = prepare(photos, recipe, student.spec, known_teacher.spec, workers, device)
         if options.evaluate:
             return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
+        if options.show_features:
+            show_features(recipe, options, known_teacher, student, len(photos.classes))
+            return None
         facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
         facts["world_size"] = shares(options.device)
         with open_run(options, recipe, photos.name) as run:
@@ -71,15 +74,12 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
             if summary := run.claim(recipe, facts, device, extend=options.extend):
                 return summary
-            answers = answered(recipe, options, photos, training, teacher)
+            answers = training if recipe.method == "none" else answered(recipe, options, photos, training, teacher)
             error = measure_top_k(recipe, student, tests["test"], known)
-            print(f"{cli.LOSS_FORMULA}  with T = {recipe.T:g}, w = {recipe.w:g}")
-            objective = Distillation(recipe.T, recipe.w, recipe.label_smoothing)
-            fitted = fit(
-                run, recipe, options, student=student, objective=objective, data=answers, tests=tests, facts=facts
-            )
+            aim = objective(recipe, student, teacher, training, options.device)
+            fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
             teacher.check_untouched()
-            print(f"teacher: {answers.answered:,} views answered, the others were in the store")
+            tell(answers)
             found = {"teacher_accuracy": known.accuracy, "teacher_precision": known.precision, "top_k_error": error}
             found["agreement"] = agreement(fitted.test.predictions, known.logits.argmax(1))
             found["views"] = training.plan.order.view_count or recipe.epochs

@@ -161,14 +161,16 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from distill.answers import AnsweredData
     from distill.engine import Trainer
     from distill.logit_store import Encoding, LogitStore
-    from distill.objectives import CrossEntropy, Distillation, Objective
+    from distill.objectives import CrossEntropy, Objective, distillation
     from distill.parallel import choose_teacher_precision
     from distill.registry import Classifier
     from distill.run_dir import RunDirectory
     from distill.teacher import Teacher
     from distill.views import TrainingData
 
-    recipe = Recipe(arch=options.arch, batch_size=options.batch_size, epochs=100_000, warmup=0)
+    recipe = Recipe(
+        arch=options.arch, teacher_arch=options.teacher_arch, batch_size=options.batch_size, epochs=100_000, warmup=0
+    )
     images = load_data("sample")
     data: TrainingData
     data, _ = prepare(images, recipe, device)
@@ -186,7 +188,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
                 logits = torch.randn(len(every), 10).half()
                 for slot in range(162):
                     store.write(slot, every, logits)
-            data, objective = AnsweredData(data, teacher, store, encoding), Distillation(3.0, 0.8)
+            data, objective = AnsweredData(data, teacher, store, encoding), distillation(recipe)
         settings = Options(device=str(device))  # one GPU, as the other rows
         trainer = Trainer(RunDirectory(Path(name)), recipe, settings, student, objective, data, {})
         student.train()

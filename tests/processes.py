@@ -1,6 +1,7 @@
 """What test_processes.py starts in one process and in two: python tests/processes.py CASE NPZ DIRECTORY.
 
 gradient: one step with BatchNorm in eval mode, then an evaluation; both are written to DIRECTORY.
+overhaul: the same, with features of a teacher and the connectors to them.
 photos: an evaluation of photos.
 nan: the loss of the last process is not a number in step 2.
 """
@@ -15,13 +16,15 @@ import torch
 from torch import nn
 
 from cifar10.data import load_data, prepare
-from cifar10.models import build_student
+from cifar10.models import CIFAR_INPUT, MODELS, build_student
 from distill import cli, parallel
 from distill.engine import evaluate, fit
-from distill.objectives import CrossEntropy, Step
+from distill.objectives import CrossEntropy, Objective, Step, objective
 from distill.recipe import Options, Recipe
+from distill.registry import Classifier
 from distill.run_dir import RunDirectory
 from distill.stop import Stopped
+from distill.teacher import Teacher
 from distill.views import Batch
 from imagenet.data import PhotoTests
 from imagenet.data import load_data as load_data_of_photos
@@ -60,18 +63,24 @@ def main(argv: list[str]) -> None:
     if case == "photos":
         evaluate_photos(npz, directory)
         return
+    one_step = case in ("gradient", "overhaul")
     parts = parallel.world_size() if case == "gradient" else 1
     recipe = Recipe(epochs=2, batch_size=8, lr=0.01, warmup=0, dropout=0.0, accumulate=parts)
     data = load_data(npz)
     training, tests = prepare(data, recipe, device)
     student, _ = build_student(recipe, len(data.classes), None, device)
-    if case == "gradient":
-        for module in student.modules():
+    aim: Objective = CrossEntropy() if case == "gradient" else Unlucky()
+    if case == "overhaul":
+        torch.manual_seed(5)
+        teacher = Teacher(Classifier(MODELS.build("resnet18", len(data.classes)), CIFAR_INPUT))
+        with_features = replace(recipe, teacher_arch="resnet18", overhaul=True, method="none", T=None, w=None)
+        aim = objective(with_features, student, teacher, training)
+    if one_step:
+        for module in (aim.learner or student).modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
                 module.train = lambda _mode=True, module=module: module  # type: ignore[method-assign]
-    objective = CrossEntropy() if case == "gradient" else Unlucky()
-    options = Options(steps=1 if case == "gradient" else None)
+    options = Options(steps=1 if one_step else None)
     with RunDirectory(directory / f"run{parallel.world_size()}") as run:
         try:
             fit(
@@ -79,7 +88,7 @@ def main(argv: list[str]) -> None:
                 recipe,
                 options,
                 student=student,
-                objective=objective,
+                objective=aim,
                 data=training,
                 tests=tests,
                 facts={"world_size": parallel.world_size()},
@@ -90,7 +99,7 @@ def main(argv: list[str]) -> None:
                 torch.save(unchanged, directory / f"weights-{parallel.rank()}.pt")
                 raise
         found = evaluate(student, tests["test"])
-        gradients = {k: p.grad for k, p in student.named_parameters() if p.grad is not None}
+        gradients = {k: p.grad for k, p in (aim.learner or student).named_parameters() if p.grad is not None}
         result = {"gradients": gradients, "predictions": found.predictions, "found": found.to_dict()}
         torch.save(result, directory / f"{parallel.world_size()}-{parallel.rank()}.pt")
 

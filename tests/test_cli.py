@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 from cifar10 import train_ce, train_kd
 from cifar10.recipes import RECIPES
 from distill import cli
-from distill.recipe import Options, Recipe, UserError, flag
+from distill.methods import flag
+from distill.recipe import Options, Recipe, UserError
 
-FLAGS = """--arch --teacher-arch --T --w --teacher-precision --top-k --store --store-limit
+FLAGS = """--arch --teacher-arch --T --w --method --standardize --alpha --beta --gamma --tau --ramp
+--kd-weight --ce-weight --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k
+--store --store-limit
 --epochs --batch-size --accumulate --lr --optimizer --momentum --weight-decay --decay-all
 --schedule --decay-epochs --decay-rate --warmup --clip-norm --ema
 --dropout --drop-connect --label-smoothing --precision --compile --sync-bn
@@ -72,6 +76,74 @@ def test_defaults_of_the_two_commands() -> None:
         3.0,
         0.8,
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", {"method": "kd", "T": 3, "w": 0.8}),
+        ("--method kd --T 4", {"method": "kd", "T": 4, "w": 0.8}),
+        ("--standardize", {"method": "kd", "T": 2, "w": 0.8}),
+        (
+            "--standardize --T 3 --kd-weight 9 --ce-weight 0.1",
+            {"method": "kd", "T": 3, "kd_weight": 9, "ce_weight": 0.1},
+        ),
+        ("--kd-weight 3", {"method": "kd", "T": 3, "kd_weight": 3, "ce_weight": 1}),
+        ("--method dkd", {"alpha": 1, "beta": 8, "tau": 4, "ramp": 20, "kd_weight": 1, "ce_weight": 1}),
+        ("--method dkd --standardize", {"alpha": 1, "beta": 8, "tau": 2, "ramp": 20, "kd_weight": 1, "ce_weight": 1}),
+        ("--method nkd --gamma 1", {"gamma": 1, "tau": 3, "ramp": 0, "kd_weight": 1, "ce_weight": 1}),
+        ("--method dist", {"beta": 1, "gamma": 1, "tau": 4, "ramp": 0, "kd_weight": 2, "ce_weight": 1}),
+        ("--overhaul", {"method": "none", "ce_weight": 1, "feature_weight": 1e-3}),
+        ("--overhaul --T 4", {"method": "kd", "T": 4, "w": 0.8, "feature_weight": 1e-3}),
+        ("--overhaul --kd-weight 1", {"method": "kd", "T": 3, "kd_weight": 1, "ce_weight": 1, "feature_weight": 1e-3}),
+        (
+            "--overhaul --method dist --tau 1",
+            {"beta": 1, "gamma": 1, "tau": 1, "ramp": 0, "kd_weight": 2, "ce_weight": 1},
+        ),
+    ],
+)
+def test_methods_come_with_their_own_defaults(given: str, expected: dict[str, Any]) -> None:
+    recipe = parse(given.split())[0]
+    named = {name: value for name, value in expected.items() if name not in ("method", "feature_weight")}
+    assert recipe.settings == named
+    for name, value in expected.items():
+        assert getattr(recipe, name) == value
+        if isinstance(value, (int, float)) and name not in ("ramp",):
+            assert f"{name} = {value:g}" in recipe.formula
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert replace(recipe, seed=1).settings == named
+
+
+def test_defaults_on_photos_and_what_a_recipe_says() -> None:
+    from imagenet import recipes as photos
+
+    def settings(arguments: str, name: str = "standard") -> dict[str, float]:
+        given = ["--recipe", name, *arguments.split()]
+        recipes = photos.RECIPES
+        found, _ = cli.parse(given, prog="x", recipes=recipes, default="standard_kd", description="", examples="")
+        return found.settings  # type: ignore[no-any-return]
+
+    assert settings("") == {"T": 1, "w": 0.5}
+    assert settings("--method dkd") == {"alpha": 1, "beta": 0.5, "tau": 1, "ramp": 1, "kd_weight": 1, "ce_weight": 1}
+    assert settings("--method nkd") == {"gamma": 1.5, "tau": 1, "ramp": 0, "kd_weight": 1, "ce_weight": 1}
+    assert settings("--method dist")["tau"] == 1
+    assert settings("--kd-weight 3 --ce-weight 1") == {"T": 1, "kd_weight": 3, "ce_weight": 1}
+    assert settings("--method kd", "original") == {"T": 3, "w": 0.8}  # the recipe's own, as the method is the same
+
+
+def test_names_of_runs() -> None:
+    names = {
+        "--teacher-arch resnet18 --T 4 --w 0.9": "kd-resnet18-T4-w0.9-seed0",
+        "--teacher-arch resnet18 --kd-weight 9 --ce-weight 0.1": "kd-resnet18-T3-kdweight9-ceweight0.1-seed0",
+        "--teacher-arch resnet18 --standardize --seed 2": "kd-standardized-resnet18-T2-w0.8-seed2",
+        "--teacher-arch resnet18 --method dkd": "dkd-resnet18-seed0",
+        "--teacher-arch resnet18 --method dkd --beta 2": "dkd-resnet18-beta2-seed0",
+        "--teacher-arch resnet18 --overhaul": "overhaul-resnet18-seed0",
+        "--teacher-arch resnet18 --overhaul --method dist --teacher-bn batch": "overhaul-dist-resnet18-bnbatch-seed0",
+        "--teacher-arch resnet18 --overhaul --w 1 --feature-weight 1": "overhaul-kd-resnet18-T3-w1-"
+        "featureweight1-seed0",
+    }
+    assert {given: parse(given.split())[0].run_name for given in names} == names
 
 
 def test_show_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,12 +206,29 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--device cuda:99", "--device cuda:99"),
     ("kd", "--recipe best", "--recipe must be one of kd"),
     ("kd", "--tempreature 3", "unknown argument --tempreature"),
-    ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-arch"),
+    ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-bn, --teacher-arch"),
     ("kd", "--epoch 3", "near it: --epochs"),
     ("kd", "extra", "unknown argument extra"),
     ("kd", "--epochs", "--epochs: expected one argument"),
     ("kd", "--extend --fresh", "--extend continues a run and --fresh"),
     ("kd", "--fresh --resume x", "--resume continues a run and --fresh"),
+    ("kd", "--method fitnet", "--method must be one of kd, dkd, nkd, dist, none"),
+    ("kd", "--method dkd --T 4", "--T is no flag of --method dkd, which takes --alpha, --beta, --tau"),
+    ("kd", "--method nkd --w 0.5", "--w is no flag of --method nkd, which takes --gamma, --tau"),
+    ("kd", "--method dist --alpha 1", "--alpha is no flag of --method dist, which takes --beta, --gamma, --tau"),
+    ("kd", "--beta 8", "--beta is no flag of --method kd, which takes --T, --w, or --kd-weight and --ce-weight"),
+    ("kd", "--w 0.9 --kd-weight 9", "--w shares out the loss, --kd-weight and --ce-weight weigh it"),
+    ("kd", "--method dist --standardize", "--standardize is for kd and dkd, not for --method dist"),
+    ("kd", "--method dkd --mixup", "--method dkd wants one label for each image"),
+    ("kd", "--method dist --top-k 5", "--method dist wants all logits of an answer"),
+    ("kd", "--standardize --top-k 5", "--standardize wants all logits of an answer"),
+    ("kd", "--method none", "--method none is for --overhaul"),
+    ("kd", "--method dkd --tau 0", "--tau must be a number, above 0"),
+    ("kd", "--feature-weight 1", "belong to --overhaul"),
+    ("kd", "--teacher-bn batch", "belong to --overhaul"),
+    ("kd", "--overhaul --compile", "--overhaul watches the networks at work"),
+    ("ce", "--method dkd", "unknown argument --method"),
+    ("ce", "--overhaul", "unknown argument --overhaul"),
     ("ce", "--T 3", "unknown argument --T"),
     ("ce", "--teacher-arch resnet18", "unknown argument --teacher-arch"),
     ("kd", "--arch resnet51", "unknown architecture 'resnet51'"),

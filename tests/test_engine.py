@@ -23,7 +23,7 @@ from distill.answers import AnsweredData
 from distill.engine import Fitted, evaluate, fit
 from distill.logit_store import Encoding
 from distill.metrics import Tally
-from distill.objectives import CrossEntropy, Distillation, Objective, Step
+from distill.objectives import CrossEntropy, Distillation, Objective, Step, distillation
 from distill.optim import WeightAverage, build_optimizer, learning_rate
 from distill.recipe import Options, Recipe, UserError
 from distill.registry import Classifier, InputSpec
@@ -47,6 +47,10 @@ def small_network(classes: int = 4, seed: int = 0) -> Classifier:
     return Classifier(nn.Sequential(*layers), SPEC)
 
 
+def taught(T: float, w: float, labelled: bool = True) -> Distillation:
+    return distillation(Recipe(teacher_arch="teacher", T=T, w=w), labelled)
+
+
 def train(
     path: Path,
     npz: Path,
@@ -66,7 +70,7 @@ def train(
             recipe,
             options or Options(),
             student=student or small_network(),
-            objective=objective or (Distillation(3.0, 0.8) if teacher else CrossEntropy()),
+            objective=objective or (taught(3.0, 0.8) if teacher else CrossEntropy()),
             data=AnsweredData(views, teacher, None, Encoding(4)) if teacher else views,
             tests=tests,
             facts=facts,
@@ -289,16 +293,16 @@ def test_distillation_is_the_weighted_sum() -> None:
     batch = Batch(
         torch.randn(6, 3), torch.randint(0, 5, (6,)), torch.arange(6), torch.zeros(6), None, torch.randn(6, 5)
     )
-    step = Distillation(temperature=3.0, w=0.8)(student, batch)
+    step = taught(3.0, 0.8)(student, batch)
     soft, hard = step.parts
     torch.testing.assert_close(step.loss.detach(), 0.8 * soft + 0.2 * hard)
     torch.testing.assert_close(hard, nn.functional.cross_entropy(student(batch.images), batch.labels).detach())
-    alone = Distillation(temperature=3.0, w=0.0)(student, batch)
+    alone = taught(3.0, 0.0)(student, batch)
     torch.testing.assert_close(alone.loss, CrossEntropy()(student, batch).loss)
-    taught = Distillation(temperature=3.0, w=1.0, labelled=False)(student, batch)
-    torch.testing.assert_close(taught.loss.detach(), soft)
+    alone = taught(3.0, 1.0, labelled=False)(student, batch)
+    torch.testing.assert_close(alone.loss.detach(), soft)
     with pytest.raises(ValueError, match="w = 1"):
-        Distillation(temperature=3.0, w=0.9, labelled=False)
+        taught(3.0, 0.9, labelled=False)
 
 
 def test_cross_entropy_of_mixed_images() -> None:
@@ -312,7 +316,7 @@ def test_cross_entropy_of_mixed_images() -> None:
     for smoothing in (0.0, 0.1):
         expected = nn.functional.cross_entropy(logits, one_hot, label_smoothing=smoothing)
         torch.testing.assert_close(CrossEntropy(smoothing)(nn.Identity(), batch).loss, expected)
-    step = Distillation(1.0, 0.0)(nn.Identity(), replace(batch, teacher_logits=torch.zeros(6, 5)))
+    step = taught(1.0, 0.0)(nn.Identity(), replace(batch, teacher_logits=torch.zeros(6, 5)))
     torch.testing.assert_close(step.loss, nn.functional.cross_entropy(logits, one_hot))
 
 
@@ -492,7 +496,7 @@ def test_sync_bn_keeps_the_weights_where_they_are(monkeypatch: pytest.MonkeyPatc
     before = dict(network.network.named_parameters())
     monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert parallel.spread(network, replace(RECIPE, sync_bn=True), "cuda:0") is network
+    assert parallel.spread(network, network.mean.device, replace(RECIPE, sync_bn=True), "cuda:0") is network
     assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     after = dict(network.network.named_parameters())
     assert after.keys() == before.keys()
@@ -506,13 +510,13 @@ def test_several_gpus_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(parallel, "DataParallel", lambda module, here: found.append((module, here)) or module)
-    parallel.spread(network, RECIPE, "auto")
-    parallel.spread(network, RECIPE, "cuda:0,0")
+    parallel.spread(network, network.mean.device, RECIPE, "auto")
+    parallel.spread(network, network.mean.device, RECIPE, "cuda:0,0")
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert found == [(network, [first, second]), (network, [first, first])]
     for change, message in (({"compile": True}, "--compile takes one GPU"), ({"sync_bn": True}, "--sync-bn takes")):
         with pytest.raises(UserError, match=message):
-            parallel.spread(network, replace(RECIPE, **change), "auto")
+            parallel.spread(network, network.mean.device, replace(RECIPE, **change), "auto")
 
 
 def test_tensorboard(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -782,5 +786,5 @@ def test_tensors_stay_where_the_student_is() -> None:
     seen: list[Tensor] = []
     student = small_network()
     student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    Distillation(1.0, 0.5)(student, batch)
+    taught(1.0, 0.5)(student, batch)
     assert seen[0] is images

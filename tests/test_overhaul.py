@@ -1,0 +1,415 @@
+"""Feature distillation: margins and losses as recorded, places as a hand-written forward has them, connectors that are
+trained, resumed and left out of what is exported, a teacher that does not move."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar10 import train_kd
+from cifar10.data import load_data, prepare
+from cifar10.models import CIFAR_INPUT, MODELS
+from distill import checkpoint
+from distill.answers import AnsweredData
+from distill.engine import fit
+from distill.features import Tapped, find_places
+from distill.logit_store import Encoding
+from distill.objectives import CrossEntropy, objective
+from distill.overhaul import FeatureLoss, margin, partial_l2, pooled
+from distill.recipe import Options, Recipe, UserError
+from distill.registry import Classifier, InputSpec
+from distill.run_dir import RunDirectory
+from distill.stop import Stopped
+from distill.teacher import Teacher
+from distill.views import Batch
+
+CPU = torch.device("cpu")
+CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
+
+
+def images(count: int = 2, size: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def classifier(arch: str) -> Classifier:
+    torch.manual_seed(0)
+    network = MODELS.build(arch, 10)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # so that statistics, scales and shifts matter
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return Classifier(network, CIFAR_INPUT)
+
+
+# --------------------------------------------------------------------------------------------------- margins and losses
+def test_margins_of_the_definition() -> None:
+    gamma, beta = torch.tensor([1, 0.5, -1, 0.1, 0, 0]), torch.tensor([0, 0.3, -0.5, 2, 0.7, -0.7])
+    expected = torch.tensor([-0.79788, -0.30751, -1.00916, -0.3, 0, -0.7])
+    torch.testing.assert_close(margin(gamma, beta), expected, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_agrees_with_the_reference(case: int) -> None:
+    inputs, losses = CASES[case]["inputs"], CASES[case]["losses"]
+    known = losses["ofd_margin"]
+    found = margin(torch.tensor(known["gamma"]), torch.tensor(known["beta"]))
+    torch.testing.assert_close(found, torch.tensor(known["margin"]), rtol=1e-5, atol=1e-6)
+
+    def wave(amplitude: float, frequency: float, phase: float) -> Tensor:
+        k = np.arange(inputs["N"] * 32 * 16, dtype=np.float64)
+        values = amplitude * np.sin(frequency * k + phase)
+        values += 0.3 * amplitude * np.cos(0.11 * k * frequency + 2 * phase)
+        return torch.from_numpy(values.astype(np.float32)).reshape(inputs["N"], 32, 4, 4)
+
+    student = wave(1.0, 0.013 * 3, inputs["phase"]).requires_grad_()
+    loss = partial_l2(student, wave(1.2, 0.017 * 3, inputs["phase"] + 1), found)
+    expected = losses["ofd_partial_l2_sum"]
+    assert loss.item() == pytest.approx(expected["value"], rel=1e-5)
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.norm().item() == pytest.approx(expected["grad_norm"], rel=1e-5)
+    torch.testing.assert_close(student.grad.flatten()[:5], torch.tensor(expected["grad_head"]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_contract_of_partial_l2(dtype: torch.dtype) -> None:
+    student = (100 * torch.randn(4, 3, 5, 5)).to(dtype).requires_grad_()
+    teacher, limits = (100 * torch.randn(4, 3, 5, 5)).to(dtype).requires_grad_(), torch.tensor([-1.0, -0.5, 0])
+    loss = partial_l2(student, teacher, limits)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert teacher.grad is None
+    turned = partial_l2(student.detach().flip(0), teacher.detach().flip(0), limits)
+    torch.testing.assert_close(turned, loss.detach(), rtol=1e-5, atol=0)
+    target = torch.maximum(teacher.detach().float(), limits.view(1, -1, 1, 1))
+    assert partial_l2(target, teacher, limits) == 0
+    below = torch.where(
+        target > 0, target, target - 1
+    )  # further below where the teacher is silent too: nothing to learn
+    assert partial_l2(below, teacher, limits) == 0
+
+
+def test_shapes_that_do_not_fit() -> None:
+    for shapes in (((2, 3, 4, 4), (2, 3, 4, 5), (3,)), ((2, 3, 4, 4), (2, 3, 4, 4), (4,)), ((2, 3), (2, 3), (3,))):
+        student, teacher, limits = map(torch.zeros, shapes)
+        with pytest.raises(ValueError, match=r"features must both be \(B, C, H, W\)"):
+            partial_l2(student, teacher, limits)
+
+
+# --------------------------------------------------------------------------------------------------------------- places
+def resnet_by_hand(network: Any, x: Tensor, stages: tuple[str, ...]) -> Iterator[Tensor]:
+    for name in stages:
+        for block in getattr(network, name):
+            out = F.relu(block.bn1(block.conv1(x)))
+            out = block.bn2(block.conv2(out))
+            if hasattr(block, "conv3"):
+                out = block.bn3(block.conv3(F.relu(out)))
+            shortcut = getattr(block, "shortcut", None) or getattr(block, "downsample", None)
+            out = out + (shortcut(x) if shortcut is not None else x)
+            x = F.relu(out)
+        yield out
+
+
+def resnet18_by_hand(network: Any, x: Tensor) -> list[Tensor]:
+    x = F.relu(network.bn1(network.conv1(x)))
+    return list(resnet_by_hand(network, x, ("layer1", "layer2", "layer3", "layer4")))
+
+
+def resnext_by_hand(network: Any, x: Tensor) -> list[Tensor]:
+    x = F.relu(network.bn1(network.conv1(x)))
+    return list(resnet_by_hand(network, x, ("layer1", "layer2", "layer3")))
+
+
+def densenet40_by_hand(network: Any, x: Tensor) -> list[Tensor]:
+    first = network.trans1.bn1(network.dense1(network.conv1(x)))
+    second = network.trans2.bn1(network.dense2(F.avg_pool2d(network.trans1.conv1(F.relu(first)), 2)))
+    third = network.bn(network.dense3(F.avg_pool2d(network.trans2.conv1(F.relu(second)), 2)))
+    return [first, second, third]
+
+
+def efficientnet_by_hand(network: Any, x: Tensor) -> list[Tensor]:
+    out, found = F.silu(network.bn1(network.conv1(x))), []
+    for k, block in enumerate(network.layers):
+        out = block(out)
+        if k in (0, 2, 4, 10, 15):
+            found.append(out)
+    return found
+
+
+def torchvision_resnet50_by_hand(network: Any, x: Tensor) -> list[Tensor]:
+    x = F.max_pool2d(F.relu(network.bn1(network.conv1(x))), 3, 2, 1)
+    return list(resnet_by_hand(network, x, ("layer1", "layer2", "layer3", "layer4")))
+
+
+def torchvision_resnet50() -> Classifier:
+    from torchvision.models import resnet50  # type: ignore[import-untyped]
+
+    torch.manual_seed(0)
+    return Classifier(resnet50(num_classes=10), InputSpec(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+
+
+BY_HAND: dict[str, tuple[Callable[[], Classifier], Callable[[Any, Tensor], list[Tensor]]]] = {
+    "resnet18": (lambda: classifier("resnet18"), resnet18_by_hand),
+    "resnext29_2x64d": (lambda: classifier("resnext29_2x64d"), resnext_by_hand),
+    "densenet40": (lambda: classifier("densenet40"), densenet40_by_hand),
+    "efficientnet_b0": (lambda: classifier("efficientnet_b0"), efficientnet_by_hand),
+    "torchvision's resnet50, whose activations work in place": (torchvision_resnet50, torchvision_resnet50_by_hand),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_features_are_those_of_a_hand_written_forward(name: str) -> None:
+    build, by_hand = BY_HAND[name]
+    network = build()
+    places = find_places(network, name)
+    tapped, pixels = Tapped(network, places).eval(), images(2, network.spec.size)
+    with torch.no_grad():
+        logits, found = tapped(pixels)
+        expected = by_hand(network.network, network.normalise(pixels))
+        torch.testing.assert_close(logits, network(pixels))
+    assert len(found) == len(expected)
+    for place, feature, other in zip(places, found, expected, strict=True):
+        assert tuple(feature.shape[1:]) == place.shape
+        assert (feature < 0).any()
+        torch.testing.assert_close(feature, other)
+    # in training the gradient goes through the features and the network's own use of them
+    logits, found = tapped.train()(pixels)
+    (logits.sum() + sum(feature.float().sum() for feature in found)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("arch", MODELS.names())
+def test_every_network_has_stages_and_margins(arch: str) -> None:
+    network = classifier(arch)
+    before, mode = checkpoint.digest(network.state_dict()), network.network.training
+    places = find_places(network, arch)
+    assert len(places) >= 3
+    sizes = [place.shape[1] for place in places]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert sizes[0] == 32
+    assert all(place.scale is not None and len(place.scale) == place.shape[0] for place in places)
+    assert checkpoint.digest(network.state_dict()) == before
+    assert network.network.training == mode
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("mobilenet_v2", (16, 24, 32, 96, 320)),
+        ("mobilenet_v3_small", (16, 24, 48, 96)),
+        ("densenet121", (256, 512, 1024, 1024)),
+        ("resnext50_32x4d", (256, 512, 1024, 2048)),
+        ("efficientnet_b0", (16, 24, 40, 112, 320)),
+        ("efficientnet-b0", (16, 24, 40, 112, 320)),
+        ("regnet_y_400mf", (48, 104, 208, 440)),
+        ("convnext_tiny", (96, 192, 384, 768)),
+    ],
+)
+def test_networks_of_others(name: str, channels: tuple[int, ...]) -> None:
+    """At 64 pixels; in training, with dropped blocks, the features are at the same places."""
+    from imagenet.models import find
+
+    known = find(name).at(64)
+    network = Classifier(known.build(num_classes=10), known.spec)
+    places = find_places(network, name)
+    assert tuple(place.shape[0] for place in places) == channels
+    _, found = Tapped(network, places).train()(images(2, 64))
+    assert [tuple(feature.shape[1:]) for feature in found] == [place.shape for place in places]
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vit_b_32"])
+def test_networks_without_stages_are_refused(name: str) -> None:
+    from imagenet.models import find
+
+    known = find(name)
+    with pytest.raises(UserError, match=f"in {name} . ends of stages were found, at least 2 are needed: maps"):
+        find_places(Classifier(known.build(num_classes=10), known.spec), name)
+
+
+# ------------------------------------------------------------------------------------------------- the loss of features
+@pytest.mark.parametrize(("student", "teacher"), [("efficientnet_b0", "resnet18"), ("resnet18", "efficientnet_b0")])
+def test_the_sum_over_stages(student: str, teacher: str) -> None:
+    """Lists aligned at the end, the larger map pooled, halves of weights from the last stage on."""
+    learning, teaching = classifier(student), Teacher(classifier(teacher))
+    loss = FeatureLoss(learning, teaching, (student, teacher))
+    batch = images(3)
+    with torch.no_grad():
+        _, own = loss.learner.eval()(batch)
+        _, known = Tapped(teaching.network, find_places(teaching.network, teacher))(batch)
+        total = 0.0
+        for k, (s, t, place) in enumerate(zip(own[::-1], known[::-1], loss.known[::-1], strict=False)):
+            assert place.scale is not None
+            assert place.shift is not None
+            t = pooled(t, (s.shape[2], s.shape[3]))
+            total += partial_l2(s, t, margin(place.scale, place.shift)).item() / 2**k
+        assert loss(own, batch).item() == pytest.approx(total / 3, rel=1e-5)
+    assert len(own) == 4
+    assert "student layer4.1" in str(loss) or "teacher layer4.1" in str(loss)
+
+
+def test_a_margin_that_is_measured() -> None:
+    """Where there is no BatchNorm: the mean of what is negative, channel by channel, over all batches."""
+
+    def network() -> Classifier:
+        layers = [(3, 4), (4, 4), (4, 8), (8, 8)]
+        blocks: list[nn.Module] = []
+        for k, (few, many) in enumerate(layers):
+            blocks += [nn.Conv2d(few, many, 3, padding=1), nn.ReLU(inplace=True)]
+            blocks += [nn.MaxPool2d(2)] if k == 1 else []
+        return Classifier(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), CIFAR_INPUT)
+
+    torch.manual_seed(0)
+    teacher = Teacher(network())
+    loss = FeatureLoss(network(), teacher, ("plain", "plain"))
+    assert [place.shape for place in loss.known] == [(4, 32, 32), (8, 16, 16)]
+    assert "measured on training images" in str(loss)
+    whole = images(6)
+    batches = [Batch(part, torch.zeros(2), torch.arange(2), torch.zeros(2)) for part in whole.split(2)]
+    loss.measure(iter(batches))
+    with torch.no_grad():
+        _, features = Tapped(teacher.network, loss.known)(whole)
+    for found, feature in zip(loss.margins, features, strict=True):
+        rows = feature.transpose(0, 1).flatten(1)
+        expected = torch.stack([row[row < 0].mean() for row in rows])
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("teacher_bn", ["eval", "batch"])
+def test_the_teacher_does_not_move(teacher_bn: str) -> None:
+    teacher = Teacher(classifier("densenet_cifar"))
+    answer = teacher.logits(images(4))
+    loss = FeatureLoss(classifier("resnet18"), teacher, ("resnet18", "densenet_cifar"), teacher_bn=teacher_bn)
+    learner = loss.learner.train()
+    _, own = learner(images(4))
+    one, other = loss(own, images(4)), loss([f[:2] for f in own], images(4)[:2])
+    one.backward()
+    teacher.check_untouched()
+    assert all(p.grad is None for p in teacher.network.parameters())
+    # with statistics of the batch, the feature of an image depends on the others
+    with torch.no_grad():
+        alone = loss._teacher(images(4)[:2])[1][-1]
+        beside = loss._teacher(images(4))[1][-1][:2]
+    assert torch.allclose(alone, beside, atol=1e-3) == (teacher_bn == "eval")
+    assert one.isfinite()
+    assert other.isfinite()
+    teacher._fast = None  # answers are those of eval mode, also where they are first asked for afterwards
+    torch.testing.assert_close(teacher.logits(images(4)), answer)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def kd_run(npz: Path, output: Path, *more: str) -> dict[str, Any]:
+    """densenet_cifar, as it is initialised, to resnet18."""
+    teacher = output.parent / "teacher.pt"
+    if not teacher.exists():
+        torch.manual_seed(3)
+        torch.save(MODELS.build("densenet_cifar", 4).state_dict(), teacher)
+    given = "--arch resnet18 --teacher-arch densenet_cifar --batch-size 8 --lr 0.01 --epochs 2 --overhaul"
+    found = ["--teacher-checkpoint", str(teacher), "--data", str(npz), "--output", str(output), "--seed", "1"]
+    with suppress(Stopped):
+        train_kd.main([*given.split(), *found, *more])
+    loaded: dict[str, Any] = torch.load(output / "last.pt", weights_only=True)
+    return loaded
+
+
+def test_a_cut_run_continues_bit_by_bit_and_exports_the_student_alone(small_npz: Path, tmp_path: Path) -> None:
+    whole = kd_run(small_npz, tmp_path / "whole", "--T", "4")
+    cut = kd_run(small_npz, tmp_path / "cut", "--T", "4", "--steps", "3")
+    assert cut["step"] == 3
+    assert cut["connectors"].keys() == whole["connectors"].keys()
+    assert any(not torch.equal(cut["connectors"][key], whole["connectors"][key]) for key in whole["connectors"])
+    cut = kd_run(small_npz, tmp_path / "cut", "--T", "4")
+    for key in ("student", "connectors", "optimizer", "ranks"):
+        assert checkpoint.digest(cut[key]) == checkpoint.digest(whole[key]), key
+    assert whole["student"].keys() == MODELS.build("resnet18", 4).state_dict().keys()
+    weights = checkpoint.load_weights(tmp_path / "whole" / "last.pt")
+    checkpoint.apply_weights(MODELS.build("resnet18", 4), weights, "the exported student")
+    record = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert record["method"] == "kd"
+    assert "feature_weight = 0.001" in record["formula"]
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"train_features", "train_kd", "train_ce"} <= line.keys() for line in lines)
+
+
+def test_show_features(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = "--arch resnet18 --teacher-arch densenet40 --batch-size 8 --show-features --data"
+    train_kd.main([*given.split(), str(small_npz), "--output", str(tmp_path / "x")])
+    shown = capsys.readouterr().out
+    assert "student layer4.1, before relu (512, 4, 4)  teacher bn, before relu (456, 8, 8)  margin -0.798" in shown
+    assert not (tmp_path / "x").exists()
+
+
+class Tiny(nn.Sequential):
+    """Two stages, small enough to learn in a test."""
+
+    def __init__(self, width: int) -> None:
+        stages: list[nn.Module] = []
+        for few, many, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)):
+            stages += [nn.Conv2d(few, many, 3, stride, 1, bias=False), nn.BatchNorm2d(many), nn.ReLU()]
+        super().__init__(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
+
+
+def tiny(width: int, seed: int) -> Classifier:
+    torch.manual_seed(seed)
+    return Classifier(Tiny(width), CIFAR_INPUT)
+
+
+RECIPE = Recipe(teacher_arch="tiny", epochs=4, batch_size=25, lr=0.05, warmup=0, augment="none")
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]:
+    """1,000 of the embedded images, and a teacher that has learned from them."""
+    data = load_data("sample")
+    chosen = torch.arange(0, 2000, 2)
+    data = replace(data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen])
+    views, tests = prepare(data, RECIPE, CPU)
+    network = tiny(24, 1)
+    given: dict[str, Any] = {"student": network, "objective": CrossEntropy(), "data": views, "tests": tests}
+    facts = {"data": "sample", "data_digest": ""}
+    with RunDirectory(tmp_path_factory.mktemp("runs") / "teacher") as run:
+        found = fit(run, replace(RECIPE, epochs=6, lr=0.1), Options(), **given, facts=facts)
+    assert found.test.accuracy > 25
+    return views, tests, Teacher(network)
+
+
+METHODS = (
+    "kd",
+    "kd --standardize",
+    "dkd --ramp 2",
+    "nkd",
+    "dist",
+    "none --overhaul",
+    "kd --overhaul",
+    "dist --overhaul",
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_its_loss_and_trains(method: str, taught: tuple[Any, Any, Teacher], tmp_path: Path) -> None:
+    views, tests, teacher = taught
+    given: dict[str, Any] = {"method": method.split()[0], "standardize": "standard" in method}
+    recipe = RECIPE.changed({**given, "overhaul": "overhaul" in method, **({"ramp": 2.0} if "ramp" in method else {})})
+    student = tiny(16, 2)
+    aim = objective(recipe, student, teacher, views)
+    data = AnsweredData(views, teacher, None, Encoding(10)) if recipe.method != "none" else views
+    facts = {"data": "sample", "data_digest": ""}
+    with RunDirectory(tmp_path) as run:
+        found = fit(run, recipe, Options(), student=student, objective=aim, data=data, tests=tests, facts=facts)
+    teacher.check_untouched()
+    first, last = found.records[0], found.records[-1]
+    for part in aim.parts:
+        assert last[f"train_{part}"] < first[f"train_{part}"], part
+    assert found.test.accuracy > 20  # chance is 10
