@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """A loss on logits. `formula`: of its term, and a `note` on what stands in it. `small`, `photos`: its flags, with its
-    authors' values on CIFAR and on ImageNet."""
+    """A loss on logits. `formula`: of its term, and a `note` on what stands in it. `small`, `photos`: its flags, with
+    its authors' values on CIFAR and on ImageNet."""
 
     formula: str
     small: Mapping[str, float]

@@ -13,8 +13,11 @@ ce              our CE step
 empty_store     our KD step where no view is answered yet
 full_store      our KD step where all are
 ce_contiguous   with --contiguous: CE in float32, contiguous, as the original's
+kd_standardized, dkd, nkd, dist, overhaul
+                with --methods: our step by other methods, the store full where they want logits
 """
 
+import io
 import json
 import multiprocessing
 import resource
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +38,11 @@ from distill import cli  # noqa: E402
 from distill.recipe import Options, Recipe, UserError, knob, validate  # noqa: E402
 
 ROWS = ("original", "original_eval", "usual", "ce", "empty_store", "full_store")
+METHODS: dict[str, dict[str, Any]] = {
+    "kd_standardized": {"standardize": True},
+    **{name: {"method": name} for name in ("dkd", "nkd", "dist")},
+    "overhaul": {"overhaul": True},
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Benchmark:
     teacher_arch: str = knob("resnet152", "the teacher", group="what")
     batch_size: int = knob(256, "images a step", group="what", flags=("-b",), least=2, most=2000)
     contiguous: bool = knob(False, "also a CE step in the memory format of the original", group="what")
+    methods: bool = knob(False, "also a step of each other method", group="what")
     profile: bool = knob(False, "also where the time of a full_store step goes", group="what")
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
     rounds: int = knob(5, "how often each row is measured", group="how", least=1)
@@ -66,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     if options.json and not Path(options.json).resolve().parent.is_dir():
         raise UserError(f"--json {options.json}: there is no such directory")
     print(f"{options.teacher_arch} -> {options.arch}, batch {options.batch_size}, {describe_device(device)}")
-    rows = (*ROWS, "ce_contiguous") if options.contiguous else ROWS
+    rows = (*ROWS, *(("ce_contiguous",) if options.contiguous else ()), *(METHODS if options.methods else ()))
     seconds, memory, profile = measure(rows, options)
     found = summarise(seconds, memory, options.batch_size)
     show(found)
@@ -123,7 +132,7 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
 
     device = devices(options.device)[0]
     prepare: Callable[[Benchmark, str, Any], Iterator[None]]
-    prepare = ours if row in ("ce", "empty_store", "full_store") else theirs
+    prepare = ours if row in ("ce", "empty_store", "full_store", *METHODS) else theirs
     torch.manual_seed(0)
     steps = prepare(options, row, device)
     while True:
@@ -161,7 +170,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from distill.answers import AnsweredData
     from distill.engine import Trainer
     from distill.logit_store import Encoding, LogitStore
-    from distill.objectives import CrossEntropy, Objective, distillation
+    from distill.objectives import CrossEntropy, Objective, objective
     from distill.parallel import choose_teacher_precision
     from distill.registry import Classifier
     from distill.run_dir import RunDirectory
@@ -173,9 +182,10 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     )
     images = load_data("sample")
     data: TrainingData
+    recipe = recipe.changed(METHODS.get(row, {}))
     data, _ = prepare(images, recipe, device)
     student, _ = build_student(recipe, len(images.classes), None, device)
-    objective: Objective = CrossEntropy()
+    aim: Objective = CrossEntropy()
     with tempfile.TemporaryDirectory() as name:
         if row != "ce":
             network = MODELS.build(options.teacher_arch, len(images.classes))
@@ -183,15 +193,17 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
             teacher = Teacher(Classifier(network, CIFAR_INPUT, precision).to(device))
             key = {"data": "benchmark", "teacher": row, "images": len(images.train_labels), "classes": 10}
             store, encoding = LogitStore(Path(name), key), Encoding(10)
-            if row == "full_store":
+            if row != "empty_store":
                 every = np.arange(len(images.train_labels))
                 logits = torch.randn(len(every), 10).half()
                 for slot in range(162):
                     store.write(slot, every, logits)
-            data, objective = AnsweredData(data, teacher, store, encoding), distillation(recipe)
+            with redirect_stdout(io.StringIO()):  # the table has the names
+                aim = objective(recipe, student, teacher, data)
+            data = AnsweredData(data, teacher, store, encoding) if recipe.method != "none" else data
         settings = Options(device=str(device))  # one GPU, as the other rows
-        trainer = Trainer(RunDirectory(Path(name)), recipe, settings, student, objective, data, {})
-        student.train()
+        trainer = Trainer(RunDirectory(Path(name)), recipe, settings, student, aim, data, {})
+        trainer.learner.train()
         for epoch in range(recipe.epochs):
             if row == "empty_store" and isinstance(data, AnsweredData):
                 data.store = LogitStore(Path(name) / str(epoch), key)  # views come again after 162 epochs

@@ -54,8 +54,8 @@ def until_saved(process: "subprocess.Popen[str]", output: Path, times: int) -> N
 
 @pytest.mark.parametrize("case", ["gradient", "overhaul"])
 def test_gradient_and_evaluation_of_two_are_those_of_one(case: str, small_npz: Path, tmp_path: Path) -> None:
-    """EfficientNet-B0, BatchNorm in eval mode, no dropout, to 1e-5 of the largest: CE, the two in two parts each; and with
-    the features of a ResNet-18, its connectors too."""
+    """EfficientNet-B0, BatchNorm in eval mode, no dropout, to 1e-5 of the largest: CE, the two in two parts each; and
+    with features of a ResNet-18, the connectors too."""
     for count in (1, 2):
         found = processes(count, case, small_npz, tmp_path)
         assert found.returncode == 0, found.stderr
