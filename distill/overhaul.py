@@ -115,7 +115,8 @@ class FeatureLoss:
                 if isinstance(module, _BatchNorm):
                     module.training, module.track_running_stats = True, False
         tapped = Tapped(teacher.network, self.known)
-        self._teacher = spread_inference(tapped, teacher.network.mean.device, device_name)
+        self._device = teacher.network.mean.device
+        self._teacher = spread_inference(tapped, self._device, device_name)
         self.margins = [
             margin(p.scale, p.shift) if p.scale is not None and p.shift is not None else None for p in self.known
         ]
@@ -134,7 +135,7 @@ class FeatureLoss:
                 total += torch.stack([negative.sum((0, 2, 3)), (negative < 0).sum((0, 2, 3))]).cpu()
         for total, k in zip(sums, missing, strict=True):
             reduce(total)
-            self.margins[k] = (total[0] / total[1].clamp(min=1)).float()
+            self.margins[k] = (total[0] / total[1].clamp(min=1)).float().to(self._device)
 
     def __call__(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
         """features: the student's, connected; images: uint8 (B, H, W, 3), the same that it has seen."""
@@ -142,9 +143,8 @@ class FeatureLoss:
             known = self._teacher(images)[1]
         total = torch.zeros((), device=images.device)
         for stage, (own, target) in enumerate(zip(features, known, strict=True)):
-            found = self.margins[stage]
-            assert found is not None
-            limit = found.to(images.device, non_blocking=True)
+            limit = self.margins[stage]
+            assert limit is not None
             loss = partial_l2(own, pooled(target, (own.shape[2], own.shape[3])), limit)
             total = total + loss / 2 ** (len(features) - 1 - stage)
         return total / len(images)

@@ -233,6 +233,15 @@ class Recipe:
         return "kd" if self.teacher_arch else "ce"
 
     @property
+    def trained_by(self) -> str:
+        """`CE`, `KD from resnet18`, `KD standardized from resnet18`, `DIST and features from resnet18`."""
+        if self.objective == "ce":
+            return "CE"
+        words = [] if self.method == "none" else [f"{self.method}".upper() + " standardized" * self.standardize]
+        words += ["features"] if self.overhaul else []
+        return f"{' and '.join(words)} from {self.teacher_arch}"
+
+    @property
     def shares(self) -> tuple[float, float]:
         """(of the term on logits, of the CE term)."""
         if self.w is not None:

@@ -155,6 +155,7 @@ class RunDirectory:
             "arch": recipe.arch,
             "teacher_arch": recipe.teacher_arch,
             "objective": recipe.objective,
+            "trained_by": recipe.trained_by,
             "method": recipe.method if taught else None,
             "T": recipe.T if taught else None,
             "w": recipe.w if taught else None,

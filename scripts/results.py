@@ -25,9 +25,10 @@ def row(path: Path) -> tuple[str, ...]:
         return (path.name, "not finished", "-", "-", "-", "-")
     try:
         summary: dict[str, Any] = json.loads(text)
-        teacher = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
+        taught = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
+        trained_by = summary.get("trained_by") or taught  # of a run before there were other methods
         numbers = (f"{summary['parameters']:,}", f"{summary['epochs']}", f"{summary['test_accuracy']:.2f} %")
-        return (summary["arch"], teacher, *numbers, f"{summary['wall_seconds']:.0f}")
+        return (summary["arch"], trained_by, *numbers, f"{summary['wall_seconds']:.0f}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'summary.json'} is no summary of a run ({error!r})") from None
 

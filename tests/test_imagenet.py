@@ -563,6 +563,21 @@ def test_kd_and_its_store(photos: Path, home: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.usefixtures("home")
+def test_features_of_a_teacher_that_sees_another_size(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A student of 32 pixels, a teacher whose maps are those of 224, without BatchNorm at its places."""
+    flags = [str(photos), *SMALL, "--teacher-arch", "squeezenet1_1", "--teacher-checkpoint", "none", "--overhaul"]
+    flags += ["--method", "dist", "--epochs", "1", "--render-size", "48", "--workers", "0"]
+    train_kd.main([*flags, "--output", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "student features.8, linear (48, 2, 2)  teacher features.7.squeeze, before relu (32, 27, 27)  margin" in said
+    assert "teacher: 24 views answered" in said
+    record = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "feature_weight = 0.0001" in record["formula"]
+
+
+@pytest.mark.usefixtures("home")
 def test_stores_and_sweeps_of_photos(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(models.find("resnet18").build(num_classes=4).state_dict(), tmp_path / "teacher.pth")
     flags = ["--dataset", "imagenet", "--data", str(photos), "--teacher-arch", "resnet18", "--render-size", "32"]

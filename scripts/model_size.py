@@ -1,0 +1,177 @@
+"""How large a network is, beside another one.
+
+    python scripts/model_size.py --dataset cifar10 --arch resnet152 --vs efficientnet_b0
+    python scripts/model_size.py --dataset imagenet --arch resnet152 --vs efficientnet-b0
+
+parameters     learnable numbers
+activations    numbers that convolutions and BatchNorms put out for one image
+size           their sum: what the original repository called the size of a network
+MACs           multiplications with additions in convolutions and matrix products, for one image
+float32        bytes of the state_dict on disk; float16: with half as many for each floating-point number
+image, batch   time of a forward pass here, float32, channels_last: the median of --rounds, both networks in turn
+"""
+
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from distill import cli  # noqa: E402
+from distill.recipe import UserError, knob, validate  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The flags of this script."""
+
+    dataset: str = knob("cifar10", "which networks", group="what", choices=("cifar10", "imagenet"))
+    arch: str = knob("resnet152", "the network", group="what", flags=("-a",))
+    vs: str | None = knob("efficientnet_b0", "the one beside it (imagenet: efficientnet-b0)", group="what")
+    classes: int = knob(0, "outputs (default: 10, imagenet 1000)", group="what", least=0)
+    batch_size: int = knob(64, "images of a batch", group="how", flags=("-b",), least=1)
+    rounds: int = knob(5, "how often the times are taken", group="how", least=1)
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
+    json: str | None = knob(None, "write the figures to this file", group="how")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one network; numbers as in the table, seconds for times."""
+
+    arch: str
+    parameters: int
+    activations: int
+    size: int
+    macs: int
+    bytes_float32: int
+    bytes_float16: int
+    seconds_image: float
+    seconds_batch: float
+
+
+def main(argv: Sequence[str]) -> None:
+    options = cli.parse_flags(argv, Sizes(), prog="model_size.py", description=__doc__ or "")
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no such directory")
+    from distill.parallel import describe_device, devices
+
+    device = devices(options.device)[0]
+    photos = options.dataset == "imagenet"
+    other = "efficientnet-b0" if photos and options.vs == "efficientnet_b0" else options.vs
+    classes = options.classes or (1000 if photos else 10)
+    networks = {arch: build(arch, photos, classes, device) for arch in (options.arch, other) if arch}
+    found = measure(networks, options.batch_size, options.rounds)
+    print(f"{options.dataset}, {classes} classes, {describe_device(device)}, batch {options.batch_size}")
+    show(found)
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(size) for size in found], indent=2) + "\n")
+
+
+def build(arch: str, photos: bool, classes: int, device: Any) -> Any:
+    """The classifier of that name, with random weights, in eval mode."""
+    from distill.registry import Classifier
+
+    if photos:
+        from imagenet.models import find
+
+        known = find(arch)
+        return Classifier(known.build(num_classes=classes), known.spec).to(device).eval()
+    from cifar10.models import CIFAR_INPUT, MODELS
+
+    return Classifier(MODELS.build(arch, classes), CIFAR_INPUT).to(device).eval()
+
+
+def measure(networks: dict[str, Any], batch_size: int, rounds: int) -> list[Size]:
+    """Count and time the networks (name -> Classifier), in turn."""
+    times: dict[tuple[str, int], list[float]] = {}
+    for round_ in range(rounds + 1):  # the first one warms up
+        for arch, network in networks.items():
+            for images_each in (1, batch_size):
+                passed = seconds(network, images_each)
+                if round_:
+                    times.setdefault((arch, images_each), []).append(passed)
+    found = []
+    for arch, network in networks.items():
+        parameters, activations, macs = count(network)
+        weights = network.network.state_dict()
+        half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+        image, batch = (statistics.median(times[arch, n]) for n in (1, batch_size))
+        disk = (on_disk(weights), on_disk(half))
+        found.append(Size(arch, parameters, activations, parameters + activations, macs, *disk, image, batch))
+    return found
+
+
+def count(network: Any) -> tuple[int, int, int]:
+    """(parameters, activations, MACs) of a Classifier, for one image."""
+    import torch
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    outputs: list[int] = []
+    kinds = (nn.Conv2d, nn.BatchNorm2d)
+    handles = [
+        module.register_forward_hook(lambda _module, _given, out: outputs.append(out.numel()))
+        for module in network.network.modules()
+        if isinstance(module, kinds)
+    ]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(images(network, 1))
+    for handle in handles:
+        handle.remove()
+    parameters = sum(p.numel() for p in network.network.parameters())
+    return parameters, sum(outputs), counter.get_total_flops() // 2
+
+
+def images(network: Any, count: int) -> Any:
+    import torch
+
+    size = network.spec.size
+    return torch.zeros(count, size, size, 3, dtype=torch.uint8, device=network.mean.device)
+
+
+def seconds(network: Any, count: int) -> float:
+    """Of a forward pass of `count` images."""
+    import torch
+
+    batch = images(network, count)
+    with torch.no_grad():
+        start = time.perf_counter()
+        network(batch).sum().item()  # waits for the device
+        return time.perf_counter() - start
+
+
+def on_disk(weights: dict[str, Any]) -> int:
+    """Bytes of the file that torch.save makes of them."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.tell()
+
+
+def show(found: Sequence[Size]) -> None:
+    """The table, and the share that the second network has of the first."""
+    print("| network | parameters | activations | size | MACs | float32 | float16 | image | batch |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for size in found:
+        numbers = [f"{n / 1e6:.2f} M" for n in (size.parameters, size.activations, size.size, size.macs)]
+        disk = [f"{n / 1e6:.1f} MB" for n in (size.bytes_float32, size.bytes_float16)]
+        times = [f"{1000 * s:.1f} ms" for s in (size.seconds_image, size.seconds_batch)]
+        print(f"| {size.arch} | {' | '.join([*numbers, *disk, *times])} |")
+    if len(found) == 2:
+        pairs = zip(list(asdict(found[1]).values())[1:], list(asdict(found[0]).values())[1:], strict=True)
+        print(f"| share | {' | '.join(f'{100 * small / big:.2f} %' for small, big in pairs)} |")
+
+
+if __name__ == "__main__":
+    cli.run(main)
