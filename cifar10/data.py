@@ -102,11 +102,13 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
 
     Images lie on `device` as uint8. Raises UserError if there are too few of them.
     """
-    wants_labels = recipe.objective == "ce" or recipe.shares[1] or METHODS[recipe.method or "kd"].labels
-    if not data.labelled and (wants_labels or recipe.val_split):
-        raise UserError(
-            "the training images have no labels: they take trainKD.sh --w 1 (or a --ce-weight of 0), and no --val-split"
-        )
+    if not data.labelled:
+        if METHODS[recipe.method or "kd"].labels:
+            raise UserError(f"the training images have no labels, which --method {recipe.method} wants")
+        if recipe.objective == "ce" or recipe.shares[1] or recipe.val_split:
+            raise UserError(
+                "the training images have no labels: they take trainKD.sh --w 1 (or --ce-weight 0), and no --val-split"
+            )
     policy = build_policy(recipe.augment, recipe.view_seed, recipe.views, recipe.cutout)
     count = len(data.train_images)
     if count - recipe.val_split < recipe.batch_size:

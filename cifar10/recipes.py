@@ -38,6 +38,37 @@ bash scripts/trainKD.sh --recipe student_kd --teacher-arch resnet152
 Accuracy: not measured yet. Time: as `kd`.
 """
 
+LONG_STUDENT = replace(STUDENT, epochs=300, batch_size=256, lr=0.2)
+"""The student, trained until it gains no more: for a GPU.
+
+bash scripts/reproduce.sh cifar10 --only student
+Not run yet: it takes a GPU.
+"""
+
+LONG_STUDENT_KD = replace(
+    LONG_STUDENT, teacher_arch="resnet152", T=4.0, w=0.9, weight_decay=2e-4, ema=0.999, dropout=0.0
+)
+"""The same taught, less regularised, as the teacher does that; the average of the weights.
+
+bash scripts/reproduce.sh cifar10 --only student-kd-resnet152
+Not run yet: it takes a GPU.
+"""
+
+LONG_STUDENT_FINETUNE_KD = replace(LONG_STUDENT_KD, epochs=60, lr=0.02)
+"""The same from the student trained by CE, as the original did it.
+
+bash scripts/reproduce.sh cifar10 --only student-kd-resnet152-finetuned
+Not run yet: it takes a GPU.
+"""
+
+PATIENT_STUDENT_KD = replace(LONG_STUDENT_KD, epochs=900, views=60, mixup=True)
+"""The patient form (Beyer et al. 2021, arXiv:2106.05237): mixtures by uniform shares, the same for teacher and student,
+and many epochs. The teacher answers 60 views of an image.
+
+bash scripts/trainKD.sh --recipe patient_student_kd --teacher-arch resnet152
+Not run yet: it takes a GPU.
+"""
+
 ORIGINAL = Recipe(
     lr=0.1,
     batch_size=256,
@@ -81,6 +112,9 @@ SHORT_STUDENT_KD = replace(SHORT_STUDENT, teacher_arch=SHORT_TEACHER.arch, T=4.0
 bash scripts/trainKD.sh --recipe short_student_kd
 """
 
+SHORT_STUDENT_FINETUNE_KD = replace(SHORT_STUDENT_KD, epochs=10, lr=0.02)
+"""Taught from the student trained by CE, as the original did it: bash scripts/reproduce.sh cifar10 --budget short"""
+
 SAMPLE_STUDENT = replace(STUDENT, epochs=3, batch_size=32, lr=0.02, warmup=1.0)
 """The embedded sample in minutes on 2 CPU cores: small batches, few epochs; lr chosen from 0.02, 0.05, 0.1 on
 --val-split 500.
@@ -99,11 +133,16 @@ RECIPES = {
     "teacher": TEACHER,
     "kd": KD,
     "student_kd": STUDENT_KD,
+    "long_student": LONG_STUDENT,
+    "long_student_kd": LONG_STUDENT_KD,
+    "long_student_finetune_kd": LONG_STUDENT_FINETUNE_KD,
+    "patient_student_kd": PATIENT_STUDENT_KD,
     "original": ORIGINAL,
     "original_kd": ORIGINAL_KD,
     "short_teacher": SHORT_TEACHER,
     "short_student": SHORT_STUDENT,
     "short_student_kd": SHORT_STUDENT_KD,
+    "short_student_finetune_kd": SHORT_STUDENT_FINETUNE_KD,
     "sample_student": SAMPLE_STUDENT,
     "sample_teacher": SAMPLE_TEACHER,
     "sample_student_kd": SAMPLE_STUDENT_KD,

@@ -42,7 +42,10 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args([_hyphenate(token) for token in argv])
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3, cutoff=0.6)
+            name = unknown[0].split("=")[0]
+            if name in map(flag, DISTILLATION_FIELDS):
+                raise UserError(f"unknown argument {name} without a teacher: it is for trainKD.sh, and train.sh --kd")
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"; near it: {', '.join(near)}" if near else "; --help lists the flags"
             raise UserError(f"unknown argument {unknown[0]}{hint}")
         return namespace

@@ -24,6 +24,7 @@ ACTIVATIONS: set[Any] = {
 LINEAR = ("Convolution", "ConstantPad", "Add", "AvgPool", "MaxPool", "AdaptiveAvgPool", "Mean", "Permute", "View")
 """Autograd nodes that may follow on a block which ends without an activation."""
 POOLED = ("MeanBackward", "AdaptiveAvgPool")  # over the whole image: no stage after it
+LAYERS = ("Convolution", "Addmm", "Mm")  # the last of them, the classifier, is no stage
 STAGES = 2  # at least
 
 
@@ -154,7 +155,8 @@ def find_places(classifier: Classifier, name: str) -> tuple[Place, ...]:
     try:
         with torch.enable_grad(), watch:
             images = classifier.normalise(pixels).requires_grad_()  # its calls count as well, as in Tapped
-            logits = network(images + 0)
+            start = images + 0
+            logits = network(start)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--overhaul: {name} could not be watched at work ({error!r:.160})") from None
     finally:
@@ -162,7 +164,7 @@ def find_places(classifier: Classifier, name: str) -> tuple[Place, ...]:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    places = _choose(_graph(logits.grad_fn), watch.seen)
+    places = _choose(_graph(start.grad_fn, logits.grad_fn), watch.seen)
     if len(places) < STAGES:
         raise UserError(
             f"--overhaul: in {name} {len(places)} ends of stages were found, at least {STAGES} are needed: maps "
@@ -181,8 +183,8 @@ class _Graph:
     depth: dict[Any, int]  # of each node the longest path from the images
 
 
-def _graph(last: Any) -> _Graph:
-    """The graph that ends in the logits' autograd node `last`."""
+def _graph(images: Any, last: Any) -> _Graph:
+    """The graph from the images' autograd node to the logits', `last`."""
     order: list[Any] = []
     marked: set[Any] = set()
     stack = [(last, False)]
@@ -194,7 +196,6 @@ def _graph(last: Any) -> _Graph:
             marked.add(node)
             stack.append((node, True))
             stack += [(n, False) for n, _ in node.next_functions if n is not None and n not in marked]
-    images = next(node for node in order if node.name() == "AddBackward0")
     reached = {images}
     before: dict[Any, list[Any]] = {images: []}
     for node in order:  # leaves out the parameters
@@ -228,10 +229,11 @@ def _choose(graph: _Graph, seen: dict[Any, _Seen]) -> tuple[Place, ...]:
         size, depth = seen[node].shape[1:], graph.depth[node]
         return sum(seen[n].shape[1:] == size and graph.depth[n] <= depth for n in convolutions) > 1
 
+    deepest = max((graph.depth[node] for node in graph.before if node.name().startswith(LAYERS)), default=0)
     linear: dict[tuple[int, ...], Any] = {}
     active: dict[tuple[int, ...], Any] = {}
     for node in graph.trunk[1:]:  # without the images themselves
-        if node.name().startswith(POOLED):
+        if node.name().startswith(POOLED) or graph.depth[node] >= deepest:
             break
         if node not in seen or not is_stage(node):
             continue
@@ -241,18 +243,20 @@ def _choose(graph: _Graph, seen: dict[Any, _Seen]) -> tuple[Place, ...]:
         if any(use[0] in ACTIVATIONS for use in known.used_by):
             if all(n in graph.trunk for n in after):
                 active[known.shape[1:]] = node
-        elif ends and after and all(n.name().startswith(LINEAR) for n in after):
+        elif ends and _lasting(known) and all(n.name().startswith(LINEAR) for n in after):
             linear[known.shape[1:]] = node
     chosen = {**active, **linear}
     return tuple(_place(chosen[size], graph, seen) for size in sorted(chosen, reverse=True))
 
 
+def _lasting(known: _Seen) -> list[tuple[Any, int, Any, bool]]:
+    """The uses of a tensor but for additions, of which there may be others in training, where blocks are dropped."""
+    return [use for use in known.used_by if not use[2].name().startswith("Add")]
+
+
 def _place(node: Any, graph: _Graph, seen: dict[Any, _Seen]) -> Place:
     known = seen[node]
-    uses = [use for use in known.used_by if use[0] in ACTIVATIONS] or known.used_by
-    # not an addition: in training there may be others, of dropped blocks
-    uses = [use for use in uses if not use[2].name().startswith("Add")] or uses
-    function, call, _, overwritten = uses[0]
+    function, call, _, overwritten = ([use for use in known.used_by if use[0] in ACTIVATIONS] or _lasting(known))[0]
     norms = [n for n in (node, *graph.before[node]) if n in seen and seen[n].batch_norm]
     norm = max(norms, key=graph.depth.__getitem__, default=None)  # of the block, not of its shortcut
     scale, shift = seen[norm].batch_norm or (None, None) if norm else (None, None)

@@ -133,17 +133,18 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Overhaul:
-    """weight * features(student, teacher) + ce_weight * CE(s, y), or in place of CE what `logits` minimises (None: the
-    features alone). The student that it is called with is that of features.learner, which returns its features too."""
+    """weight * features(student, teacher) + ce_weight * CE(s, y), or in place of CE what `logits` minimises.
+
+    The student that it is called with is that of features.learner, which returns its features too."""
 
     features: FeatureLoss
     weight: float
-    logits: CrossEntropy | Distillation | None
+    logits: CrossEntropy | Distillation
     ce_weight: float = 1.0
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("features", *((self.logits.parts or ("ce",)) if self.logits else ()))
+        return ("features", *(self.logits.parts or ("ce",)))
 
     @property
     def learner(self) -> Connected:
@@ -151,13 +152,12 @@ class Overhaul:
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         logits, found = student(batch.images)
-        features = self.weight * self.features(found, batch.images)
-        if self.logits is None:
-            return Step(logits, features, (features.detach(),))
+        features = self.features(found, batch.images)
         step = self.logits.step(logits, batch)
         alone = isinstance(self.logits, CrossEntropy)
         rest = self.ce_weight * step.loss if alone else step.loss
-        return Step(logits, features + rest, (features.detach(), *((step.loss.detach(),) if alone else step.parts)))
+        parts = (features.detach(), *((step.loss.detach(),) if alone else step.parts))
+        return Step(logits, self.weight * features + rest, parts)
 
 
 def objective(
@@ -170,17 +170,16 @@ def objective(
     """What `recipe` minimises with `teacher`; printed with the values in force. data: where a margin is to be measured.
     Raises UserError."""
     print(recipe.formula)
-    logits = None if recipe.method == "none" else distillation(recipe, data.labelled)
     if not recipe.overhaul:
-        assert logits
-        return logits
+        return distillation(recipe, data.labelled)
     names = (recipe.arch, recipe.teacher_arch or "the teacher")
     given: dict[str, Any] = {"seed": recipe.seed, "teacher_bn": recipe.teacher_bn, "device_name": device_name}
     features = FeatureLoss(student, teacher, names, **given)
     features.measure(data.batches(0))
     print(features)
-    alone = CrossEntropy(recipe.label_smoothing) if data.labelled else None
-    return Overhaul(features, recipe.feature_weight or 0.0, logits or alone, recipe.ce_weight or 0.0)
+    alone = recipe.method == "none"
+    logits = CrossEntropy(recipe.label_smoothing) if alone else distillation(recipe, data.labelled)
+    return Overhaul(features, recipe.feature_weight or 0.0, logits, recipe.ce_weight or 0.0)
 
 
 def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:

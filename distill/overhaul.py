@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.features import Place, Tapped, find_places
-from distill.parallel import reduce, spread_inference
+from distill.parallel import reduce, spread_inference, world_size
 from distill.registry import Classifier
 from distill.teacher import Teacher
 from distill.views import Batch
+
+MEASURED = 10_000  # images
 
 
 def margin(gamma: Tensor, beta: Tensor) -> Tensor:
@@ -85,7 +87,12 @@ def _smaller(own: Place, other: Place) -> tuple[int, int]:
 
 def pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, C, H, W), averaged to `size` where it is larger."""
-    return feature if tuple(feature.shape[2:]) == size else F.adaptive_avg_pool2d(feature, size)
+    height, width = feature.shape[2:]
+    if height % size[0] or width % size[1]:
+        return F.adaptive_avg_pool2d(feature, size)
+    window = (height // size[0], width // size[1])
+    # has a gradient with --deterministic on CUDA too
+    return feature if window == (1, 1) else F.avg_pool2d(feature, window)
 
 
 class FeatureLoss:
@@ -110,10 +117,8 @@ class FeatureLoss:
         count = min(len(own), len(known))
         self.own, self.known = own[-count:], known[-count:]
         self.learner = Connected(student, self.own, self.known, seed)
-        if teacher_bn == "batch":
-            for module in teacher.network.modules():
-                if isinstance(module, _BatchNorm):
-                    module.training, module.track_running_stats = True, False
+        norms = [module for module in teacher.network.modules() if isinstance(module, _BatchNorm)]
+        self._norms = norms if teacher_bn == "batch" else []
         tapped = Tapped(teacher.network, self.known)
         self._device = teacher.network.mean.device
         self._teacher = spread_inference(tapped, self._device, device_name)
@@ -122,25 +127,42 @@ class FeatureLoss:
         ]
 
     @torch.no_grad()
+    def known_features(self, images: Tensor) -> list[Tensor]:
+        """Those of the teacher, raw."""
+        for module in self._norms:  # statistics of the batch, the running ones neither used nor moved
+            module.training, module.track_running_stats = True, False
+        try:
+            features: list[Tensor] = self._teacher(images)[1]
+        finally:
+            for module in self._norms:
+                module.training, module.track_running_stats = False, True
+        return features
+
+    @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
-        """Where the teacher has no BatchNorm at a place: the mean of a channel's negative values over `batches`."""
+        """Where the teacher has no BatchNorm at a place: the mean of a channel's negative values over `batches`, as far
+        as MEASURED images."""
         missing = [k for k, found in enumerate(self.margins) if found is None]
         if not missing:
             return
+        print(f"features: measuring the teacher's margins on up to {MEASURED:,} training images")
+        seen = 0
         sums = [torch.zeros(2, self.known[k].shape[0], dtype=torch.float64) for k in missing]
         for batch in batches:
-            features = self._teacher(batch.images)[1]
+            features = self.known_features(batch.images)
+            seen += len(batch.images) * world_size()
             for total, k in zip(sums, missing, strict=True):
                 negative = features[k].double().clamp(max=0)
                 total += torch.stack([negative.sum((0, 2, 3)), (negative < 0).sum((0, 2, 3))]).cpu()
+            if seen >= MEASURED:
+                break
         for total, k in zip(sums, missing, strict=True):
             reduce(total)
             self.margins[k] = (total[0] / total[1].clamp(min=1)).float().to(self._device)
 
     def __call__(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
         """features: the student's, connected; images: uint8 (B, H, W, 3), the same that it has seen."""
-        with torch.no_grad():
-            known = self._teacher(images)[1]
+        known = self.known_features(images)
         total = torch.zeros((), device=images.device)
         for stage, (own, target) in enumerate(zip(features, known, strict=True)):
             limit = self.margins[stage]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-from distill.methods import FEATURE_WEIGHT, METHODS, SETTINGS, flag, settle
+from distill.methods import FEATURE_WEIGHT, FEATURES_SOURCE, METHODS, SETTINGS, flag, settle
 
 Self = TypeVar("Self", bound="Recipe")
 
@@ -54,8 +54,9 @@ class Recipe:
     w: float | None = knob(None, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
     method: str | None = knob(
         None,
-        "loss on logits: kd (--T, --w), dkd (--alpha, --beta, --tau), nkd (--gamma, --tau), dist (--beta, --gamma, "
-        "--tau); none with --overhaul",
+        "loss on logits, with the flags that it takes and their defaults (on photos): "
+        + "; ".join(f"{name}: {method}" for name, method in METHODS.items() if str(method))
+        + "; none: with --overhaul",
         group="distillation",
         choices=tuple(METHODS),
     )
@@ -201,6 +202,8 @@ class Recipe:
             raise UserError("--method none is for --overhaul; without both, trainCE trains by cross-entropy")
         if not self.overhaul and (self.feature_weight is not None or self.teacher_bn != "eval"):
             raise UserError("--feature-weight and --teacher-bn belong to --overhaul")
+        if method == "none" and not self.ce_weight:
+            raise UserError("--overhaul with --ce-weight 0 leaves the last layer untaught: add --method kd --w 1")
         if self.overhaul and self.compile:
             raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
         if self.standardize and known.standardized is None:
@@ -208,23 +211,36 @@ class Recipe:
         if self.mixup and known.labels:
             raise UserError(f"--method {method} wants one label for each image, and --mixup gives it two")
         if self.top_k and (method != "kd" or self.standardize):
-            name = f"--method {method}" if method != "kd" else "--standardize"
-            raise UserError(f"{name} wants all logits of an answer: leave out --top-k")
+            raise UserError(
+                "--top-k is for --method kd, and not with --standardize, which wants all logits of an answer"
+            )
         if self.top_k and self.T not in (1, 2, 3, 4):
             raise UserError(f"--top-k knows what the other classes sum to at --T 1, 2, 3 and 4, not {self.T:g}")
 
     def changed(self: Self, given: Mapping[str, Any]) -> Self:
-        """The recipe with the fields `given`; another method comes with its own defaults, not with this one's flags."""
+        """The recipe with the fields `given`. Where that means another method, it comes with its own defaults, not with
+        what this one's flags are; replace() would keep them."""
         given = dict(given)
-        asked = given.get("method")
-        if not asked and (not given.get("overhaul") or {"T", "w", "kd_weight"} & given.keys()):
-            asked = self.method if self.method != "none" else "kd"
-        if asked != self.method:
-            given = {**dict.fromkeys(SETTINGS), "method": asked, **given}
-        elif {"kd_weight", "ce_weight"} & given.keys() and asked == "kd":
+        overhaul = given.get("overhaul", self.overhaul)
+        asks_for_logits = bool({"T", "w", "kd_weight"} & given.keys())
+        method = given.get("method") or self.method
+        if not given.get("method"):
+            if overhaul and not self.overhaul and not asks_for_logits:
+                method = "none"
+            elif method == "none" and (asks_for_logits or not overhaul):
+                method = "kd"
+        if method != self.method:
+            given = {**dict.fromkeys(SETTINGS), **given, "method": method}
+            if method in METHODS and METHODS[method].standardized is None:
+                given.setdefault("standardize", False)
+        elif {"kd_weight", "ce_weight"} & given.keys() and method == "kd":
             given.setdefault("w", None)
+        elif "w" in given:
+            given = {"kd_weight": None, "ce_weight": None, **given}
         if given.get("standardize", self.standardize) != self.standardize:
             given = {"T": None, "tau": None, **given}
+        if not overhaul and self.overhaul:
+            given = {"feature_weight": None, "teacher_bn": "eval", **given}
         return replace(self, **given)
 
     @property
@@ -267,9 +283,10 @@ class Recipe:
         if self.overhaul:
             terms.append("feature_weight * sum over stages of partial_l2 / (2^(stages after it) * B)")
             values["feature_weight"] = self.feature_weight or 0.0
-        notes = [note for note in (method.note, "s and t standardised" if self.standardize else "") if note]
+        notes = [method.note, "s and t standardised" if self.standardize else "", method.source]
+        notes += [FEATURES_SOURCE] if self.overhaul else []
         shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
-        return "; ".join([f"loss = {' + '.join(terms)}  with {shown}", *notes])
+        return "; ".join([f"loss = {' + '.join(terms)}  with {shown}", *filter(None, notes)])
 
     @property
     def run_name(self) -> str:

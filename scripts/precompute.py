@@ -109,7 +109,9 @@ def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[R
     from distill.parallel import start
 
     device = start(options.device, deterministic=options.deterministic)
-    recipe = replace(recipe, teacher_arch=MODELS.resolve(recipe.teacher_arch or ""), w=1.0)
+    # answers do not depend on the method, and this one takes images without labels
+    recipe = recipe.changed({"method": "kd", "w": 1.0, "standardize": False, "overhaul": False})
+    recipe = replace(recipe, teacher_arch=MODELS.resolve(recipe.teacher_arch or ""))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, replace(recipe, batch_size=1, accumulate=1), device)

@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if options.output:
         raise UserError("--output names one run: a sweep's runs lie side by side in checkpoints/")
+    if recipe.w is None or recipe.method != "kd":
+        raise UserError("a sweep goes through --T and --w of --method kd: leave out --method, --kd-weight, --ce-weight")
     pairs = [(T, w) for T in numbers(options.T_list, "--T-list") for w in numbers(options.w_list, "--w-list")]
     recipes = [replace(recipe, T=T, w=w) for T, w in pairs]  # all of them are checked before the first one trains
     train = import_module(f"{dataset}.train_kd").train

@@ -11,7 +11,7 @@ import pytest
 from cifar10 import train_ce, train_kd
 from cifar10.recipes import RECIPES
 from distill import cli
-from distill.methods import flag
+from distill.methods import METHODS, flag
 from distill.recipe import Options, Recipe, UserError
 
 FLAGS = """--arch --teacher-arch --T --w --method --standardize --alpha --beta --gamma --tau --ramp
@@ -131,6 +131,31 @@ def test_defaults_on_photos_and_what_a_recipe_says() -> None:
     assert settings("--method kd", "original") == {"T": 3, "w": 0.8}  # the recipe's own, as the method is the same
 
 
+@pytest.mark.parametrize("method", [*METHODS, "kd overhaul", "dist overhaul"])
+def test_a_recipe_of_another_method(method: str) -> None:
+    """Nothing given: nothing changes; what is given means what it would mean beside plain kd."""
+    name, *overhaul = method.split()
+    recipe = RECIPES["kd"].changed({"method": name, "overhaul": bool(overhaul) or name == "none"})
+    for given in ({}, {"seed": 1}, {"ce_weight": 0.5} if recipe.w is None else {"w": 0.5}):
+        changed = recipe.changed(given)
+        assert changed == replace(recipe, **given)
+        assert changed.method == name
+    back = recipe.changed({"overhaul": False, "method": "kd"})
+    assert back == RECIPES["kd"]
+    other = recipe.changed({"method": "nkd" if name == "dist" else "dist", "overhaul": False})
+    assert other.run_name == f"{'nkd' if name == 'dist' else 'dist'}-resnext29_2x64d-seed0"
+    if name == "none":
+        assert recipe.changed({"overhaul": False}) == RECIPES["kd"]
+        assert recipe.changed({"w": 0.5}).method == "kd"
+
+
+def test_ways_to_weigh_kd() -> None:
+    weighed = RECIPES["kd"].changed({"kd_weight": 9.0, "ce_weight": 0.1})
+    assert weighed.shares == (9.0, 0.1)
+    assert weighed.changed({"w": 0.9}).settings == {"T": 3, "w": 0.9}
+    assert RECIPES["kd"].changed({"standardize": True}).changed({"method": "nkd"}).standardize is False
+
+
 def test_names_of_runs() -> None:
     names = {
         "--teacher-arch resnet18 --T 4 --w 0.9": "kd-resnet18-T4-w0.9-seed0",
@@ -212,7 +237,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--epochs", "--epochs: expected one argument"),
     ("kd", "--extend --fresh", "--extend continues a run and --fresh"),
     ("kd", "--fresh --resume x", "--resume continues a run and --fresh"),
-    ("kd", "--method fitnet", "--method must be one of kd, dkd, nkd, dist, none"),
+    ("kd", "--method fitnet", "--method must be one of " + ", ".join(METHODS)),
     ("kd", "--method dkd --T 4", "--T is no flag of --method dkd, which takes --alpha, --beta, --tau"),
     ("kd", "--method nkd --w 0.5", "--w is no flag of --method nkd, which takes --gamma, --tau"),
     ("kd", "--method dist --alpha 1", "--alpha is no flag of --method dist, which takes --beta, --gamma, --tau"),
@@ -220,14 +245,15 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--w 0.9 --kd-weight 9", "--w shares out the loss, --kd-weight and --ce-weight weigh it"),
     ("kd", "--method dist --standardize", "--standardize is for kd and dkd, not for --method dist"),
     ("kd", "--method dkd --mixup", "--method dkd wants one label for each image"),
-    ("kd", "--method dist --top-k 5", "--method dist wants all logits of an answer"),
-    ("kd", "--standardize --top-k 5", "--standardize wants all logits of an answer"),
+    ("kd", "--method dist --top-k 5", "--top-k is for --method kd"),
+    ("kd", "--standardize --top-k 5", "--top-k is for --method kd"),
     ("kd", "--method none", "--method none is for --overhaul"),
     ("kd", "--method dkd --tau 0", "--tau must be a number, above 0"),
     ("kd", "--feature-weight 1", "belong to --overhaul"),
     ("kd", "--teacher-bn batch", "belong to --overhaul"),
+    ("kd", "--overhaul --ce-weight 0", "leaves the last layer untaught: add --method kd --w 1"),
     ("kd", "--overhaul --compile", "--overhaul watches the networks at work"),
-    ("ce", "--method dkd", "unknown argument --method"),
+    ("ce", "--method dkd", "unknown argument --method without a teacher: it is for trainKD.sh, and train.sh --kd"),
     ("ce", "--overhaul", "unknown argument --overhaul"),
     ("ce", "--T 3", "unknown argument --T"),
     ("ce", "--teacher-arch resnet18", "unknown argument --teacher-arch"),
