@@ -363,7 +363,7 @@ def test_a_cut_run_continues_bit_by_bit_and_exports_the_student_alone(small_npz:
 
 @pytest.mark.usefixtures("home")
 def test_a_cut_run_with_the_batchs_statistics(small_npz: Path, tmp_path: Path) -> None:
-    """The answers are those of eval mode, from a teacher that was rewritten before or after its features were asked for;
+    """The answers are those of eval mode, of a teacher rewritten before or after its features were asked for;
     without a store each start asks anew."""
     more = ("--method", "kd", "--teacher-bn", "batch", "--teacher-precision", "bfloat16", "--no-store")
     whole = kd_run(small_npz, tmp_path / "whole", *more)
