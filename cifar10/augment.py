@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.recipe import UserError
+from distill.errors import UserError
 from distill.views import ViewDraws, ViewPolicy
 
 PADDING = 4  # black pixels on each side before the crop

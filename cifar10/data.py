@@ -20,10 +20,11 @@ from tqdm import tqdm
 from cifar10 import official
 from cifar10.augment import build_policy
 from distill import checkpoint
+from distill.errors import UserError
 from distill.folders import UNLABELLED, list_images
 from distill.methods import METHODS
 from distill.parallel import first_here, share
-from distill.recipe import Recipe, UserError
+from distill.recipe import Recipe
 from distill.run_dir import CHECKPOINTS, ROOT
 from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewOrder, split_validation
 

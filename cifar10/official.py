@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill import downloads
-from distill.recipe import UserError
+from distill.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE = "cifar-10-python.tar.gz"

@@ -12,10 +12,11 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.engine import seconds_per_image
-from distill.methods import flag
+from distill.errors import UserError
+from distill.knobs import flag
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
-from distill.recipe import Options, Recipe, UserError
+from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
 from distill.teacher import Known, Teacher, introduce

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.recipe import UserError
+from distill.errors import UserError
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 WRAPPERS = (

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, NoReturn, TypeVar
 
-from distill.methods import SETTINGS, flag
-from distill.recipe import Options, Recipe, UserError, allowed, lost_process, out_of_memory, value_type
+from distill.errors import UserError, lost_process, out_of_memory
+from distill.knobs import allowed, flag, value_type
+from distill.methods import SETTINGS
+from distill.recipe import Options, Recipe
 
 LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)"
 LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch

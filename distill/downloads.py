@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import torch
 
-from distill.recipe import UserError
+from distill.errors import UserError
 
 WAITS = (0, 2, 10)  # seconds before each attempt
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from distill import checkpoint
+from distill.errors import UserError
 from distill.metrics import Tally
 from distill.objectives import Objective
 from distill.optim import WeightAverage, build_optimizer, learning_rate
@@ -33,7 +34,7 @@ from distill.parallel import (
     spread,
     world_size,
 )
-from distill.recipe import Options, Recipe, UserError
+from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import RunDirectory, differing, open_run, tell
 from distill.stop import Stopped, StopRequest, memory_advice

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from distill.recipe import UserError
+from distill.errors import UserError
 from distill.registry import Classifier
 
 ACTIVATIONS: set[Any] = {

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from distill.recipe import UserError
+from distill.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 UNLABELLED, NO_CLASS = -1, ""  # a label and a class's name for images that have none

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import checkpoint
+from distill.errors import UserError
 from distill.kd_loss import TEMPERATURES, TopKLogits, top_k_logits
-from distill.recipe import UserError
 from distill.teacher import Teacher
 from distill.views import ViewedData
 

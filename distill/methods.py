@@ -7,6 +7,8 @@ keywords (T and tau its `temperature`, where it has no tau); a flag of another n
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from distill.knobs import flag
+
 SETTINGS = ("T", "w", "alpha", "beta", "gamma", "tau", "ramp", "kd_weight", "ce_weight")  # flags of the methods
 WEIGHTS = {"ramp": 0.0, "kd_weight": 1.0, "ce_weight": 1.0}  # ce_weight * CE + kd_weight * min(epoch / ramp, 1) * term
 FEATURE_WEIGHT = {False: 1e-3, True: 1e-4}  # of --overhaul, on small images and on photos: its authors' (overhaul.py)
@@ -101,8 +103,3 @@ def settle(
             more = ", or --kd-weight and --ce-weight for --w" if "w" in known else ""
             raise ValueError(f"{flag(name)} is no flag of --method {method}, which takes {takes}{more}")
     return {name: known.get(name) if given[name] is None else given[name] for name in SETTINGS}
-
-
-def flag(name: str) -> str:
-    """`batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")

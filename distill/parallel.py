@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from distill.recipe import Recipe, UserError
+from distill.errors import UserError
+from distill.recipe import Recipe
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.recipe import UserError
+from distill.errors import UserError
 
 Builder = Callable[[int], nn.Module]
 

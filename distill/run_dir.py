@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from distill import checkpoint
-from distill.methods import flag
+from distill.errors import UserError
+from distill.knobs import flag
 from distill.parallel import describe_device, on_main, rank
-from distill.recipe import Options, Recipe, UserError
+from distill.recipe import Options, Recipe
 from distill.registry import count_parameters
 
 ROOT = Path(__file__).resolve().parent.parent

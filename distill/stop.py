@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from distill.recipe import Recipe, UserError, out_of_memory
+from distill.errors import UserError, out_of_memory
+from distill.recipe import Recipe
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint
+from distill.errors import UserError
 from distill.fusion import rewrite
 from distill.parallel import choose_precision, first_here, spread_inference
-from distill.recipe import UserError
 from distill.registry import Classifier
 from distill.views import TestData
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.recipe import UserError
+from distill.errors import UserError
 
 
 # ------------------------------------------------------------------------------------------------- numbers by counter

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import checkpoint
+from distill.errors import UserError
 from distill.folders import list_images
 from distill.parallel import first_here, share
-from distill.recipe import UserError
 from distill.registry import InputSpec
 from distill.run_dir import CHECKPOINTS
 from distill.views import Batch, EpochPlan, Mixture, ViewOrder, mix, split_validation, uniforms_of

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from distill.recipe import UserError
+from distill.errors import UserError
 
 LARGEST = 64_000_000  # pixels of a file, or of it resized; more is a mistake or a decompression bomb
 

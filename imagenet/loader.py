@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.recipe import UserError
+from distill.errors import UserError
 from imagenet.augment import PhotoViews
 from imagenet.decoding import BrokenImage, read_centre
 

@@ -18,8 +18,8 @@ import torchvision
 from torch import Tensor, nn
 
 from distill import checkpoint, downloads
+from distill.errors import UserError
 from distill.parallel import choose_precision, first_here, on_main
-from distill.recipe import UserError
 from distill.registry import Classifier, InputSpec
 from imagenet.recipes import ImageNetRecipe
 

@@ -6,7 +6,8 @@ None of them has been run on all of ImageNet here. Accuracies are those of other
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from distill.recipe import Options, Recipe, knob
+from distill.knobs import knob
+from distill.recipe import Options, Recipe
 
 
 @dataclass(frozen=True)

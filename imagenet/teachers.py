@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from distill import checkpoint
+from distill.errors import UserError
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
-from distill.recipe import UserError
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS
 from distill.teacher import Known, Teacher, introduce

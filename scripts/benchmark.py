@@ -35,7 +35,9 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill import cli  # noqa: E402
-from distill.recipe import Options, Recipe, UserError, knob, validate  # noqa: E402
+from distill.errors import UserError  # noqa: E402
+from distill.knobs import knob, validate  # noqa: E402
+from distill.recipe import Options, Recipe  # noqa: E402
 
 ROWS = ("original", "original_eval", "usual", "ce", "empty_store", "full_store")
 METHODS: dict[str, dict[str, Any]] = {

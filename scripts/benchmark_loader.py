@@ -17,7 +17,8 @@ from statistics import median
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill import cli  # noqa: E402
-from distill.recipe import UserError, knob, validate  # noqa: E402
+from distill.errors import UserError  # noqa: E402
+from distill.knobs import knob, validate  # noqa: E402
 
 SIZE, BATCH, LEFT_OUT = 224, 64, 2
 OURS = ("torchvision", "pillow", "simplejpeg")

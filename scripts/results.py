@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from distill import cli  # noqa: E402
-from distill.recipe import UserError  # noqa: E402
+from distill.errors import UserError  # noqa: E402
 
 RECORDS = ROOT / "checkpoints" / "records"
 MARKERS = ("<!-- written by scripts/results.py -->", "<!-- end -->")

@@ -17,7 +17,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cifar10 import recipes as small  # noqa: E402
 from distill import cli  # noqa: E402
-from distill.recipe import Options, UserError, knob  # noqa: E402
+from distill.errors import UserError  # noqa: E402
+from distill.knobs import knob  # noqa: E402
+from distill.recipe import Options  # noqa: E402
 from imagenet import recipes as photos  # noqa: E402
 
 

@@ -11,8 +11,10 @@ import pytest
 from cifar10 import train_ce, train_kd
 from cifar10.recipes import RECIPES
 from distill import cli
-from distill.methods import METHODS, flag
-from distill.recipe import Options, Recipe, UserError
+from distill.errors import UserError
+from distill.knobs import flag
+from distill.methods import METHODS
+from distill.recipe import Options, Recipe
 
 FLAGS = """--arch --teacher-arch --T --w --method --standardize --alpha --beta --gamma --tau --ramp
 --kd-weight --ce-weight --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cifar10 import data as module
 from cifar10.data import CLASSES, load_data
-from distill.recipe import UserError
+from distill.errors import UserError
 
 
 def make_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 3, size: int = 32) -> Path:

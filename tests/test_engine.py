@@ -21,11 +21,12 @@ from cifar10.data import load_data, prepare
 from distill import checkpoint, engine, parallel
 from distill.answers import AnsweredData
 from distill.engine import Fitted, evaluate, fit
+from distill.errors import UserError
 from distill.logit_store import Encoding
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step, distillation
 from distill.optim import WeightAverage, build_optimizer, learning_rate
-from distill.recipe import Options, Recipe, UserError
+from distill.recipe import Options, Recipe
 from distill.registry import Classifier, InputSpec
 from distill.run_dir import RunDirectory
 from distill.stop import SIGNALS, Stopped, StopRequest

@@ -27,7 +27,7 @@ from torch import nn
 from torchvision import transforms
 
 from distill import downloads
-from distill.recipe import UserError
+from distill.errors import UserError
 from distill.registry import Classifier, InputSpec
 from distill.teacher import _block
 from distill.views import uniforms, uniforms_of

@@ -15,9 +15,10 @@ from cifar10.data import load_data, prepare
 from distill import answers as answers_module
 from distill import checkpoint, logit_store
 from distill.answers import AnsweredData
+from distill.errors import UserError
 from distill.kd_loss import TopKLogits, top_k_logits
 from distill.logit_store import Encoding, LogitStore, fits, store_key
-from distill.recipe import Options, Recipe, UserError
+from distill.recipe import Options, Recipe
 from distill.teacher import Teacher
 from distill.views import TensorData
 from tests.conftest import teacher_file

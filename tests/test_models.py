@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar10.models import MODELS
 from cifar10.models.efficientnet import Block, EfficientNet
-from distill.recipe import UserError
+from distill.errors import UserError
 from distill.registry import Classifier, InputSpec, Registry
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_cifar10_models.json").read_text())

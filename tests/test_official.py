@@ -18,7 +18,7 @@ from cifar10 import data as module
 from cifar10 import official
 from cifar10.data import load_data
 from distill import downloads
-from distill.recipe import UserError
+from distill.errors import UserError
 
 
 class Attack:

@@ -20,12 +20,13 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from distill import checkpoint
 from distill.answers import AnsweredData
 from distill.engine import fit
+from distill.errors import UserError
 from distill.features import Tapped, find_places
 from distill.logit_store import Encoding
 from distill.methods import METHODS
 from distill.objectives import CrossEntropy, objective
 from distill.overhaul import FeatureLoss, margin, partial_l2, pooled
-from distill.recipe import Options, Recipe, UserError
+from distill.recipe import Options, Recipe
 from distill.registry import Classifier, InputSpec
 from distill.run_dir import RunDirectory
 from distill.stop import Stopped

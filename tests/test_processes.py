@@ -14,7 +14,8 @@ import torch
 
 from cifar10.data import load_data, prepare
 from distill import checkpoint, parallel
-from distill.recipe import Recipe, UserError
+from distill.errors import UserError
+from distill.recipe import Recipe
 from distill.views import EpochPlan
 from tests.test_kill import final_state
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.recipe import Options, Recipe, UserError
+from distill.errors import UserError
+from distill.recipe import Options, Recipe
 from distill.run_dir import RunDirectory, next_free, open_run
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cifar10 import train_kd
-from distill.recipe import UserError
+from distill.errors import UserError
 from scripts import benchmark, precompute, sweep
 from tests.conftest import teacher_file
 

@@ -16,7 +16,8 @@ from cifar10.data import load_data
 from cifar10.models import MODELS
 from cifar10.recipes import RECIPES
 from distill import checkpoint
-from distill.recipe import Options, UserError
+from distill.errors import UserError
+from distill.recipe import Options
 from tests.conftest import teacher_file
 
 CE = replace(RECIPES["student"], epochs=2, batch_size=8)

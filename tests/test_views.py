@@ -8,7 +8,7 @@ from torchvision.transforms import functional as reference
 
 from cifar10.augment import CropFlip, Cutout, NoChange, Original, build_policy
 from cifar10.data import load_data
-from distill.recipe import UserError
+from distill.errors import UserError
 from distill.views import (
     EpochPlan,
     TensorData,

@@ -13,8 +13,9 @@ import torch
 from cifar10.models.efficientnet import EfficientNet
 from cifar10.models.registry import CIFAR_INPUT, MODELS
 from distill import checkpoint
+from distill.errors import UserError
 from distill.parallel import choose_precision, on_main
-from distill.recipe import Recipe, UserError
+from distill.recipe import Recipe
 from distill.registry import Classifier
 
 __all__ = ["CIFAR_INPUT", "MODELS", "build_student"]

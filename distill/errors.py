@@ -1,0 +1,21 @@
+"""What ends a run with one line: mistakes that a person can put right, and what machines do. Knows no torch."""
+
+
+class UserError(ValueError):
+    """Something a person can put right. Shown as one line on stderr, without a traceback; exit code 2.
+
+    `told`: another process of the same run shows it.
+    """
+
+    exit_code = 2
+    told = False
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether a RuntimeError says that another process of the run is gone."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a MemoryError or RuntimeError says that memory ran out, on the host or on a device."""
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error)
