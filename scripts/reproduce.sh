@@ -44,12 +44,15 @@ wanted() { # whether a run, or one of those that need it, was asked for
   done
   return 1
 }
+results() {
+  NNODES=1 NPROC=1 bash "$here/launch.sh" scripts/results.py "$@"
+}
 run() { # ROW SEED LAUNCHER flags: its directory, its command
   local name=$1-seed$2 launcher=$3
   shift 3
   echo "== $name"
   bash "$here/$launcher" --output "$runs/$name" "$@" ${more[@]+"${more[@]}"}
-  "$here/../.venv/bin/python" "$here/results.py" --record "$budget" "$runs/$name"
+  results --record "$budget" "$runs/$name"
 }
 known=(student)
 for arch in "${teachers[@]}"; do
@@ -79,4 +82,4 @@ for ((seed = 0; seed < seeds; seed++)); do
     fi
   done
 done
-"$here/../.venv/bin/python" "$here/results.py"
+results

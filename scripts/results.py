@@ -89,7 +89,7 @@ def table(budget: str) -> list[str]:
     ]
     for arch in TABLES[budget]:
         teacher, taught = seeds(budget, f"teacher-{arch}"), seeds(budget, f"student-kd-{arch}")
-        theirs = [f" ({figure})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
+        theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
         cells = [f"{told(teacher)}{theirs[0]}", f"{told(taught)}{theirs[1]}"]
         cells += [difference(taught, alone), difference(teacher, taught)]
         cells += [told(seeds(budget, f"student-kd-{arch}-finetuned"))]

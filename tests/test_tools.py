@@ -2,16 +2,22 @@
 
 import io
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from cifar10 import train_kd
+from cifar10.models import CIFAR_INPUT
 from distill.errors import UserError
-from scripts import benchmark, precompute, sweep
-from tests.conftest import teacher_file
+from distill.registry import Classifier
+from scripts import benchmark, model_size, precompute, results, sweep
+from tests.conftest import ROOT, teacher_file
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -132,3 +138,107 @@ def test_benchmark_refuses() -> None:
     ):
         with pytest.raises(UserError, match=message):
             benchmark.main([*wrong, "--device", "cpu"])
+
+
+# ------------------------------------------------------------------------------------------------- the results' tables
+def test_the_tables_in_the_readme_are_those_of_the_records() -> None:
+    assert results.main(["--check"]) == 0
+
+
+def test_tables_from_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Means and deviations over seeds, differences, dashes for what is missing; a stale table is told."""
+    monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    found = {"epochs": 3, "wall_seconds": 12.4, "device": "cpu, 2 threads", "test_accuracy": 90.0}
+    runs = {"teacher-resnet18-seed0": 95.0, "student-seed0": 90.0, "student-seed1": 91.0}
+    runs |= {f"student-kd-resnet18-seed{k}": 92 + 0.5 * k for k in range(3)}
+    for name, accuracy in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"recipe": {"arch": "x"}}))
+        (tmp_path / name / "summary.json").write_text(json.dumps({**found, "test_accuracy": accuracy}))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.json").write_text("{}")
+    results.main(["--record", "short", *(str(tmp_path / name) for name in [*runs, "cut"])])
+    assert f"{tmp_path}/cut is not finished: not recorded" in capsys.readouterr().out
+    lines = results.table("short")
+    assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) | | | | 3 | 12 | 2 |"
+    assert lines[3] == "| resnet18 | 95.00 | 92.50 +- 0.50 | +2.00 | +2.50 | - | 3, 3 | 12, 12 | 3 |"
+    assert results.table("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{results.MARKERS[0]}\nold\n{results.MARKERS[1]}\nafter\n")
+    assert results.main(["--check"]) == 1
+    assert results.main([]) == 0
+    assert results.main(["--check"]) == 0
+    text = readme.read_text()
+    assert lines[3] in text
+    assert (text.startswith("before\n"), text.endswith("\nafter\n"), "old" in text) == (True, True, False)
+    readme.write_text("no place")
+    with pytest.raises(UserError, match=r"README.md must have one line"):
+        results.main([])
+    (tmp_path / "records" / "short" / "student-seed7.json").write_text("{}")
+    with pytest.raises(UserError, match=r"student-seed7.json is no record of a run"):
+        results.table("short")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "bash scripts/reproduce.sh cifar10 [flags]: the table of no data set is not known"),
+        (("cifar10", "--budget", "huge"), "--budget must be full or short, got huge"),
+        (("cifar10", "--seeds", "0"), "--seeds must be an integer, at least 1, got 0"),
+        (("cifar10", "--only"), "--only wants a value"),
+        (("cifar10", "--only", "teacher-vgg"), "--only must be one of student teacher-resnet152"),
+        (("cifar10", "--lr", "x", "--only", "student"), "--lr must be a number"),
+    ],
+)
+def test_mistakes_of_reproduce(flags: tuple[str, ...], message: str) -> None:
+    found = subprocess.run(["bash", "scripts/reproduce.sh", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path) -> None:
+    flags = [
+        "--budget",
+        "short",
+        "--only",
+        "student-kd-resnet18-finetuned",
+        "--data",
+        str(small_npz),
+        "--batch-size",
+        "8",
+    ]
+    command = ["bash", "scripts/reproduce.sh", "cifar10", *flags, "--arch", "resnet18", "--steps", "1"]
+    environment = {**os.environ, "DISTILL_CHECKPOINTS": str(home)}
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    runs = [line.removeprefix("== ") for line in found.stdout.splitlines() if line.startswith("==")]
+    assert runs == ["teacher-resnet18-seed0", "student-seed0", "student-kd-resnet18-finetuned-seed0"]
+    assert sorted(path.name for path in (home / "cifar10-short").iterdir()) == sorted(runs)
+    assert found.stdout.count("not recorded") == 3
+    recipe = json.loads((home / "cifar10-short" / runs[2] / "config.json").read_text())["recipe"]
+    assert (recipe["T"], recipe["epochs"], recipe["lr"]) == (4.0, 10, 0.02)
+
+
+def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted by hand for a network of one convolution, BatchNorm and linear layer; the table of two."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network = Classifier(nn.Sequential(*layers, nn.Linear(4, 10)), CIFAR_INPUT).eval()
+    parameters, activations, macs = model_size.count(network)
+    assert parameters == 3 * 4 * 9 + 2 * 4 + 4 * 10 + 10
+    assert activations == 2 * 4 * 32 * 32
+    assert macs == 32 * 32 * 4 * 3 * 9 + 4 * 10
+    file = tmp_path / "sizes.json"
+    model_size.main(
+        ["--arch", "densenet40", "--vs", "resnet18", "--rounds", "1", "--batch-size", "2", "--json", str(file)]
+    )
+    found = json.loads(file.read_text())
+    assert [size["parameters"] for size in found] == [1059298, 11173962]
+    assert all(1.8 < size["bytes_float32"] / size["bytes_float16"] < 2 for size in found)
+    assert "| share | 1054.85 % |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="unknown architecture 'resnet1'"):
+        model_size.main(["--arch", "resnet1"])
