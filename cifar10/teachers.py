@@ -18,13 +18,14 @@ from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
-from distill.run_dir import CHECKPOINTS, RunDirectory, differing, next_free
+from distill.run_dir import CHECKPOINTS, ROOT, RunDirectory, differing, next_free
 from distill.teacher import Known, Teacher, introduce
 from distill.views import EvaluationSet
 
 # Options that are the student's alone, as they are when the teacher is trained.
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
 CACHE = CHECKPOINTS / "cache" / "teachers"
+PUBLISHED = ROOT / "checkpoints" / "published"  # by scripts/publish.py
 CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
 
 
@@ -44,12 +45,21 @@ def load_teacher(
     """
     assert recipe.teacher_arch
     device = test.images.device
-    path = (
-        Path(options.teacher_checkpoint) if options.teacher_checkpoint else _trained(recipe, options, data, test, train)
-    )
+    path = _named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train)
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
     teacher = _build(recipe.teacher_arch, path, len(data.classes), precision, device, options.device)
     return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}", CACHE)
+
+
+def _named(arch: str, options: Options) -> Path | None:
+    """The file of --teacher-checkpoint, if it is given. Raises UserError where `published` has none for `arch`."""
+    if options.teacher_checkpoint != "published":
+        return Path(options.teacher_checkpoint) if options.teacher_checkpoint else None
+    for path in (PUBLISHED / f"{arch}-ce.pt", PUBLISHED / f"{arch}-kd.pt"):
+        if path.exists():
+            return path
+    known = sorted({path.stem.rsplit("-", 1)[0] for path in PUBLISHED.glob("*.pt")})
+    raise UserError(f"--teacher-checkpoint published: there is none of {arch}, but of {', '.join(known) or 'nothing'}")
 
 
 def _build(
@@ -65,8 +75,8 @@ def _build(
 def show_features(recipe: Recipe, options: Options, student: Classifier, classes: int) -> None:
     """Print where --overhaul takes the features of `student` and of the teacher, whose weights are random unless
     --teacher-checkpoint names them."""
-    path = Path(options.teacher_checkpoint) if options.teacher_checkpoint else None
     arch = recipe.teacher_arch or ""
+    path = _named(arch, options)
     teacher = _build(arch, path, classes, "float32", student.mean.device, "cpu")
     weights = path or "random weights (--teacher-checkpoint FILE shows the margins of others)"
     print(f"{arch}: {weights}\n{FeatureLoss(student, teacher, (recipe.arch, arch))}")

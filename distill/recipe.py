@@ -304,7 +304,9 @@ class Options:
         2, "threads that decode a folder of images", group="data and files", flags=("-j",), least=0, most=256
     )
     skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %% or one", group="data and files")
-    teacher_checkpoint: str | None = knob(None, "the teacher's weights, ours or foreign", group="data and files")
+    teacher_checkpoint: str | None = knob(
+        None, "the teacher's weights, a file of ours or of others, or 'published'", group="data and files"
+    )
     store: bool = knob(True, "keep the teacher's answers for other runs", group="data and files")
     store_limit: float = knob(
         50.0, "gigabytes that a store may take; where it would take more there is none", group="data and files", least=0

@@ -1,5 +1,6 @@
 """The scripts beside training: filling and keeping stores, a sweep, the benchmark."""
 
+import hashlib
 import io
 import json
 import os
@@ -12,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import train_kd
+from cifar10 import teachers, train_ce, train_kd
 from cifar10.models import CIFAR_INPUT
 from distill.errors import UserError
 from distill.registry import Classifier
-from scripts import benchmark, model_size, precompute, results, sweep
+from scripts import benchmark, model_size, precompute, publish, results, sweep
 from tests.conftest import ROOT, teacher_file
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -242,3 +243,36 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| share | 1054.85 % |" in capsys.readouterr().out
     with pytest.raises(UserError, match="unknown architecture 'resnet1'"):
         model_size.main(["--arch", "resnet1"])
+
+
+def test_published_weights(
+    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """float16, measured from the file, a line for each file, found by its architecture."""
+    monkeypatch.setattr(teachers, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(publish, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("Text.\n")
+    data = ["--data", str(small_npz)]
+    flags = [*data, "--arch", "densenet_cifar", "--epochs", "1", "--batch-size", "8", "--ema", "0.9"]
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="there is none of densenet_cifar, but of nothing"):
+        train_kd.main([*flags, "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", "published"])
+    train_ce.main([*flags, "--output", str(run)])
+    for _ in range(2):
+        publish.main([str(run), *data])
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("Text.\n\n| file | trained by |")
+    assert text.count("| `densenet_cifar-ce.pt` | CE | small |") == 1
+    file = tmp_path / "published" / "densenet_cifar-ce.pt"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in text
+    saved = torch.load(file, weights_only=True)
+    average = torch.load(run / "last.pt", weights_only=True)["average"]
+    assert all(torch.equal(saved["student"][key], average[key].half()) for key in average if "num" not in key)
+    capsys.readouterr()
+    train_kd.main([*flags, "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", "published"])
+    said = capsys.readouterr().out
+    accuracy = re.search(r"\| small \| ([\d.]+) % \|", text)
+    assert accuracy
+    assert f"teacher: densenet_cifar from {file}, test accuracy {accuracy[1]} %" in said
+    with pytest.raises(UserError, match="is no directory of a finished run"):
+        publish.main([str(tmp_path), *data])
