@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.kd_loss import top_k_error
 from distill.logit_store import Column, Encoding, LogitStore, fits, store_key
+from distill.objectives import logit_loss
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS
@@ -68,7 +69,8 @@ def tell(data: object) -> None:
 
 @torch.no_grad()
 def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Known) -> float | None:
-    """|g_k - g| / |g| of the KD term's gradient on test images, before training; printed. None without --top-k."""
+    """|g_k - g| / |g| of the gradient of the term on logits, on test images before training; printed. None without
+    --top-k."""
     if not recipe.top_k:
         return None
     found: list[Tensor] = []
@@ -78,11 +80,11 @@ def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Kn
             break
     logits = torch.cat(found)[:COMPARED]
     with torch.enable_grad():
-        assert recipe.T
-        error = top_k_error(logits, known.logits[: len(logits)], k=recipe.top_k, temperature=recipe.T)
+        labels = test.labels[:COMPARED].cpu()
+        error = top_k_error(logit_loss(recipe), logits, known.logits[: len(logits)], labels, recipe.top_k)
     print(
-        f"top-k: with {recipe.top_k} logits of an answer the gradient of the KD term differs by {100 * error:.2g} % "
-        f"from that with all, on {len(logits)} test images, for the student as it is before training"
+        f"top-k: with {recipe.top_k} logits of an answer the gradient of the term on logits differs by "
+        f"{100 * error:.2g} % from that with all, on {len(logits)} test images, the student as before training"
     )
     return error
 

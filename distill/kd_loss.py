@@ -1,7 +1,8 @@
 """Losses of distillation on logits: pure functions of tensors. All compute in float32 and are means over the images, in
 nats; the gradient goes to the student alone; shapes that do not fit raise ValueError."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +62,21 @@ def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma
     Source: Yang et al. 2023, arXiv:2303.13005.
     """
     _check(student_logits, teacher_logits, temperature, labels)
-    student, teacher = student_logits.float(), teacher_logits.detach().float()
+    return _nkd_label(student_logits, teacher_logits, labels) + gamma * _nkd_others(
+        student_logits, teacher_logits, labels, temperature
+    )
+
+
+def _nkd_label(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
     column = labels.view(-1, 1)
-    target = teacher.softmax(1).gather(1, column) * F.log_softmax(student, dim=1).gather(1, column)
-    known = F.softmax(_others(teacher, labels) / temperature, dim=1)
-    rest = known * F.log_softmax(_others(student, labels) / temperature, dim=1)
-    return -(target.mean() + gamma * temperature**2 * rest.sum(1).mean())
+    known = teacher_logits.detach().float().softmax(1).gather(1, column)
+    return -(known * F.log_softmax(student_logits.float(), dim=1).gather(1, column)).mean()
+
+
+def _nkd_others(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    known = F.softmax(_others(teacher_logits.detach().float(), labels) / temperature, dim=1)
+    rest = known * F.log_softmax(_others(student_logits.float(), labels) / temperature, dim=1)
+    return -(temperature**2) * rest.sum(1).mean()
 
 
 def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: float, tau: float) -> Tensor:
@@ -139,21 +149,70 @@ def kd_top_k(student_logits: Tensor, teacher: TopKLogits, *, temperature: float)
     In nats, mean over the images; never more than kd() of all logits, and equal to it where teacher and student share
     out the rest alike. Raises ValueError for a temperature other than 1, 2, 3, 4.
     """
-    if temperature not in TEMPERATURES:
-        raise ValueError(f"top-k answers are kept for T 1, 2, 3 and 4, not {temperature:g}")
+    rest = _rest(teacher, temperature).unsqueeze(1)
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     others = torch.logsumexp(student.scatter(1, teacher.classes, -torch.inf), dim=1, keepdim=True)
     student = torch.cat([student.gather(1, teacher.classes), others], dim=1)
-    rest = teacher.rest[:, TEMPERATURES.index(temperature)].unsqueeze(1)
     known = F.log_softmax(torch.cat([teacher.values / temperature, rest], dim=1).detach(), dim=1)
     return temperature**2 * F.kl_div(student, known, reduction="batchmean", log_target=True)
 
 
-def top_k_error(student_logits: Tensor, teacher_logits: Tensor, *, k: int, temperature: float) -> float:
-    """|g_k - g| / |g|: how far the gradient of kd_top_k() on student_logits (B, C) is from that of kd()."""
+def dkd_top_k(
+    student_logits: Tensor, teacher: TopKLogits, labels: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """dkd() over the label, k - 1 other classes, and one class for all the rest together."""
+    merged = _merged(student_logits, teacher, labels, temperature)
+    return dkd(*merged, torch.zeros_like(labels), alpha=alpha, beta=beta, temperature=temperature)
+
+
+def nkd_top_k(
+    student_logits: Tensor, teacher: TopKLogits, labels: Tensor, *, gamma: float, temperature: float
+) -> Tensor:
+    """nkd() over the label, k - 1 other classes, and one class for all the rest together; its first term is exact."""
+    first = torch.zeros_like(labels)
+    label = _nkd_label(*_merged(student_logits, teacher, labels, 1.0), first)
+    return label + gamma * _nkd_others(*_merged(student_logits, teacher, labels, temperature), first, temperature)
+
+
+def _rest(teacher: TopKLogits, temperature: float) -> Tensor:
+    """(B,): logsumexp(logits / T) of all but the k largest. Raises ValueError."""
+    if temperature not in TEMPERATURES:
+        raise ValueError(f"top-k answers are kept for T 1, 2, 3 and 4, not {temperature:g}")
+    return teacher.rest[:, TEMPERATURES.index(temperature)]
+
+
+def _merged(student_logits: Tensor, teacher: TopKLogits, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's logits, both (B, k + 1): of the label, of the k largest without it (where it is not among
+    them, without the smallest of them), and of all other classes as one, whose mass at T is theirs together."""
+    column, count = labels.view(-1, 1), teacher.classes.shape[1]
+    known, rest = teacher.values / temperature, _rest(teacher, temperature).unsqueeze(1)
+    label = teacher.label.unsqueeze(1) / temperature
+    found = teacher.classes == column
+    left_out = torch.where(found.any(1), found.int().argmax(1), count - 1).unsqueeze(1)
+    places = torch.arange(count - 1, device=labels.device).expand(len(labels), -1)
+    places = places + (places >= left_out)
+    # where the label is one of the rest: without it, and with the one that is left out
+    smallest = known.gather(1, left_out)
+    others = smallest + torch.log1p((torch.exp(rest - smallest) - torch.exp(label - smallest)).clamp(min=0))
+    rest = torch.where(found.any(1, keepdim=True), rest, others)
+    chosen = torch.cat([column, teacher.classes.gather(1, places)], dim=1)
+    student = student_logits.float() / temperature
+    unseen = torch.logsumexp(student.scatter(1, chosen, -torch.inf), dim=1, keepdim=True)
+    mine = torch.cat([student.gather(1, chosen), unseen], dim=1)
+    theirs = torch.cat([label, known.gather(1, places), rest], dim=1)
+    return temperature * mine, temperature * theirs.detach()
+
+
+def top_k_error(
+    loss: Callable[[Tensor, Any, Tensor], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    k: int,
+) -> float:
+    """|g_k - g| / |g|: how far the gradient of `loss` on student_logits (B, C) is with the k largest of the teacher's
+    logits from that with all of them."""
     student = student_logits.detach().float().requires_grad_()
-    labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
-    known = top_k_logits(teacher_logits, labels, k)
-    (near,) = torch.autograd.grad(kd_top_k(student, known, temperature=temperature), student)
-    (exact,) = torch.autograd.grad(kd(student, teacher_logits, temperature=temperature), student)
+    (near,) = torch.autograd.grad(loss(student, top_k_logits(teacher_logits, labels, k), labels), student)
+    (exact,) = torch.autograd.grad(loss(student, teacher_logits, labels), student)
     return ((near - exact).norm() / exact.norm()).item()

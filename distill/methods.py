@@ -26,6 +26,7 @@ class Method:
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
     note: str = ""
     labels: bool = False  # it wants one label for each image
+    top_k: bool = False  # there is a function NAME_top_k for answers of which only the largest logits are kept
     standardized: Mapping[str, float] | None = None  # what --standardize changes of the defaults; None: not to be had
 
     def __post_init__(self) -> None:
@@ -53,6 +54,7 @@ METHODS = {
         small={"T": 3.0, "w": 0.8},
         photos={"T": 3.0, "w": 0.8},
         weights={},
+        top_k=True,
         standardized={"T": 2.0},
     ),
     "dkd": Method(
@@ -62,6 +64,7 @@ METHODS = {
         photos={"alpha": 1.0, "beta": 0.5, "tau": 1.0, "ramp": 1.0},
         note="distributions at temperature tau",
         labels=True,
+        top_k=True,
         standardized={"tau": 2.0},
     ),
     "nkd": Method(
@@ -71,6 +74,7 @@ METHODS = {
         photos={"gamma": 1.5, "tau": 1.0},
         note="other classes at temperature tau",
         labels=True,
+        top_k=True,
     ),
     "dist": Method(
         "tau^2 * (beta * (1 - r across classes) + gamma * (1 - r across images))",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import kd_loss
-from distill.kd_loss import TopKLogits, kd_top_k, standardize
+from distill.kd_loss import TopKLogits, standardize
 from distill.methods import METHODS
 from distill.overhaul import Connected, FeatureLoss
 from distill.recipe import Recipe
@@ -84,11 +84,14 @@ def logit_loss(recipe: Recipe) -> LogitLoss:
     }
 
     def loss(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
+        named = (labels,) if METHODS[method].labels else ()
+        found: Tensor
         if isinstance(teacher, TopKLogits):
-            return kd_top_k(student, teacher, **keywords)
+            found = getattr(kd_loss, f"{method}_top_k")(student, teacher, *named, **keywords)
+            return found
         if recipe.standardize:
             student, teacher = standardize(student), standardize(teacher)
-        found: Tensor = function(student, teacher, *((labels,) if METHODS[method].labels else ()), **keywords)
+        found = function(student, teacher, *named, **keywords)
         return found
 
     return loss

@@ -184,12 +184,12 @@ class Recipe:
             raise UserError(f"--standardize is for kd and dkd, not for --method {method}")
         if self.mixup and known.labels:
             raise UserError(f"--method {method} wants one label for each image, and --mixup gives it two")
-        if self.top_k and (method != "kd" or self.standardize):
-            raise UserError(
-                "--top-k is for --method kd, and not with --standardize, which wants all logits of an answer"
-            )
-        if self.top_k and self.T not in (1, 2, 3, 4):
-            raise UserError(f"--top-k knows what the other classes sum to at --T 1, 2, 3 and 4, not {self.T:g}")
+        if self.top_k and (self.standardize or not known.top_k):
+            able = ", ".join(name for name, other in METHODS.items() if other.top_k)
+            raise UserError(f"--top-k is for --method {able}, and not for --standardize, which wants all logits")
+        if self.top_k and (self.T or self.tau) not in (1, 2, 3, 4):
+            name, value = ("--T", self.T) if self.T else ("--tau", self.tau)
+            raise UserError(f"--top-k knows what the other classes sum to at {name} 1, 2, 3 and 4, not {value:g}")
 
     def changed(self: Self, given: Mapping[str, Any]) -> Self:
         """The recipe with the fields `given`. Where that means another method, it comes with its own defaults, not with

@@ -1,6 +1,7 @@
 """The loss: agreement with recorded values, and the contract that every loss on logits keeps."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,9 +186,39 @@ def test_top_k_is_finite(size: float) -> None:
     assert torch.isfinite(student.grad).all()
 
 
-def test_top_k_error_falls_with_k() -> None:
-    student, teacher = torch.randn(64, 100), 3 * torch.randn(64, 100)
-    errors = [top_k_error(student, teacher, k=k, temperature=1) for k in (2, 10, 50, 99)]
+TOP_K = [name for name, recipe in LOSSES.items() if METHODS[recipe.method or ""].top_k and not recipe.standardize]
+
+
+@pytest.mark.parametrize("name", TOP_K)
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+def test_top_k_with_all_but_one_is_the_loss_itself(name: str, temperature: float) -> None:
+    """Whether the label is among the largest logits or not."""
+    student, teacher = torch.randn(12, 6, requires_grad=True), 3 * torch.randn(12, 6)
+    labels = torch.arange(12) % 6
+    assert 0 < (teacher.argmin(1) == labels).sum() < 12
+    recipe = replace(LOSSES[name], **{"T" if name == "kd" else "tau": float(temperature)})
+    loss = logit_loss(recipe)
+    known = top_k_logits(teacher, labels, 5)
+    torch.testing.assert_close(loss(student, known, labels), loss(student, teacher, labels), rtol=1e-5, atol=1e-6)
+    assert top_k_error(loss, student, teacher, labels, 5) < 1e-5
+
+
+@pytest.mark.parametrize("name", TOP_K)
+def test_top_k_error_falls_with_k(name: str) -> None:
+    student, teacher, labels = torch.randn(64, 100), 3 * torch.randn(64, 100), torch.arange(64)
+    loss = logit_loss(replace(LOSSES[name], **{"T" if name == "kd" else "tau": 1.0}))
+    errors = [top_k_error(loss, student, teacher, labels, k) for k in (2, 10, 50, 99)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[0] > 0.05 > errors[2]
+    assert errors[0] > 0.01
     assert errors[-1] < 1e-5
+
+
+@pytest.mark.parametrize("name", TOP_K)
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4])
+def test_top_k_losses_are_finite(name: str, size: float) -> None:
+    student, labels = (size * torch.randn(8, 10)).requires_grad_(), torch.arange(8)
+    loss = logit_loss(LOSSES[name])(student, top_k_logits(size * torch.randn(8, 10), labels, 1 + 2), labels)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
