@@ -330,12 +330,12 @@ def test_the_teacher_does_not_move(teacher_bn: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- training
 def kd_run(npz: Path, output: Path, *more: str) -> dict[str, Any]:
-    """densenet_cifar, as it is initialised, to resnet18."""
+    """resnet18, as it is initialised, to mobilenetv2."""
     teacher = output.parent / "teacher.pt"
     if not teacher.exists():
         torch.manual_seed(3)
-        torch.save(MODELS.build("densenet_cifar", 4).state_dict(), teacher)
-    given = "--arch resnet18 --teacher-arch densenet_cifar --batch-size 8 --lr 0.01 --epochs 2 --overhaul"
+        torch.save(MODELS.build("resnet18", 4).state_dict(), teacher)
+    given = "--arch mobilenetv2 --teacher-arch resnet18 --batch-size 8 --lr 0.01 --epochs 2 --overhaul"
     found = ["--teacher-checkpoint", str(teacher), "--data", str(npz), "--output", str(output), "--seed", "1"]
     with suppress(Stopped):
         train_kd.main([*given.split(), *found, *more])
@@ -352,9 +352,9 @@ def test_a_cut_run_continues_bit_by_bit_and_exports_the_student_alone(small_npz:
     cut = kd_run(small_npz, tmp_path / "cut", "--T", "4")
     for key in ("student", "connectors", "optimizer", "ranks"):
         assert checkpoint.digest(cut[key]) == checkpoint.digest(whole[key]), key
-    assert whole["student"].keys() == MODELS.build("resnet18", 4).state_dict().keys()
+    assert whole["student"].keys() == MODELS.build("mobilenetv2", 4).state_dict().keys()
     weights = checkpoint.load_weights(tmp_path / "whole" / "last.pt")
-    checkpoint.apply_weights(MODELS.build("resnet18", 4), weights, "the exported student")
+    checkpoint.apply_weights(MODELS.build("mobilenetv2", 4), weights, "the exported student")
     record = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert record["method"] == "kd"
     assert "feature_weight = 0.001" in record["formula"]

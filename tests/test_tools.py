@@ -206,7 +206,7 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path) -> None:
         "--budget",
         "short",
         "--only",
-        "student-kd-resnet18-finetuned",
+        "student-kd-resnet18",
         "--data",
         str(small_npz),
         "--batch-size",
@@ -217,11 +217,11 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path) -> None:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr
     runs = [line.removeprefix("== ") for line in found.stdout.splitlines() if line.startswith("==")]
-    assert runs == ["teacher-resnet18-seed0", "student-seed0", "student-kd-resnet18-finetuned-seed0"]
+    assert runs == ["teacher-resnet18-seed0", "student-kd-resnet18-seed0"]
     assert sorted(path.name for path in (home / "cifar10-short").iterdir()) == sorted(runs)
-    assert found.stdout.count("not recorded") == 3
-    recipe = json.loads((home / "cifar10-short" / runs[2] / "config.json").read_text())["recipe"]
-    assert (recipe["T"], recipe["epochs"], recipe["lr"]) == (4.0, 10, 0.02)
+    assert found.stdout.count("not recorded") == 2
+    recipe = json.loads((home / "cifar10-short" / runs[1] / "config.json").read_text())["recipe"]
+    assert (recipe["T"], recipe["epochs"], recipe["lr"]) == (4.0, 20, 0.1)
 
 
 def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
