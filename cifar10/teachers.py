@@ -11,8 +11,8 @@ from cifar10.data import ImageData
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import TEACHER
 from distill import checkpoint
-from distill.engine import seconds_per_image
 from distill.errors import UserError
+from distill.evaluation import seconds_per_image
 from distill.knobs import flag
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main

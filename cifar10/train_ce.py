@@ -39,7 +39,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student
-    from distill.engine import evaluate_checkpoint, fit
+    from distill.engine import fit
+    from distill.evaluation import evaluate_checkpoint
     from distill.objectives import CrossEntropy
     from distill.parallel import shares, start
     from distill.run_dir import open_run

@@ -43,7 +43,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.models import MODELS, build_student
     from cifar10.teachers import load_teacher, show_features
     from distill.answers import answered, measure_top_k, tell
-    from distill.engine import evaluate_checkpoint, fit
+    from distill.engine import fit
+    from distill.evaluation import evaluate_checkpoint
     from distill.objectives import objective
     from distill.parallel import shares, start
     from distill.run_dir import open_run

@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
-    from distill.engine import evaluate_checkpoint, fit
+    from distill.engine import fit
+    from distill.evaluation import evaluate_checkpoint
     from distill.objectives import CrossEntropy
     from distill.parallel import shares, start
     from distill.run_dir import open_run

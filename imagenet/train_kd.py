@@ -40,7 +40,8 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
     from distill.answers import answered, measure_top_k, tell
-    from distill.engine import evaluate_checkpoint, fit
+    from distill.engine import fit
+    from distill.evaluation import evaluate_checkpoint
     from distill.objectives import objective
     from distill.parallel import shares, start
     from distill.run_dir import open_run

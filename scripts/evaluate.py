@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     if options.json and not Path(options.json).resolve().parent.is_dir():
         raise UserError(f"--json {options.json}: there is no such directory")
     from distill import checkpoint
-    from distill.engine import evaluate
+    from distill.evaluation import evaluate
     from distill.parallel import choose_precision, start
     from distill.registry import Classifier
 

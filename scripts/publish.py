@@ -85,7 +85,7 @@ def measure(path: Path, data_name: str | None, device_name: str) -> float:
     from cifar10.data import load_data
     from cifar10.models import CIFAR_INPUT, MODELS
     from distill import checkpoint
-    from distill.engine import evaluate
+    from distill.evaluation import evaluate
     from distill.parallel import start
     from distill.registry import Classifier
     from distill.views import EvaluationSet

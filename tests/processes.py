@@ -18,7 +18,8 @@ from torch import nn
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS, build_student
 from distill import cli, parallel
-from distill.engine import evaluate, fit
+from distill.engine import fit
+from distill.evaluation import evaluate
 from distill.objectives import CrossEntropy, Objective, Step, objective
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier

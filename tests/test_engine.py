@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from cifar10.data import load_data, prepare
 from distill import checkpoint, engine, parallel
 from distill.answers import AnsweredData
-from distill.engine import Fitted, evaluate, fit
+from distill.engine import Fitted, fit
 from distill.errors import UserError
+from distill.evaluation import evaluate
 from distill.logit_store import Encoding
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Distillation, Objective, Step, distillation

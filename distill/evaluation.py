@@ -1,0 +1,90 @@
+"""What a network knows: cross-entropy and accuracies on test images, each seen once by one of the processes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill import checkpoint
+from distill.metrics import Tally
+from distill.parallel import any_of, gather, on_main, reduce, share, share_buffers
+from distill.recipe import Options, Recipe
+from distill.registry import Classifier
+from distill.run_dir import open_run
+from distill.views import TestData
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss in nats; accuracy, top5 in percent; predictions int64 (N,) on the CPU."""
+
+    loss: float
+    accuracy: float
+    top5: float
+    images: int
+    seconds: float
+    predictions: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        rate = self.images / max(self.seconds, 1e-9)
+        named = {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
+        return {**named, "images": self.images, "images_per_second": rate}
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.accuracy:.2f} %  top-5 {self.top5:.2f} %  loss {self.loss:.4f}  images {self.images}  "
+            f"images/s {self.images / max(self.seconds, 1e-9):.0f}"
+        )
+
+
+class EvaluationStopped(Exception):
+    """`stop` asked evaluate() to end before the last image."""
+
+
+@torch.no_grad()
+def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    """Cross-entropy and accuracies of `network` in eval mode. Each process takes its share of the images, each image is
+    seen once, and every process gets the whole result. Raises EvaluationStopped."""
+    device = network.mean.device
+    tally, start = Tally(device), time.perf_counter()
+    predictions = [torch.empty(0, dtype=torch.int64, device=device)]
+    share_buffers(network)
+    network.eval()
+    for images, labels in test.batches(share()):
+        if stop():
+            break
+        logits = network(images)
+        tally.add(logits, labels, F.cross_entropy(logits, labels))
+        predictions.append(logits.argmax(1))
+    if any_of(stop())[0]:
+        raise EvaluationStopped
+    reduce(tally.sums)
+    found, everything = tally.summary(), torch.cat(gather(torch.cat(predictions).cpu()))
+    seconds = time.perf_counter() - start
+    return Evaluation(found["loss"], found["accuracy"], found["top5"], int(found["images"]), seconds, everything)
+
+
+def evaluate_checkpoint(
+    student: Classifier, test: TestData, options: Options, recipe: Recipe, data_name: str
+) -> dict[str, Any]:
+    """--evaluate: the accuracy of --resume, --init or the run's last checkpoint on the test images, printed."""
+    named = options.resume or options.init
+    path = Path(named) if named else open_run(options, recipe, data_name).path / checkpoint.LAST
+    checkpoint.apply_weights(student.network, on_main(checkpoint.load_weights)(path), str(path))
+    found = evaluate(student, test)
+    print(found)
+    return found.to_dict()
+
+
+@torch.no_grad()
+def seconds_per_image(network: Classifier, images: Tensor) -> float:
+    """Roughly the seconds that a training step takes per image: three times a forward pass, after one that warms up."""
+    for _ in range(2):
+        start = time.perf_counter()
+        network.train()(images).sum().item()  # waits for the device
+    return 3 * (time.perf_counter() - start) / len(images)
