@@ -50,7 +50,7 @@ class Method:
 METHODS = {
     "kd": Method(
         "T^2 * KL(softmax(t/T) || softmax(s/T))",
-        "Hinton et al. 2015, arXiv:1503.02531; standardised: Sun et al. 2024, arXiv:2403.01427",
+        "Hinton et al. 2015, arXiv:1503.02531",
         small={"T": 3.0, "w": 0.8},
         photos={"T": 3.0, "w": 0.8},
         weights={},
@@ -85,6 +85,7 @@ METHODS = {
     ),
     "none": Method("0", "", small={}, photos={}, weights={"ce_weight": 1.0}),  # with --overhaul
 }
+STANDARDIZED = "s and t standardised, Sun et al. 2024, arXiv:2403.01427"
 FEATURES_SOURCE = "Heo et al. 2019, arXiv:1904.01866"
 
 

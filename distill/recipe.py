@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from distill.errors import UserError
 from distill.knobs import knob, validate
-from distill.methods import FEATURE_WEIGHT, FEATURES_SOURCE, METHODS, SETTINGS, settle
+from distill.methods import FEATURE_WEIGHT, FEATURES_SOURCE, METHODS, SETTINGS, STANDARDIZED, settle
 
 Self = TypeVar("Self", bound="Recipe")
 
@@ -257,7 +257,7 @@ class Recipe:
         if self.overhaul:
             terms.append("feature_weight * sum over stages of partial_l2 / (2^(stages after it) * B)")
             values["feature_weight"] = self.feature_weight or 0.0
-        notes = [method.note, "s and t standardised" if self.standardize else "", method.source]
+        notes = [method.note, method.source, STANDARDIZED if self.standardize else ""]
         notes += [FEATURES_SOURCE] if self.overhaul else []
         shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         return "; ".join([f"loss = {' + '.join(terms)}  with {shown}", *filter(None, notes)])
