@@ -41,6 +41,18 @@ def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.C
     assert "0 views answered, the others were in the store" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", [["--method", "dist"], ["--overhaul"], ["--kd-weight", "9", "--ce-weight", "0.1"]])
+def test_answers_do_not_depend_on_the_method(
+    method: list[str], flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    precompute.main([*flags, "--views", "1"])
+    capsys.readouterr()
+    assert precompute.main([*flags, "--views", "1", *method]) == 0
+    assert "0 of them answered by this call" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a sweep goes through --T and --w of --method kd"):
+        sweep.main([*flags, *method])
+
+
 def test_stores_are_listed_verified_and_removed(
     flags: list[str], home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
