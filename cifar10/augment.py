@@ -79,9 +79,9 @@ class Original:
         geometry = np.column_stack([offsets, drawn[:, 2] >= 0.5, np.cos(angle), np.sin(angle)])
         factors = 1 + self.jitter * (2 * drawn[:, 4:7] - 1)
         order = np.argsort(drawn[:, 7:], axis=1)
-        moved = self._move(images, torch.from_numpy(geometry.astype(np.float32)).to(images.device))
-        factor_tensor = torch.from_numpy(factors.astype(np.float32)).to(images.device)
-        return self._jitter(moved, factor_tensor, torch.from_numpy(order).to(images.device))
+        moved = self._move(images, torch.from_numpy(geometry.astype(np.float32)).to(images.device, non_blocking=True))
+        factor_tensor = torch.from_numpy(factors.astype(np.float32)).to(images.device, non_blocking=True)
+        return self._jitter(moved, factor_tensor, torch.from_numpy(order).to(images.device, non_blocking=True))
 
     @staticmethod
     def _move(images: Tensor, geometry: Tensor) -> Tensor:
@@ -142,7 +142,11 @@ class Cutout:
         rows = (y >= top.view(-1, 1)) & (y < top.view(-1, 1) + self._size)
         columns = (x >= left.view(-1, 1)) & (x < left.view(-1, 1) + self._size)
         square = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(3)
-        return torch.where(square, images.new_tensor(self.colour), self._policy.render(images, indices, views))
+        return torch.where(
+            square,
+            torch.tensor(self.colour, dtype=torch.uint8).to(images.device, non_blocking=True),
+            self._policy.render(images, indices, views),
+        )
 
 
 def build_policy(name: str, view_seed: int, views: int | None, cutout: int = 0) -> ViewPolicy:

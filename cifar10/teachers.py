@@ -13,6 +13,7 @@ from cifar10.recipes import TEACHER
 from distill import checkpoint
 from distill.errors import UserError
 from distill.evaluation import seconds_per_image
+from distill.features import find_places
 from distill.knobs import flag
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
@@ -48,6 +49,10 @@ def load_teacher(
     path = _named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train)
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
     teacher = _build(recipe.teacher_arch, path, len(data.classes), precision, device, options.device)
+    if options.teacher_checkpoint == "published":
+        taught = on_main(checkpoint.load)(path)["data"]
+        if taught["digest"] != data.digest:
+            print(f"note: the published {recipe.teacher_arch} was trained on {taught['name']}, not on {data.name}")
     return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}", CACHE)
 
 
@@ -72,11 +77,23 @@ def _build(
     return Teacher(classifier.to(device), device_name)
 
 
-def show_features(recipe: Recipe, options: Options, student: Classifier, classes: int) -> None:
-    """Print where --overhaul takes the features of `student` and of the teacher, whose weights are random unless
-    --teacher-checkpoint names them."""
-    arch = recipe.teacher_arch or ""
+def check_places(recipe: Recipe, student: Classifier, classes: int) -> None:
+    """Raises UserError where --overhaul finds no stages in one of the networks, before a teacher is trained for it."""
+    if recipe.overhaul:
+        arch = recipe.teacher_arch or ""
+        find_places(student, recipe.arch)
+        with torch.random.fork_rng(devices=[]):
+            find_places(Classifier(MODELS.build(arch, classes), CIFAR_INPUT), arch)
+
+
+def show_features(recipe: Recipe, options: Options, student: Classifier, data: ImageData) -> None:
+    """Print where --overhaul takes the features of `student` and of the teacher, and the margins of the weights that a
+    run would take, of random ones where it would have to train them first."""
+    arch, classes = recipe.teacher_arch or "", len(data.classes)
     path = _named(arch, options)
+    if not path and data.labelled:
+        run, own = _find_run(CHECKPOINTS / data.name / arch, _expected(recipe), data.digest)
+        path = run / checkpoint.LAST if RunDirectory(run).finished(own) else None
     teacher = _build(arch, path, classes, "float32", student.mean.device, "cpu")
     weights = path or "random weights (--teacher-checkpoint FILE shows the margins of others)"
     print(f"{arch}: {weights}\n{FeatureLoss(student, teacher, (recipe.arch, arch))}")
@@ -89,14 +106,7 @@ def _trained(
     assert recipe.teacher_arch
     if not data.labelled:
         raise UserError("the training images have no labels to train a teacher with: give --teacher-checkpoint FILE")
-    expected = replace(
-        TEACHER,
-        arch=recipe.teacher_arch,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        lr=TEACHER.lr * recipe.batch_size / TEACHER.batch_size,
-        val_split=recipe.val_split,
-    )
+    expected = _expected(recipe)
     path, own = _find_run(CHECKPOINTS / data.name / recipe.teacher_arch, expected, data.digest)
     run = RunDirectory(path)
     other = differing(expected.to_dict(), own.to_dict())
@@ -109,6 +119,18 @@ def _trained(
         _announce(own, recipe.arch, data, test)
         train(own, replace(options, output=str(run.path), **PLAIN))
     return run.path / checkpoint.LAST
+
+
+def _expected(recipe: Recipe) -> Recipe:
+    """The recipe by which the teacher of `recipe` is trained where there is none."""
+    return replace(
+        TEACHER,
+        arch=recipe.teacher_arch or "",
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        lr=TEACHER.lr * recipe.batch_size / TEACHER.batch_size,
+        val_split=recipe.val_split,
+    )
 
 
 @on_main
@@ -145,7 +167,7 @@ def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet
 
 
 def _seconds_per_image(arch: str, data: ImageData, test: EvaluationSet) -> float:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         network = Classifier(MODELS.build(arch, len(data.classes)), CIFAR_INPUT).to(test.images.device)
     return seconds_per_image(network, test.images[:32])
 

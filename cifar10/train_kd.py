@@ -41,7 +41,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student
-    from cifar10.teachers import load_teacher, show_features
+    from cifar10.teachers import check_places, load_teacher, show_features
     from distill.answers import answered, measure_top_k, tell
     from distill.engine import fit
     from distill.evaluation import evaluate_checkpoint
@@ -60,8 +60,9 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     if options.evaluate:
         return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
     if options.show_features:
-        show_features(recipe, options, student, len(data.classes))
+        show_features(recipe, options, student, data)
         return None
+    check_places(recipe, student, len(data.classes))
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
     facts["world_size"] = shares(options.device)
     with open_run(options, recipe, data.name) as run:

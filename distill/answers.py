@@ -100,7 +100,7 @@ class AnsweredData:
         self.data, self.teacher, self.store, self.encoding = data, teacher, store, encoding
         self.steps_per_epoch, self.labelled = data.steps_per_epoch, data.labelled
         share = data.plan.batch_size // data.plan.share[1]
-        self._ahead = max(1, teacher.block // share)  # batches
+        self._ahead = max(1, teacher.at_once // share)  # batches
         self.answered = 0  # views that the teacher has answered in this process, the others came from the store
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -129,9 +129,8 @@ class AnsweredData:
         fresh: list[NDArray[np.int64]] = []
         flushed = time.monotonic()
         try:
-            blocks = [
-                missing[start : start + self.teacher.block] for start in range(0, len(missing), self.teacher.block)
-            ]
+            size = self.teacher.at_once
+            blocks = [missing[start : start + size] for start in range(0, len(missing), size)]
             shown = (self.data.plan.order.shown(slot, chosen) for chosen in blocks)
             for chosen, batch in zip(blocks, self.data.show(zip(blocks, shown, strict=True)), strict=True):
                 list(self._answer([(batch, chosen)], column, fresh))
@@ -144,7 +143,7 @@ class AnsweredData:
 
     def verify(self, count: int) -> tuple[int, int, float]:
         """Ask the teacher again for a random sample of what is stored: (answers compared, how many are the same bits,
-        largest difference of a logit)."""
+        largest difference of a logit, as a share of the largest logit beside it, or of 1)."""
         assert self.store
         chance, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
         count_of_views = self.data.plan.order.view_count
@@ -156,9 +155,10 @@ class AnsweredData:
             batch = next(self.data.show(iter([(chosen, self.data.plan.order.shown(slot, chosen))])))
             again = self.encoding.encode(self.teacher.logits(batch.images), batch.labels)
             stored, logits = column.rows[batch.indices], slice(0, self.encoding.top_k or None)
-            difference = (again[:, logits].float() - stored[:, logits].float()).abs().amax(1)
+            before = stored[:, logits].float()
+            difference = (again[:, logits].float() - before).abs().amax(1)
             compared, equal = compared + len(chosen), equal + int((difference == 0).sum())
-            largest = max(largest, float(difference.max()))
+            largest = max(largest, float((difference / before.abs().amax(1).clamp(min=1)).max()))
         return compared, equal, largest
 
     def _answer(
@@ -176,7 +176,7 @@ class AnsweredData:
             pairs = list(zip(group, unknown, strict=True))
             indices = np.concatenate([indices[rows] for (_, indices), rows in pairs])
             parts = [_rows(batch, torch.from_numpy(rows)) for (batch, _), rows in pairs]
-            column.rows[torch.from_numpy(indices).to(column.rows.device)] = self._ask(parts)
+            column.rows[torch.from_numpy(indices).to(column.rows.device, non_blocking=True)] = self._ask(parts)
             column.answered[indices] = True
             fresh.append(indices)
         for batch, _ in group:
@@ -197,7 +197,7 @@ class AnsweredData:
 
 def _rows(batch: Batch, chosen: Tensor) -> Batch:
     """Images and labels of some rows of a batch."""
-    there = chosen.to(batch.images.device)
+    there = chosen.to(batch.images.device, non_blocking=True)
     return replace(batch, images=batch.images[there], labels=batch.labels[there])
 
 

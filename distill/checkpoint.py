@@ -91,6 +91,7 @@ def save(path: Path, payload: dict[str, Any], *, keep_previous: bool = False) ->
     Readable with plain `torch.load(path, weights_only=True)`. Raises CheckpointError; the former file is then whole.
     """
     buffer = io.BytesIO()  # torch's own writer hides the errno of a full disk
+    payload = _on_cpu(payload)  # or the file could not be opened without a GPU
     torch.save({**payload, "digest": digest(payload)}, buffer)
     temporary = _temporary(path)
     try:
@@ -101,6 +102,15 @@ def save(path: Path, payload: dict[str, Any], *, keep_previous: bool = False) ->
         _sync_directory(path.parent)
     except OSError as error:
         raise _save_error(path, temporary, error) from error
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested dicts, lists and tuples with their tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(entry) for key, entry in value.items()}
+    return type(value)(map(_on_cpu, value)) if isinstance(value, (list, tuple)) else value
 
 
 def save_cache(path: Path, payload: dict[str, Any]) -> None:
@@ -126,6 +136,7 @@ def _keep(path: Path) -> None:
         os.replace(path, path.with_name(PREVIOUS))
     else:
         os.replace(spare, path.with_name(PREVIOUS))
+        spare.unlink(missing_ok=True)  # rename(2) leaves two names of one file as they are: after a kill right here
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:

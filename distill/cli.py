@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from distill.errors import UserError, lost_process, out_of_memory
@@ -152,28 +153,63 @@ def parse(
     Without a teacher in the default recipe the flags of distillation do not exist. `--show-recipe` prints the recipe
     as JSON and exits. Raises UserError for anything wrong.
     """
-    base = recipes[default]
-    hidden = DISTILLATION_FIELDS if base.objective == "ce" else ()
-    names = [name for name, recipe in recipes.items() if recipe.objective == base.objective]
+    names = _of_the_kind(recipes, recipes[default].objective)
     shown = textwrap.indent(textwrap.dedent(examples).strip(), "  ")
-    epilog = f"named recipes: {', '.join(names)} (default: {default})\n\nexamples:\n{shown}"
+    given, settled = read_flags(
+        argv,
+        recipes[default],
+        options or Options(),
+        prog=prog,
+        description=description,
+        epilog=f"named recipes: {', '.join(names)} (default: {default})\n\nexamples:\n{shown}",
+        positional=positional,
+    )
+    name = find_recipe(settled.recipe or default, recipes, recipes[default].objective)
+    recipe = recipes[name].changed(given)
+    if settled.show_recipe:
+        print(json.dumps({"recipe": name, **recipe.to_dict()}, indent=2))
+        raise SystemExit(0)
+    return recipe, settled
+
+
+def read_flags(
+    argv: Sequence[str],
+    base: Recipe,
+    options: Settings,
+    *,
+    prog: str,
+    description: str,
+    epilog: str = "",
+    positional: str | None = None,
+) -> tuple[dict[str, Any], Settings]:
+    """The fields of a recipe that `argv` gives, by name, and `options` with those that it gives. The flags of
+    distillation exist where `base` has a teacher. Raises UserError."""
+    hidden = DISTILLATION_FIELDS if base.objective == "ce" else ()
     parser = Parser(prog=prog, usage=_usage(positional), description=description, epilog=epilog)
     _add_positional(parser, positional)
     _add_flags(parser, type(base), base, hidden)
-    options = options or Options()
     _add_flags(parser, type(options), options, hidden)
     given = _given(parser, argv, positional)
-    options = replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
-    name = (options.recipe or default).replace("-", "_").lower()
-    if name not in names and f"{name}_kd" in names:
-        name = f"{name}_kd"
-    if name not in names:
-        raise UserError(f"--recipe must be one of {', '.join(names)}, got {options.recipe!r}")
-    recipe = recipes[name].changed(given)
-    if options.show_recipe:
-        print(json.dumps({"recipe": name, **recipe.to_dict()}, indent=2))
-        raise SystemExit(0)
-    return recipe, options
+    return given, replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
+
+
+def find_recipe(text: str, recipes: Mapping[str, Recipe], objective: str) -> str:
+    """The name of the recipe that `text` means: with a teacher `student` is `student_kd`. Raises UserError."""
+    name, names = text.replace("-", "_").lower(), _of_the_kind(recipes, objective)
+    found = name if name in names else f"{name}_kd"
+    if found not in names:
+        raise UserError(f"--recipe must be one of {', '.join(names)}, got {text!r}")
+    return found
+
+
+def _of_the_kind(recipes: Mapping[str, Recipe], objective: str) -> list[str]:
+    return [name for name, recipe in recipes.items() if recipe.objective == objective]
+
+
+def check_file(path: str | None) -> None:
+    """Raises UserError unless a file can be written for --json `path`, None for none."""
+    if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
+        raise UserError(f"--json {path}: there is no such directory, or it is one itself")
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
@@ -197,14 +233,16 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("distill", "cifar10", "imagenet"):
             raise
-        install = "bash scripts/quickstart.sh installs everything, pip install -r requirements.txt what is needed"
+        install = "source .venv/bin/activate after bash scripts/quickstart.sh, or pip install -r requirements.txt"
         print(f"error: the package {error.name} is missing; {install}", file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as error:
-        if lost_process(error):
-            line = f"another process of the run is gone ({str(error).splitlines()[0]:.160}); what was saved is kept"
-        elif out_of_memory(error):
+        if out_of_memory(error):
             line = "out of memory; try a smaller --batch-size; what was saved is kept"
+        elif lost_process(error):
+            line = f"another process of the run is gone ({str(error).splitlines()[0]:.160}); what was saved is kept"
+        elif "does not have a deterministic implementation" in str(error):
+            line = f"{str(error).split(',')[0]}: leave out --deterministic"
         else:
             raise
         print(f"error: {line}", file=sys.stderr)

@@ -109,7 +109,7 @@ class Trainer:
         """Write last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
         self.check_state()
         state = self.state
-        own = {"generators": generator_states(self.device), "tally": state.tally.sums.cpu()}
+        own = {"generators": generator_states(self.options.device), "tally": state.tally.sums.cpu()}
         payload = {
             "format": 1,
             "recipe": self.recipe.to_dict(),
@@ -170,7 +170,7 @@ class Trainer:
                 checkpoint.apply_weights(self.objective.learner.connectors, payload["connectors"], source)
             self.optimizer.load_state_dict(payload["optimizer"])
             own = payload["ranks"][rank()]
-            restore_generators(own["generators"], self.device)
+            restore_generators(own["generators"], self.options.device)
             if own["tally"].shape != self.state.tally.sums.shape:
                 raise ValueError(f"sums of {tuple(own['tally'].shape)}")
             self.state.tally.sums.copy_(own["tally"])
@@ -263,7 +263,7 @@ class Trainer:
         self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.average:
-            self.average.update(self.student, position)
+            self.average.update(position)
         if self.device.type == "cpu" or position % LOOK == 0:
             self._check_finite()
 
@@ -348,7 +348,7 @@ def fit(
     if len({repr(other) for other in gather(facts)}) > 1:
         raise UserError("the processes of this run do not have the same data, teacher or initial weights")
     # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.
-    seed_generators(recipe.seed)
+    seed_generators(recipe.seed, options.device)
     trainer = Trainer(run, recipe, options, student, objective, data, facts)
     trainer.restore()
     state, found = trainer.state, None

@@ -13,9 +13,11 @@ class UserError(ValueError):
 
 def lost_process(error: BaseException) -> bool:
     """Whether a RuntimeError says that another process of the run is gone."""
-    return type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
+    text = str(error)
+    return type(error).__name__.startswith("Dist") or "gloo" in text or ("NCCL" in text and "Duplicate GPU" not in text)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a MemoryError or RuntimeError says that memory ran out, on the host or on a device."""
-    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error)
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of CUDA, of the CPU, of cuBLAS
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

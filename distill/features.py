@@ -157,6 +157,8 @@ def find_places(classifier: Classifier, name: str) -> tuple[Place, ...]:
             images = classifier.normalise(pixels).requires_grad_()  # its calls count as well, as in Tapped
             start = images + 0
             logits = network(start)
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"it returns a {type(logits).__name__}, not logits")
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--overhaul: {name} could not be watched at work ({error!r:.160})") from None
     finally:

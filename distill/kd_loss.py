@@ -83,7 +83,8 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: 
     """tau^2 * (beta * (1 - mean over images of r_i) + gamma * (1 - mean over classes of r_c)), r_i the Pearson
     correlation of softmax(s / tau) and softmax(t / tau) across the classes, r_c that across the images of the batch.
 
-    Shapes: (B, C). 0 where the two agree, and for gamma > 0 a function of the batch as a whole. Raises ValueError.
+    Shapes: (B, C). 0 where the two agree, but for classes without variance in the batch, whose r is 0, and the authors'
+    1e-8 in the denominator; for gamma > 0 a function of the batch as a whole. Raises ValueError.
     Source: Huang et al. 2022, arXiv:2205.10536.
     """
     _check(student_logits, teacher_logits, tau)

@@ -61,7 +61,8 @@ class Encoding:
         sizes = [self.top_k, self.top_k, 1, 2 * len(TEMPERATURES)]
         values, classes, label, rest = torch.split(rows, sizes, dim=1)
         numbers = classes.contiguous().view(torch.int16).long()
-        return TopKLogits(values.float(), numbers, label.float().squeeze(1), rest.contiguous().view(torch.float32))
+        aligned = rest.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a single row where it is
+        return TopKLogits(values.float(), numbers, label.float().squeeze(1), aligned.view(torch.float32))
 
 
 @dataclass

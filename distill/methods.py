@@ -1,7 +1,8 @@
 """The methods of distillation on logits by name, with the flags of each. Knows no torch: flags are checked at once.
 
 To add one: a function in kd_loss.py, and an entry in METHODS under the function's name. Its flags become the function's
-keywords (T and tau its `temperature`, where it has no tau); a flag of another name is a new field of Recipe as well.
+keywords (T and tau its `temperature`, where it has no tau); a flag of another name goes into SETTINGS, and is a new
+field of Recipe as well.
 """
 
 from collections.abc import Mapping
@@ -28,10 +29,12 @@ class Method:
     labels: bool = False  # it wants one label for each image
     top_k: bool = False  # there is a function NAME_top_k for answers of which only the largest logits are kept
     standardized: Mapping[str, float] | None = None  # what --standardize changes of the defaults; None: not to be had
+    zero_at_equality: bool = True  # else the least that it can be depends on the teacher
 
     def __post_init__(self) -> None:
-        assert self.small.keys() == self.photos.keys()
-        assert {*self.small, *self.weights, *(self.standardized or {})} <= set(SETTINGS)
+        assert self.small.keys() == self.photos.keys(), "small and photos must have the same flags"
+        unknown = {*self.small, *self.weights, *(self.standardized or {})} - {*SETTINGS}
+        assert not unknown, f"{unknown} must be in SETTINGS, and fields of Recipe"
 
     def defaults(self, photos: bool, standardize: bool) -> dict[str, float]:
         """Every flag of the method with its default."""
@@ -52,7 +55,7 @@ METHODS = {
         "T^2 * KL(softmax(t/T) || softmax(s/T))",
         "Hinton et al. 2015, arXiv:1503.02531",
         small={"T": 3.0, "w": 0.8},
-        photos={"T": 3.0, "w": 0.8},
+        photos={"T": 1.0, "w": 0.5},
         weights={},
         top_k=True,
         standardized={"T": 2.0},
@@ -75,6 +78,7 @@ METHODS = {
         note="other classes at temperature tau",
         labels=True,
         top_k=True,
+        zero_at_equality=False,
     ),
     "dist": Method(
         "tau^2 * (beta * (1 - r across classes) + gamma * (1 - r across images))",

@@ -82,13 +82,16 @@ class WeightAverage(Generic[Network]):
     def __init__(self, source: Network, decay: float) -> None:
         self.network = copy.deepcopy(source).eval().requires_grad_(False)
         self.decay = decay
+        pairs = list(zip(self.network.state_dict().values(), source.state_dict().values(), strict=True))
+        self._floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, source: Network, step: int) -> None:
-        """Move the average towards `source`, as it is after `step`."""
+    def update(self, step: int) -> None:
+        """Move the average towards the source, as it is after `step`."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        own, new = self.network.state_dict(), source.state_dict()
-        floating = [key for key, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[key] for key in floating], [new[key] for key in floating], 1 - keep)
-        for key in own.keys() - set(floating):
-            own[key].copy_(new[key])
+        own, new = zip(*self._floating, strict=True)
+        torch._foreach_lerp_(own, new, 1 - keep)
+        if self._counters:
+            own, new = zip(*self._counters, strict=True)
+            torch._foreach_copy_(own, new)

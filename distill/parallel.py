@@ -79,6 +79,10 @@ def devices(name: str) -> list[torch.device]:
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or cuda:N,M, got {name!r}")
     if max(map(int, numbers)) >= count:
         raise UserError(f"--device {name}: this machine has {count} CUDA devices")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} cannot use this machine's GPUs: its driver is too old for it? --device cpu"
+        )
     return [torch.device("cuda", int(number)) for number in numbers]
 
 
@@ -93,24 +97,25 @@ def spread(network: nn.Module, device: torch.device, recipe: Recipe, device_name
         if device.type != "cuda" or (world_size() == 1 and shares(device_name) > 1):
             raise UserError("--sync-bn takes CUDA and a process for each GPU: NPROC=2 bash scripts/...")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # of its children
-    step = _compile(network, device, device_name) if recipe.compile else network
+    step = _compile(network, device, recipe, device_name) if recipe.compile else network
     if world_size() > 1:
-        # A network may have parameters that no image reaches (EfficientNet's first block). static_graph, the faster way
-        # to allow them, fails with no_sync (torch 2.15 and before: expect_autograd_hooks_).
-        parts = recipe.accumulate > 1
-        devices_here = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(step, devices_here, static_graph=not parts, find_unused_parameters=parts)
+        # A network may have parameters that no image reaches (EfficientNet's first block). static_graph is the faster
+        # way to allow them, but regroups the gradients after the first step of each start: from three processes on,
+        # sums in another order, so that a run that is continued ends in other bits (torch 2.15).
+        here = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(step, here, find_unused_parameters=True)
     return step if recipe.compile else spread_inference(network, device, device_name)
 
 
-def _compile(network: nn.Module, device: torch.device, device_name: str) -> nn.Module:
+def _compile(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:
     if world_size() == 1 and shares(device_name) > 1:
         raise UserError("--compile takes one GPU, --device cuda:0, or a process for each: NPROC=2 bash scripts/...")
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
         raise UserError("--compile needs a C++ compiler such as g++, which is not on the PATH")
     print("compiling the student: the first step takes a minute or so")
     # CUDA graphs take the launches of many small kernels off the CPU; DistributedDataParallel's hooks stand between.
-    graphs = device.type == "cuda" and world_size() == 1
+    # In a graph's memory the gradients of one part would not outlive the forward pass of the next.
+    graphs = device.type == "cuda" and world_size() == 1 and recipe.accumulate == 1
     return torch.compile(network, mode="reduce-overhead" if graphs else None)  # type: ignore[return-value]
 
 
@@ -133,15 +138,16 @@ def describe_device(device: torch.device) -> str:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 pays on few processors.
+    """`auto` is bfloat16 on a GPU that has it, and float32 on the CPU, where bfloat16 pays on few processors.
 
     float32 on CUDA means float32: torch's default for convolutions is TF32, with 10 bits of mantissa.
     """
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if fast else "float32"
     if name == "float32" and device.type == "cuda":
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
@@ -253,22 +259,37 @@ def share_buffers(network: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- generators
-def seed_generators(seed: int) -> None:
-    """Seed torch's generators: rank 0 with `seed`, the others with numbers of their own (the CPU's uses 32 bits)."""
-    own = hashlib.sha256(f"{seed}/{rank()}".encode()).digest()[:4]
-    torch.manual_seed(int.from_bytes(own, "little") if rank() else seed)
+def seed_generators(seed: int, device_name: str) -> None:
+    """Seed torch's generators: rank 0 with `seed`, other ranks, and further GPUs of one process, with numbers of their
+    own (the CPU's uses 32 bits)."""
+    torch.manual_seed(_own_seed(seed, rank()))
+    for k, device in enumerate(_own_devices(device_name)[1:], start=1):
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(_own_seed(seed, k))
 
 
-def generator_states(device: torch.device) -> dict[str, Tensor]:
+def _own_seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "little") if number else seed
+
+
+def _own_devices(device_name: str) -> list[torch.device]:
+    """The devices whose generators this process draws from."""
+    here = devices(device_name)
+    return here[local_rank() : local_rank() + 1] if world_size() > 1 and len(here) > 1 else here
+
+
+def generator_states(device_name: str) -> dict[str, Tensor]:
     """The states of torch's generators that a run draws from (dropout, initialisation)."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    for k, device in enumerate(_own_devices(device_name)):
+        if device.type == "cuda":
+            states[f"cuda{k or ''}"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    """Set the generators to `states`; the CUDA one only where both sides have it."""
+def restore_generators(states: dict[str, Tensor], device_name: str) -> None:
+    """Set the generators to `states`; those of CUDA only where both sides have them."""
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+    for k, device in enumerate(_own_devices(device_name)):
+        if device.type == "cuda" and f"cuda{k or ''}" in states:
+            torch.cuda.set_rng_state(states[f"cuda{k or ''}"], device)

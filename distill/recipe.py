@@ -176,8 +176,11 @@ class Recipe:
             raise UserError("--method none is for --overhaul; without both, trainCE trains by cross-entropy")
         if not self.overhaul and (self.feature_weight is not None or self.teacher_bn != "eval"):
             raise UserError("--feature-weight and --teacher-bn belong to --overhaul")
-        if method == "none" and not self.ce_weight:
-            raise UserError("--overhaul with --ce-weight 0 leaves the last layer untaught: add --method kd --w 1")
+        if self.teacher_arch and not any(self.shares):
+            hint = "add --method kd --w 1" if self.overhaul else "one of them must be more"
+            raise UserError(f"--kd-weight 0 and --ce-weight 0 leave the last layer untaught: {hint}")
+        if method == "dist" and self.batch_size < 2 * self.accumulate:
+            raise UserError("--method dist correlates across images: --batch-size must be 2 for each of --accumulate")
         if self.overhaul and self.compile:
             raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
         if self.standardize and known.standardized is None:
@@ -305,7 +308,9 @@ class Options:
     )
     skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %% or one", group="data and files")
     teacher_checkpoint: str | None = knob(
-        None, "the teacher's weights, a file of ours or of others, or 'published'", group="data and files"
+        None,
+        "the teacher's weights, a file of ours or of others; on small images also 'published'",
+        group="data and files",
     )
     store: bool = knob(True, "keep the teacher's answers for other runs", group="data and files")
     store_limit: float = knob(

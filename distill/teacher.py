@@ -1,5 +1,6 @@
 """The frozen teacher: in eval mode, without gradients, its answers rounded to float16; and what it knows."""
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from distill import checkpoint
 from distill.errors import UserError
 from distill.fusion import rewrite
-from distill.parallel import choose_precision, first_here, spread_inference
+from distill.parallel import choose_precision, devices, first_here, world_size
 from distill.registry import Classifier
 from distill.views import TestData
 
@@ -26,29 +27,43 @@ class Teacher:
     An answer is a function of the one image: the network always sees `block` images at once, the last of them
     repeated where there are fewer, and the logits are rounded to float16 before any use. So a run does not depend on
     which images are asked for together, nor on whether an answer is computed or comes from a store.
-    `device_name`: where one process has several GPUs, as of parallel.devices, all of them answer.
+    `device_name`: where one process has several GPUs, as of parallel.devices, they answer whole blocks in turn.
     """
 
     def __init__(self, network: Classifier, device_name: str = "cpu", block: int | None = None) -> None:
-        self.network, self._device_name = network.eval().requires_grad_(False), device_name
+        self.network = network.eval().requires_grad_(False)
         self.block = block or _block(network)
         self.digest = self._content()
-        self._fast: nn.Module | None = None
+        own = network.mean.device
+        self._devices = devices(device_name) if own.type == "cuda" and world_size() == 1 else [own]
+        self._fast: list[nn.Module] = []  # on each device the network as it is called; a full store never calls it
+
+    @property
+    def at_once(self) -> int:
+        """The number of images to ask for together, so that every device has a block."""
+        return self.block * len(self._devices)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3), on any device -> float32 (B, C) there, with values that float16 has."""
-        if self._fast is None:
+        if not self._fast:
             self._fast = self._rewritten(images)
-        found = []
-        for part in torch.split(images.to(self.network.mean.device, non_blocking=True), self.block):
+        own, found = self.network.mean.device, []
+        for number, part in enumerate(torch.split(images.to(own, non_blocking=True), self.block)):
             missing = self.block - len(part)
             whole = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
-            found.append(self._fast(whole)[: len(part)])
-        return torch.cat(found).clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float().to(images.device)
+            turn = number % len(self._devices)
+            found.append(self._fast[turn](whole.to(self._devices[turn], non_blocking=True))[: len(part)])
+        return (
+            torch.cat([answers.to(own) for answers in found])
+            .clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            .half()
+            .float()
+            .to(images.device)
+        )
 
-    def _rewritten(self, images: Tensor) -> nn.Module:
-        """The network as it is called, made when it is first needed: with a full store never.
+    def _rewritten(self, images: Tensor) -> list[nn.Module]:
+        """The network as it is called, for each device.
 
         Raises UserError if its answer to an image depends on the others beside it.
         """
@@ -62,7 +77,7 @@ class Teacher:
         ahead = fast(torch.cat([noise[:1], noise[1:].flip(1)]))[:1]
         if max((one - other).abs().max(), (one[:1] - ahead).abs().max()) > 0.01 * one.abs().max():
             raise UserError("the teacher's answer to an image depends on the images beside it: it cannot teach here")
-        return spread_inference(fast, fast.mean.device, self._device_name)
+        return [fast, *(copy.deepcopy(fast).to(device) for device in self._devices[1:])]
 
     def check_untouched(self) -> None:
         """Raises RuntimeError if parameters or buffers (BatchNorm's running statistics) differ from the start."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from distill import checkpoint
 from distill.errors import UserError
+from distill.features import find_places
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
 from distill.registry import Classifier
@@ -55,6 +56,14 @@ def _build(
     source = load_weights(network, known, options.teacher_checkpoint, classes)
     classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device)).to(device)
     return Teacher(classifier, options.device), source
+
+
+def check_places(recipe: ImageNetRecipe, known: Network, student: Classifier, classes: int) -> None:
+    """Raises UserError where --overhaul finds no stages in one of the networks, before anything is fetched for it."""
+    if recipe.overhaul:
+        find_places(student, recipe.arch)
+        with torch.random.fork_rng(devices=[]):
+            find_places(Classifier(known.build(num_classes=classes), known.spec), known.arch)
 
 
 def show_features(

@@ -49,7 +49,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     from imagenet.data import load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
-    from imagenet.teachers import find_teacher, load_teacher, show_features
+    from imagenet.teachers import check_places, find_teacher, load_teacher, show_features
 
     device = start(options.device, deterministic=options.deterministic)
     known_teacher = find_teacher(recipe, options)
@@ -66,6 +66,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         if options.show_features:
             show_features(recipe, options, known_teacher, student, len(photos.classes))
             return None
+        check_places(recipe, known_teacher, student, len(photos.classes))
         facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
         facts["world_size"] = shares(options.device)
         with open_run(options, recipe, photos.name) as run:

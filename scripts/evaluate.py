@@ -61,8 +61,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--checkpoint is needed; --help shows an example")
     if options.split == ("test" if photos else "val"):
         raise UserError(f"--split {options.split}: {options.dataset} has {'val' if photos else 'test'} and train")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no such directory")
+    cli.check_file(options.json)
     from distill import checkpoint
     from distill.evaluation import evaluate
     from distill.parallel import choose_precision, start

@@ -24,7 +24,6 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill import cli  # noqa: E402
-from distill.errors import UserError  # noqa: E402
 from distill.knobs import knob, validate  # noqa: E402
 
 
@@ -34,8 +33,10 @@ class Sizes:
 
     dataset: str = knob("cifar10", "which networks", group="what", choices=("cifar10", "imagenet"))
     arch: str = knob("resnet152", "the network", group="what", flags=("-a",))
-    vs: str | None = knob("efficientnet_b0", "the one beside it (imagenet: efficientnet-b0)", group="what")
-    classes: int = knob(0, "outputs (default: 10, imagenet 1000)", group="what", least=0)
+    vs: str | None = knob(
+        "efficientnet_b0", "the one beside it (imagenet: efficientnet-b0); the same name: none", group="what"
+    )
+    classes: int = knob(0, "outputs; 0: 10, of imagenet 1000", group="what", least=0)
     batch_size: int = knob(64, "images of a batch", group="how", flags=("-b",), least=1)
     rounds: int = knob(5, "how often the times are taken", group="how", least=1)
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
@@ -62,8 +63,7 @@ class Size:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Sizes(), prog="model_size.py", description=__doc__ or "")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no such directory")
+    cli.check_file(options.json)
     from distill.parallel import describe_device, devices
 
     device = devices(options.device)[0]
@@ -125,8 +125,13 @@ def count(network: Any) -> tuple[int, int, int]:
         for module in network.network.modules()
         if isinstance(module, kinds)
     ]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(images(network, 1))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides the products of attention from the counter
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(images(network, 1))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     for handle in handles:
         handle.remove()
     parameters = sum(p.numel() for p in network.network.parameters())

@@ -3,17 +3,17 @@
     python scripts/publish.py checkpoints/cifar10-short/student-seed0 --data DIR
 
 A file is checkpoints/published/ARCH-ce.pt or ARCH-kd.pt, with weights, recipe, data and commit; its accuracy is that of
-the very file. `--teacher-checkpoint published` takes the one of the teacher's architecture.
+the very file. `--teacher-checkpoint published` takes the one of the teacher's architecture. A file of that name, if
+there is one, is replaced once the new one has been measured.
 """
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
@@ -21,6 +21,10 @@ sys.path[0] = str(ROOT)
 from distill import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.knobs import knob, validate  # noqa: E402
+from scripts import results  # noqa: E402
+
+if TYPE_CHECKING:
+    from cifar10.data import ImageData
 
 README = ROOT / "checkpoints" / "README.md"
 HEAD = "| file | trained by | data | accuracy | epochs | commit | sha256 |\n|---|---|---|---|---|---|---|\n"
@@ -42,47 +46,43 @@ def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Publish(), prog="publish.py", description=__doc__ or "", positional="run")
     if not options.run:
         raise UserError("a run is needed; --help shows an example")
-    summary = read_summary(Path(options.run))
-    path = write(Path(options.run), summary)
-    accuracy = measure(path, options.data, options.device)
+    run = Path(options.run)
+    summary = results.read(run)
+    if summary is None:
+        raise UserError(f"{run} is not finished")
+    from cifar10.data import load_data
+    from cifar10.teachers import PUBLISHED
+
+    data = load_data(options.data)
+    if data.digest != summary.get("data", {}).get("digest"):
+        raise UserError(f"{run} was trained on other images than those of --data, or on photos")
+    path = PUBLISHED / f"{summary['arch']}-{summary['objective']}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")  # the former file stays where this one cannot be measured
+    try:
+        write(new, run, summary)
+        accuracy = measure(new, data, options.device)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
     line = describe(path, summary, accuracy)
     README.write_text(with_line(README.read_text(), line))
     print(line)
 
 
-def read_summary(run: Path) -> dict[str, Any]:
-    """The run's summary. Raises UserError if it is not finished, or not of small images."""
-    try:
-        found: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{run} is no directory of a finished run: it has no summary.json") from None
-    return found
-
-
-def write(run: Path, summary: dict[str, Any]) -> Path:
-    """The file of the weights that count (with --ema the average), in float16. Raises UserError."""
-    from cifar10.models import MODELS
-    from cifar10.teachers import PUBLISHED
+def write(path: Path, run: Path, summary: dict[str, Any]) -> None:
+    """Write the weights that count (with --ema the average) in float16."""
     from distill import checkpoint
 
     weights = checkpoint.load_weights(run / checkpoint.LAST)
-    checkpoint.apply_weights(MODELS.build(summary["arch"], _classes(weights)), weights, str(run))
     half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-    path = PUBLISHED / f"{summary['arch']}-{summary['objective']}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     recipe = checkpoint.load_recipe(run / checkpoint.LAST)
     known = {key: summary[key] for key in ("data", "commit", "torch")}
     checkpoint.save(path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **known})
-    return path
 
 
-def _classes(weights: Any) -> int:
-    return len(list(weights.values())[-1])  # the bias of the last layer
-
-
-def measure(path: Path, data_name: str | None, device_name: str) -> float:
+def measure(path: Path, data: "ImageData", device_name: str) -> float:
     """Percent of the test images that the network in `path` knows."""
-    from cifar10.data import load_data
     from cifar10.models import CIFAR_INPUT, MODELS
     from distill import checkpoint
     from distill.evaluation import evaluate
@@ -91,7 +91,6 @@ def measure(path: Path, data_name: str | None, device_name: str) -> float:
     from distill.views import EvaluationSet
 
     device = start(device_name)
-    data = load_data(data_name)
     network = MODELS.build(checkpoint.load_arch(path) or "", len(data.classes))
     checkpoint.apply_weights(network, checkpoint.load_weights(path), str(path))
     test = EvaluationSet(data.test_images.to(device), data.test_labels.to(device))
@@ -102,17 +101,20 @@ def describe(path: Path, summary: dict[str, Any], accuracy: float) -> str:
     """A line of the table."""
     taught = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
     cells = [f"`{path.name}`", summary.get("trained_by") or taught, summary["data"]["name"], f"{accuracy:.2f} %"]
-    cells += [str(summary["epochs"]), str(summary["commit"])[:12], hashlib.sha256(path.read_bytes()).hexdigest()]
+    commit = re.sub(r"(?<=^.{12})\w+", "", str(summary["commit"]))
+    cells += [str(summary["epochs"]), commit, hashlib.sha256(path.read_bytes()).hexdigest()]
     return f"| {' | '.join(cells)} |"
 
 
 def with_line(text: str, line: str) -> str:
     """checkpoints/README.md with `line` in its table, in place of the one of the same file."""
     head, table, tail = text.partition(HEAD)
-    lines = re.findall(r"^\|.*\|$", tail, re.MULTILINE) if table else []
-    name = line.split("|")[1]
-    kept = [other for other in lines if other.split("|")[1] != name]
-    return f"{head if table else text.rstrip() + chr(10) * 2}{HEAD}{chr(10).join(sorted([*kept, line]))}\n"
+    if not table:
+        return f"{text.rstrip()}\n\n{HEAD}{line}\n"
+    rows = re.match(r"(?:\|.*\n)*", tail)
+    lines = rows[0].splitlines() if rows else []
+    kept = [other for other in lines if other.split("|")[1] != line.split("|")[1]]
+    return head + HEAD + "\n".join(sorted([*kept, line])) + "\n" + tail[sum(len(row) + 1 for row in lines) :]
 
 
 if __name__ == "__main__":

@@ -3,32 +3,94 @@
 python scripts/results.py checkpoints/quickstart/*     print a table of these runs
 python scripts/results.py                              write the tables of checkpoints/records/ into README.md
 python scripts/results.py --check                      exit code 1 if those in README.md are not what would be written
-python scripts/results.py --record BUDGET RUN...       keep the summaries of finished runs in checkpoints/records/
+python scripts/results.py --record TABLE RUN...        keep the summaries of finished runs in checkpoints/records/TABLE:
+                                                       full, short or methods, as scripts/reproduce.py trains them
 """
 
 import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from cifar10.recipes import RECIPES  # noqa: E402
 from distill import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
+from distill.knobs import flag  # noqa: E402
+from distill.methods import SETTINGS  # noqa: E402
+from distill.recipe import Recipe  # noqa: E402
 
 RECORDS = ROOT / "checkpoints" / "records"
-MARKERS = ("<!-- written by scripts/results.py -->", "<!-- end -->")
+MARKERS = ("<!-- {}: written by scripts/results.py -->", "<!-- end -->")
 ORIGINAL = {  # accuracies of the original repository in percent: teacher, student; best epoch on the test set
     "resnet152": (92.41, 92.12),
     "densenet40": (92.26, 91.63),
     "resnext29_32x8d": (92.66, 92.20),
 }
 ORIGINAL_ALONE = 90.67  # its student by cross-entropy
-TABLES = {"full": tuple(ORIGINAL), "short": ("resnet18",)}  # teachers; what reproduce.sh trains
+TEACHERS = {"full": tuple(ORIGINAL), "short": ("resnet18", "densenet40")}
+TABLES = (*TEACHERS, "methods")
+# Digests of images and labels: of CIFAR-10, and of it with every fifth training image of each class.
+CIFAR10 = "98e31d524f427f2620562a1821edcad252442d97a2e96f36f3a10f4a5e1b2abc"
+SUBSET = "9a8c68e7bebe70ae7e6097ee9858db1dd560444c2a6d393b0c29120f3898ddbe"
+DATA = {"full": CIFAR10, "short": CIFAR10, "methods": SUBSET}
+FREE = ("seed", "precision", "teacher_precision", "compile", "sync_bn")  # in which runs of a row may differ
+
+
+# ------------------------------------------------------------------------------------------------------ what tables are
+def rows(table: str) -> dict[str, Recipe]:
+    """The recipe of each row of a table, by its name."""
+    if table == "methods":
+        return by_method(replace(RECIPES["short_student_kd"], teacher_arch="densenet40", epochs=10))
+    teacher, student = ("teacher", "long_student") if table == "full" else ("short_teacher", "short_student")
+    found = {f"teacher-{arch}": replace(RECIPES[teacher], arch=arch) for arch in TEACHERS[table]}
+    found |= {"student": RECIPES[student], "student-finetuned": RECIPES[f"{student}_finetune"]}
+    for arch in TEACHERS[table]:
+        found[f"student-kd-{arch}"] = replace(RECIPES[f"{student}_kd"], teacher_arch=arch)
+        found[f"student-kd-{arch}-finetuned"] = replace(RECIPES[f"{student}_finetune_kd"], teacher_arch=arch)
+    return found
+
+
+def by_method(taught: Recipe) -> dict[str, Recipe]:
+    """The student of `taught` alone and by every method, else alike. Their flags are the authors' for CIFAR, but for
+    the rise of dkd: theirs takes 20 epochs of 240."""
+    nothing: dict[str, Any] = {
+        **dict.fromkeys((*SETTINGS, "method", "feature_weight", "teacher_arch")),
+        "overhaul": False,
+    }
+    alone = replace(taught, **nothing, standardize=False)
+    flags: dict[str, dict[str, Any]] = {
+        "kd": {"T": 4.0, "w": 0.9},
+        "kd-T1": {"T": 1.0, "kd_weight": 3.0},
+        "kd-standardized": {"standardize": True, "kd_weight": 9.0, "ce_weight": 0.1},
+        "dkd": {"method": "dkd", "ramp": 2.0},
+        "nkd": {"method": "nkd"},
+        "dist": {"method": "dist"},
+        "overhaul": {"overhaul": True},
+        "overhaul-kd": {"overhaul": True, "T": 4.0, "w": 0.9},
+    }
+    plain = replace(alone, teacher_arch=taught.teacher_arch)
+    return {"ce": alone, **{name: plain.changed(given) for name, given in flags.items()}}
+
+
+def differs(table: str, name: str, recipe: Recipe, digest: str | None = None) -> str | None:
+    """What keeps a run out of a table, None if it belongs there: `name` is ROW-seedN, `digest` that of its data."""
+    found = re.fullmatch(r"(.+)-seed(\d+)", name)
+    row = rows(table).get(found[1]) if found else None
+    if found is None or row is None:
+        return f"{name} is no row of the table {table}, with -seedN behind it"
+    if recipe.seed != int(found[2]):
+        return f"{name} has --seed {recipe.seed}"
+    ours, theirs = recipe.to_dict(), row.to_dict()
+    if wrong := [key for key in theirs if key not in FREE and ours[key] != theirs[key]]:
+        return ", ".join(f"{flag(key)} of {name} is {ours[key]}, the table's {theirs[key]}" for key in wrong)
+    return f"{name} was trained on other data" if digest not in (None, DATA[table]) else None
 
 
 # ------------------------------------------------------------------------------------------------------- runs in a list
@@ -36,67 +98,131 @@ def row(path: Path) -> tuple[str, ...]:
     """A line of the table, with dashes for a run that is not finished. Raises UserError where there is no run."""
     summary = read(path)
     if summary is None:
-        return (path.name, "not finished", "-", "-", "-", "-")
+        return (path.name, "not finished", "", "-", "-", "-", "-", "-")
     try:
         taught = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
         trained_by = summary.get("trained_by") or taught  # of a run before there were other methods
         numbers = (f"{summary['parameters']:,}", f"{summary['epochs']}", f"{summary['test_accuracy']:.2f} %")
-        return (summary["arch"], trained_by, *numbers, f"{summary['wall_seconds']:.0f}")
+        agreement = "-" if summary["agreement"] is None else f"{summary['agreement']:.2f} %"
+        return (path.name, summary["arch"], trained_by, *numbers, agreement, f"{summary['wall_seconds']:.0f}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'summary.json'} is no summary of a run ({error!r})") from None
 
 
+def given_teachers(paths: Sequence[Path]) -> list[tuple[str, ...]]:
+    """A line for each teacher that is not among the runs itself, with its accuracy on their test images."""
+    found = [summary for summary in map(read, paths) if summary]
+    known = {summary.get("arch") for summary in found}
+    pairs = {(run.get("teacher_arch"), run.get("teacher_accuracy")) for run in found}
+    return [
+        ("the teacher", arch, "-", "-", "-", f"{accuracy:.2f} %", "-", "-")
+        for arch, accuracy in sorted(pairs, key=str)
+        if arch and arch not in known and accuracy is not None
+    ]
+
+
 def read(path: Path) -> dict[str, Any] | None:
     """The summary of the run in `path`, None if it is not finished. Raises UserError where there is no run."""
+    config = _json(path / "config.json")
+    if config is None:
+        raise UserError(f"{path} is no directory of a run")
+    summary = _json(path / "summary.json")
+    if summary and summary.get("epochs") != config.get("recipe", {}).get("epochs"):
+        return None  # it was extended
+    return summary
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """What is in the file, None if there is none. Raises UserError."""
     try:
-        found = json.loads((path / "summary.json").read_text())
-    except FileNotFoundError:
-        if not (path / "config.json").exists():
-            raise UserError(f"{path} is no directory of a run") from None
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise UserError(f"{path / 'summary.json'} is no summary of a run ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path / 'summary.json'} is no summary of a run")
+        raise UserError(f"{path} is not what a run leaves")
     return found
 
 
-def record(budget: str, runs: Sequence[Path]) -> None:
-    """Keep summary and recipe of each finished run as checkpoints/records/BUDGET/RUN.json. Raises UserError."""
-    if budget not in TABLES:
-        raise UserError(f"--record must be one of {', '.join(TABLES)}, got {budget!r}")
-    for path in runs:
+def record(table: str, runs: Sequence[Path]) -> bool:
+    """Keep what a reviewer asks of the finished runs that belong to a table in checkpoints/records/TABLE/RUN.json, and
+    say why of those that do not. Whether any was kept. Raises UserError."""
+    if table not in TABLES:
+        raise UserError(f"--record must be one of {', '.join(TABLES)}, got {table!r}")
+    kept = False
+    for path in (run.resolve() for run in runs):
         summary = read(path)
         if summary is None:
             print(f"{path} is not finished: not recorded")
             continue
-        recipe = json.loads((path / "config.json").read_text())["recipe"]
-        (RECORDS / budget).mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**summary, "recipe": recipe}, indent=1) + "\n"
-        (RECORDS / budget / f"{path.name}.json").write_text(text)
+        config = _json(path / "config.json") or {}
+        recipe = Recipe.from_dict(config["recipe"])
+        if why := differs(table, path.name, recipe, summary["data"]["digest"]):
+            print(f"not recorded: {why}")
+            continue
+        facts = {key: value for key, value in config["facts"].items() if key.endswith("digest")}
+        starts = [{"time": start["time"], "commit": start["commit"]} for start in config["starts"]]
+        last = (path / "metrics.jsonl").read_text().splitlines()[-1]
+        content = {**summary, **facts, "starts": starts, "last_epoch": json.loads(last), "recipe": recipe.to_dict()}
+        (RECORDS / table).mkdir(parents=True, exist_ok=True)
+        (RECORDS / table / f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        kept = True
+    return kept
 
 
 # ----------------------------------------------------------------------------------------------------- tables in README
-def table(budget: str) -> list[str]:
+def accuracies(budget: str) -> list[str]:
     """The lines of the table of CIFAR-10 for one budget: each teacher, and the student alone and taught by it."""
+
+    def finetuned(name: str) -> str:
+        runs = seeds(budget, f"{name}-finetuned")
+        return f"{told(runs)}, n = {len(runs)}" if runs else "-"
+
     alone = seeds(budget, "student")
     lines = [
         "| teacher | accuracy (original's) | student by KD (original's) | gain over CE | gap to the teacher | "
         "finetuned from CE | epochs: teacher, student | seconds: teacher, student | n |",
         "|---|---|---|---|---|---|---|---|---|",
-        f"| none: CE | | {told(alone)} ({ORIGINAL_ALONE}) | | | | {only(alone, 'epochs')} | "
+        f"| none: CE | | {told(alone)} ({ORIGINAL_ALONE}) | | | {finetuned('student')} | {only(alone, 'epochs')} | "
         f"{only(alone, 'wall_seconds')} | {len(alone) or '-'} |",
     ]
-    for arch in TABLES[budget]:
+    for arch in TEACHERS[budget]:
         teacher, taught = seeds(budget, f"teacher-{arch}"), seeds(budget, f"student-kd-{arch}")
         theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
         cells = [f"{told(teacher)}{theirs[0]}", f"{told(taught)}{theirs[1]}"]
         cells += [difference(taught, alone), difference(teacher, taught)]
-        cells += [told(seeds(budget, f"student-kd-{arch}-finetuned"))]
+        cells += [finetuned(f"student-kd-{arch}")]
         cells += [f"{only(teacher, key)}, {only(taught, key)}" for key in ("epochs", "wall_seconds")]
         lines.append(f"| {arch} | {' | '.join(cells)} | {len(taught) or '-'} |")
-    devices = sorted({run["device"] for path in (RECORDS / budget).glob("*.json") for run in [load(path)]})
-    return [*lines, "", f"Measured on: {'; '.join(devices) or 'nothing yet'}."]
+    return [*lines, "", made(seeds(budget, name) for name in rows(budget))]
+
+
+def methods() -> list[str]:
+    """The lines of the table of methods: a student alone, and taught by each of them; the best first."""
+    found = {name: seeds("methods", name) for name in rows("methods")}
+    lines = [
+        "| run | trained by | with | test accuracy | gain over CE | agreement with the teacher | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in sorted(found.items(), key=lambda row: mean(row[1]) if row[1] else 0.0, reverse=True):
+        if not runs:
+            lines.append(f"| `{name}` |  |  | - | - | - | - |")
+            continue
+        used = re.search(r"  with (.*?)(;|$)", runs[0]["formula"] or "")
+        gain = "" if name == "ce" else difference(runs, found["ce"])
+        agreement = "" if name == "ce" else only(runs, "agreement", 2)
+        cells = [runs[0]["trained_by"], used[1] if used else "", told(runs), gain, agreement, str(len(runs))]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return [*lines, "", made(found.values())]
+
+
+def made(rows_of_runs: Iterable[Sequence[dict[str, Any]]]) -> str:
+    """What the runs of a table were made on, and by which commits."""
+    runs = [run for row_of_runs in rows_of_runs for run in row_of_runs]
+    devices = sorted({run["device"] for run in runs})
+    commits = sorted({str(run["commit"])[:7] for run in runs})
+    return f"Measured on: {'; '.join(devices)}; commits {', '.join(commits)}." if runs else "Measured on: nothing yet."
 
 
 def seeds(budget: str, name: str) -> list[dict[str, Any]]:
@@ -108,7 +234,8 @@ def seeds(budget: str, name: str) -> list[dict[str, Any]]:
 def load(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        float(found["test_accuracy"])
+        for key in ("test_accuracy", "epochs", "wall_seconds", "device", "commit"):
+            found[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no record of a run ({error!r})") from None
     return found
@@ -130,21 +257,24 @@ def difference(high: Sequence[dict[str, Any]], low: Sequence[dict[str, Any]]) ->
     return f"{mean(high) - mean(low):+.2f}" if high and low else "-"
 
 
-def only(runs: Sequence[dict[str, Any]], key: str) -> str:
-    """The median of a figure, a whole number."""
-    return f"{statistics.median(run[key] for run in runs):.0f}" if runs else "-"
+def only(runs: Sequence[dict[str, Any]], key: str, places: int = 0) -> str:
+    """The median of a figure."""
+    return f"{statistics.median(run[key] for run in runs):.{places}f}" if runs else "-"
 
 
 def written(text: str) -> str:
     """README's `text` with the tables as the records have them. Raises UserError if it has no place for them."""
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise UserError(f"README.md must have one line {MARKERS[0]} and one {MARKERS[1]}")
-    head, _, rest = text.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    tables = [
-        ["", f"`bash scripts/reproduce.sh cifar10 --budget {budget}`:", "", *table(budget), ""] for budget in TABLES
-    ]
-    return head + MARKERS[0] + "\n" + "\n".join(line for lines in tables for line in lines) + "\n" + MARKERS[1] + tail
+    command = "`bash scripts/reproduce.sh {}`:"
+    tables = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in TEACHERS}
+    tables["methods"] = [command.format("methods --data SUBSET"), "", *methods()]
+    for name, lines in tables.items():
+        begin = MARKERS[0].format(name)
+        head, _, rest = text.partition(begin)
+        old, end, tail = rest.partition(MARKERS[1])
+        if text.count(begin) != 1 or not end or "written by" in old:
+            raise UserError(f"README.md must have one line {begin}, and after it one {MARKERS[1]}")
+        text = "\n".join([head + begin, "", *lines, "", MARKERS[1] + tail])
+    return text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -152,23 +282,21 @@ def main(argv: Sequence[str]) -> int:
         print((__doc__ or "").strip())
     elif argv and argv[0] == "--record":
         if len(argv) < 3:
-            raise UserError("--record BUDGET RUN...: a budget and a run at least")
+            raise UserError("--record TABLE RUN...: a table and a run at least")
         record(argv[1], [Path(run) for run in argv[2:]])
     elif not argv or argv == ["--check"]:
         path = ROOT / "README.md"
         text = path.read_text()
         new = written(text)
         if argv and new != text:
-            print(
-                "README.md has tables that are not those of checkpoints/records/: python scripts/results.py writes them"
-            )
+            print("README.md's tables are not those of checkpoints/records/: python scripts/results.py writes them")
             return 1
         if new != text:
             path.write_text(new)
     else:
-        show(
-            [("network", "trained by", "parameters", "epochs", "test accuracy", "seconds"), *map(row, map(Path, argv))]
-        )
+        paths = [Path(run) for run in argv]
+        head = ("run", "network", "trained by", "parameters", "epochs", "test accuracy", "agreement", "seconds")
+        show([head, *given_teachers(paths), *map(row, paths)])
     return 0
 
 

@@ -77,10 +77,15 @@ def main(argv: list[str]) -> None:
         with_features = replace(recipe, teacher_arch="resnet18", overhaul=True, method="none", T=None, w=None)
         aim = objective(with_features, student, teacher, training)
     if one_step:
-        for module in (aim.learner or student).modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-                module.train = lambda _mode=True, module=module: module  # type: ignore[method-assign]
+        learner = aim.learner or student
+        norms = [module for module in learner.modules() if isinstance(module, nn.BatchNorm2d)]
+        for module in norms:
+            module.momentum = 1.0
+        with torch.no_grad():  # or deep activations, and gradients with them, would be too small to compare
+            learner(data.train_images)
+        for module in norms:
+            module.eval()
+            module.train = lambda _mode=True, module=module: module  # type: ignore[method-assign]
     options = Options(steps=1 if one_step else None)
     with RunDirectory(directory / f"run{parallel.world_size()}") as run:
         try:

@@ -114,6 +114,13 @@ def test_the_former_file_is_kept(saved: Path, monkeypatch: pytest.MonkeyPatch, l
     assert len(list(saved.parent.iterdir())) == 2
 
 
+def test_a_kill_between_the_two_renames_leaves_nothing_behind(saved: Path) -> None:
+    os.link(saved, saved.with_name("previous.pt"))  # one file with both names
+    checkpoint.save(saved, {"epoch": 4}, keep_previous=True)
+    assert checkpoint.load(saved)["epoch"] == 4
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["last.pt", "previous.pt"]
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint.save_cache(saved / "below a file" / "x.pt", {"a": 1})
     assert "computed again next time" in capsys.readouterr().out

@@ -184,7 +184,7 @@ def test_weight_average_is_the_formula() -> None:
     for step in range(20):
         for value in network.state_dict().values():
             value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
-        average.update(network, step)
+        average.update(step)
         keep = min(0.5, (1 + step) / (10 + step))
         for key, value in network.state_dict().items():
             expected[key] = keep * expected[key] + (1 - keep) * value if value.is_floating_point() else value.clone()
@@ -383,7 +383,7 @@ def test_ranks_draw_their_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     for number in range(3):
         monkeypatch.setattr(parallel, "rank", lambda number=number: number)
-        parallel.seed_generators(3)
+        parallel.seed_generators(3, "cpu")
         drawn.append(torch.rand(3))
     torch.manual_seed(3)
     assert torch.equal(drawn[0], torch.rand(3))
@@ -403,6 +403,20 @@ def test_a_second_signal_under_torchrun_is_the_same_request(monkeypatch: pytest.
         stop._since -= 31
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended == [143]
+
+
+def test_several_devices_answer_whole_blocks_in_turn() -> None:
+    """So that an answer is the same however many there are."""
+    one, two = (Teacher(small_network(seed=1), block=8) for _ in range(2))
+    two._devices = [CPU, CPU]
+    assert (one.at_once, two.at_once) == (8, 16)
+    images = torch.randint(0, 256, (29, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(one.logits(images), two.logits(images))
+    seen: list[int] = []
+    for number, network in enumerate(two._fast):
+        network.register_forward_hook(lambda *_, number=number: seen.append(number))
+    two.logits(images)
+    assert seen == [0, 1, 0, 1]
 
 
 def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -498,6 +512,7 @@ def test_sync_bn_keeps_the_weights_where_they_are(monkeypatch: pytest.MonkeyPatc
     before = dict(network.network.named_parameters())
     monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert parallel.spread(network, network.mean.device, replace(RECIPE, sync_bn=True), "cuda:0") is network
     assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     after = dict(network.network.named_parameters())
@@ -511,6 +526,7 @@ def test_several_gpus_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     network = small_network()
     monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(parallel, "DataParallel", lambda module, here: found.append((module, here)) or module)
     parallel.spread(network, network.mean.device, RECIPE, "auto")
     parallel.spread(network, network.mean.device, RECIPE, "cuda:0,0")
@@ -717,7 +733,15 @@ def test_weights_that_are_not_finite_are_not_saved(small_npz: Path, tmp_path: Pa
         assert all(torch.isfinite(v).all() for v in checkpoint.load(path)["student"].values())
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory(small_npz: Path, tmp_path: Path, error: Exception) -> None:
     class Hungry(Poisoned):
         def __call__(self, student: nn.Module, batch: Batch) -> Step:

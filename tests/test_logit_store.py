@@ -290,6 +290,10 @@ def test_top_k_rows() -> None:
     assert isinstance(found, TopKLogits)
     assert torch.equal(found.classes, logits.topk(20).indices)
     assert torch.equal(found.label, logits[:, -1])
+    for k in range(5):  # a row by itself begins at an odd place
+        alone = encoding.decode(rows[k : k + 1])
+        assert isinstance(alone, TopKLogits)
+        assert torch.equal(alone.rest[0], found.rest[k])
     for classes, k in ((10, 10), (40_000, 5)):
         with pytest.raises(UserError, match="--top-k"):
             Encoding(classes, k)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import train_kd
+from cifar10 import train_ce, train_kd
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
 from distill import checkpoint
@@ -34,7 +34,9 @@ from distill.teacher import Teacher
 from distill.views import Batch
 
 CPU = torch.device("cpu")
-CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
+DATA = Path(__file__).parent / "data"
+CASES = json.loads((DATA / "golden_losses.json").read_text())
+OURS = {MODELS.resolve(name) for name in json.loads((DATA / "golden_cifar10_models.json").read_text())}
 
 
 def images(count: int = 2, size: int = 32) -> Tensor:
@@ -195,6 +197,10 @@ def test_features_are_those_of_a_hand_written_forward(name: str) -> None:
 @pytest.mark.parametrize("arch", MODELS.names())
 def test_every_network_has_stages_and_margins(arch: str) -> None:
     network = classifier(arch)
+    if arch not in OURS:  # one that is added may have none, and is refused then
+        with suppress(UserError):
+            assert len(find_places(network, arch)) >= 2
+        return
     before, mode = checkpoint.digest(network.state_dict()), network.network.training
     places = find_places(network, arch)
     assert len(places) >= 3
@@ -324,7 +330,7 @@ def test_the_teacher_does_not_move(teacher_bn: str) -> None:
     assert torch.allclose(alone, beside, atol=1e-3) == (teacher_bn == "eval")
     assert one.isfinite()
     assert other.isfinite()
-    teacher._fast = None  # answers are those of eval mode, also where they are first asked for afterwards
+    teacher._fast = []  # answers are those of eval mode, also where they are first asked for afterwards
     assert torch.equal(teacher.logits(images(4)), answer)
 
 
@@ -374,12 +380,42 @@ def test_a_cut_run_with_the_batchs_statistics(small_npz: Path, tmp_path: Path) -
         assert checkpoint.digest(cut[key]) == checkpoint.digest(whole[key]), key
 
 
+@pytest.mark.usefixtures("home")
 def test_show_features(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = "--arch resnet18 --teacher-arch densenet40 --batch-size 8 --show-features --data"
     train_kd.main([*given.split(), str(small_npz), "--output", str(tmp_path / "x")])
     shown = capsys.readouterr().out
     assert "student layer4.1, before relu (512, 4, 4)  teacher bn, before relu (456, 8, 8)  margin -0.798" in shown
+    assert "densenet40: random weights" in shown
     assert not (tmp_path / "x").exists()
+    train_ce.main(["--arch", "densenet40", "--epochs", "1", "--batch-size", "8", "--data", str(small_npz)])
+    capsys.readouterr()
+    train_kd.main([*given.split(), str(small_npz)])
+    shown = capsys.readouterr().out
+    assert "densenet40/ce-seed0/last.pt" in shown
+    assert "margin -0.798 to -0.798" not in shown
+
+
+@pytest.mark.usefixtures("home")
+def test_a_network_without_stages_is_refused_before_its_teacher_is_trained(
+    small_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shallow(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
+
+    monkeypatch.setitem(MODELS._builders, "shallow", shallow)
+    for pair in ("--arch shallow --teacher-arch resnet18", "--arch resnet18 --teacher-arch shallow"):
+        with pytest.raises(UserError, match="in shallow 0 ends of stages were found"):
+            train_kd.main([*pair.split(), "--overhaul", "--batch-size", "8", "--data", str(small_npz)])
+
+
+def test_what_returns_no_logits_is_refused() -> None:
+    class Pair(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return images, images
+
+    with pytest.raises(UserError, match=r"pair could not be watched at work.*it returns a tuple, not logits"):
+        find_places(Classifier(Pair(), CIFAR_INPUT), "pair")
 
 
 class Tiny(nn.Sequential):

@@ -3,9 +3,9 @@
 import hashlib
 import io
 import json
-import os
 import re
-import subprocess
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ import torch
 from torch import nn
 
 from cifar10 import teachers, train_ce, train_kd
+from cifar10.data import load_data
 from cifar10.models import CIFAR_INPUT
+from cifar10.recipes import RECIPES
 from distill.errors import UserError
+from distill.methods import SETTINGS
+from distill.recipe import Recipe
 from distill.registry import Classifier
-from scripts import benchmark, model_size, precompute, publish, results, sweep
-from tests.conftest import ROOT, teacher_file
+from scripts import benchmark, model_size, precompute, publish, reproduce, results, sweep
+from tests.conftest import teacher_file
 
 pytestmark = pytest.mark.usefixtures("home")
+METHOD_FIELDS = (*SETTINGS, "method", "standardize", "overhaul", "feature_weight", "teacher_bn")
 
 
 @pytest.fixture
@@ -158,82 +163,200 @@ def test_the_tables_in_the_readme_are_those_of_the_records() -> None:
     assert results.main(["--check"]) == 0
 
 
-def test_tables_from_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Means and deviations over seeds, differences, dashes for what is missing; a stale table is told."""
-    monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
+def finished_run(directory: Path, recipe: Recipe, accuracy: float, digest: str, epochs: int = 0) -> Path:
+    """What a run leaves, as far as the tables read it; `epochs`: those of a run that was extended since."""
+    directory.mkdir(parents=True)
+    facts = {"data_digest": digest, "teacher_digest": "abc", "world_size": 1}
+    starts = [{"time": "now", "commit": "0123456789", "argv": ["/home/me/secret"]}]
+    (directory / "config.json").write_text(
+        json.dumps(
+            {"recipe": {**recipe.to_dict(), "epochs": epochs or recipe.epochs}, "facts": facts, "starts": starts}
+        )
+    )
+    taught = recipe.teacher_arch is not None
+    summary = {
+        "arch": recipe.arch,
+        "teacher_arch": recipe.teacher_arch,
+        "trained_by": recipe.trained_by,
+        "formula": recipe.formula if taught else None,
+        "agreement": 80.123 if taught else None,
+        "teacher_accuracy": 95.0 if taught else None,
+        "parameters": 1000,
+        "test_accuracy": accuracy,
+        "epochs": recipe.epochs,
+        "wall_seconds": 12.4,
+        "device": "cpu, 2 threads",
+        "commit": "0123456789",
+        "data": {"digest": digest},
+    }
+    (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    return directory
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    found = {"epochs": 3, "wall_seconds": 12.4, "device": "cpu, 2 threads", "test_accuracy": 90.0}
+    monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
+    return tmp_path / "records"
+
+
+def test_tables_from_records(records: Path, tmp_path: Path) -> None:
+    """Means and deviations over seeds, differences, dashes for what is missing; a stale table is told."""
     runs = {"teacher-resnet18-seed0": 95.0, "student-seed0": 90.0, "student-seed1": 91.0}
     runs |= {f"student-kd-resnet18-seed{k}": 92 + 0.5 * k for k in range(3)}
+    runs |= {"student-finetuned-seed0": 91.5}
+    rows = results.rows("short")
     for name, accuracy in runs.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"recipe": {"arch": "x"}}))
-        (tmp_path / name / "summary.json").write_text(json.dumps({**found, "test_accuracy": accuracy}))
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "config.json").write_text("{}")
-    results.main(["--record", "short", *(str(tmp_path / name) for name in [*runs, "cut"])])
-    assert f"{tmp_path}/cut is not finished: not recorded" in capsys.readouterr().out
-    lines = results.table("short")
-    assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) | | | | 3 | 12 | 2 |"
-    assert lines[3] == "| resnet18 | 95.00 | 92.50 +- 0.50 | +2.00 | +2.50 | - | 3, 3 | 12, 12 | 3 |"
-    assert results.table("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
+        recipe = replace(rows[name[:-6]], seed=int(name[-1]), precision="float32")
+        assert results.record("short", [finished_run(tmp_path / name, recipe, accuracy, results.CIFAR10)])
+    kept = (records / "short" / "student-kd-resnet18-seed0.json").read_text()
+    assert (json.loads(kept)["teacher_digest"], json.loads(kept)["last_epoch"]) == ("abc", {"epoch": 2})
+    assert "secret" not in kept
+    lines = results.accuracies("short")
+    assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) | | | 91.50, n = 1 | 20 | 12 | 2 |"
+    assert lines[3] == "| resnet18 | 95.00 | 92.50 +- 0.50 | +2.00 | +2.50 | - | 12, 20 | 12, 12 | 3 |"
+    assert lines[-1] == "Measured on: cpu, 2 threads; commits 0123456."
+    assert results.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{results.MARKERS[0]}\nold\n{results.MARKERS[1]}\nafter\n")
+    begin, end = results.MARKERS
+    places = [f"{begin.format(name)}\nold\n{end}\n" for name in results.TABLES]
+    readme.write_text(f"before\n{''.join(places)}after\n")
     assert results.main(["--check"]) == 1
     assert results.main([]) == 0
     assert results.main(["--check"]) == 0
     text = readme.read_text()
     assert lines[3] in text
     assert (text.startswith("before\n"), text.endswith("\nafter\n"), "old" in text) == (True, True, False)
-    readme.write_text("no place")
-    with pytest.raises(UserError, match=r"README.md must have one line"):
-        results.main([])
-    (tmp_path / "records" / "short" / "student-seed7.json").write_text("{}")
+    no_end = places[0].removesuffix(f"{end}\n")
+    for wrong in (
+        "no place",
+        "".join(places[:-1]),
+        "".join([no_end, *places[1:]]),
+        places[0] * 2 + "".join(places[1:]),
+    ):
+        readme.write_text(wrong)
+        with pytest.raises(UserError, match=r"README.md must have one line"):
+            results.main([])
+        assert readme.read_text() == wrong
+    (records / "short" / "student-seed7.json").write_text("{}")
     with pytest.raises(UserError, match=r"student-seed7.json is no record of a run"):
-        results.table("short")
+        results.accuracies("short")
+
+
+def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = results.rows("short")["student"]
+    make = partial(finished_run, accuracy=90.0, digest=results.CIFAR10)
+    for name, run in (
+        (
+            "is not finished",
+            make(tmp_path / "a" / "student-seed0", student, epochs=40),
+        ),
+        ("ce-seed0 is no row of the table short", make(tmp_path / "ce-seed0", student)),
+        ("student-seed0 has --seed 1", make(tmp_path / "b" / "student-seed0", replace(student, seed=1))),
+        (
+            "--epochs of student-seed0 is 1, the table's 20",
+            make(tmp_path / "c" / "student-seed0", replace(student, epochs=1)),
+        ),
+        ("other data", finished_run(tmp_path / "d" / "student-seed0", student, 90.0, results.SUBSET)),
+    ):
+        assert not results.record("short", [run])
+        assert name in capsys.readouterr().out
+    assert not records.exists()
+    for wrong, message in (
+        ("huge", "--record must be one of full, short, methods"),
+        ("short", "is no directory of a run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            results.main(["--record", wrong, str(tmp_path)])
+
+
+@pytest.mark.usefixtures("records")
+def test_the_table_of_methods(tmp_path: Path) -> None:
+    rows = results.rows("methods")
+    assert results.methods()[2:] == [
+        *(f"| `{name}` |  |  | - | - | - | - |" for name in rows),
+        "",
+        "Measured on: nothing yet.",
+    ]
+    for name, seed, accuracy in (("ce", 0, 50.0), ("nkd", 0, 53.0), ("nkd", 1, 54.0)):
+        run = tmp_path / f"{name}-seed{seed}"
+        assert results.record("methods", [finished_run(run, replace(rows[name], seed=seed), accuracy, results.SUBSET)])
+    used = "gamma = 3.5, tau = 3, kd_weight = 1, ce_weight = 1"
+    assert results.methods()[2:4] == [
+        f"| `nkd` | NKD from densenet40 | {used} | 53.50 +- 0.71 | +3.50 | 80.12 | 2 |",
+        "| `ce` | CE |  | 50.00 |  |  | 1 |",
+    ]
+
+
+def test_methods_differ_in_nothing_but_the_method() -> None:
+    for table in ("long_student_kd", "student_kd"):
+        rows = results.by_method(RECIPES[table])
+        kept = [{**recipe.to_dict(), **dict.fromkeys((*METHOD_FIELDS, "teacher_arch"))} for recipe in rows.values()]
+        assert all(recipe == kept[0] for recipe in kept)
+        assert len({recipe.formula for name, recipe in rows.items() if name != "ce"}) == len(rows) - 1
+    assert results.by_method(RECIPES["short_student_kd"])["ce"] == RECIPES["short_student"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "bash scripts/reproduce.sh cifar10 [flags]: the table of no data set is not known"),
-        (("cifar10", "--budget", "huge"), "--budget must be full or short, got huge"),
+        (("cifar100",), "--table must be one of cifar10, methods, got 'cifar100'"),
+        (("cifar10", "--budget=huge"), "--budget must be one of full, short, got 'huge'"),
         (("cifar10", "--seeds", "0"), "--seeds must be an integer, at least 1, got 0"),
-        (("cifar10", "--only"), "--only wants a value"),
-        (("cifar10", "--only", "teacher-vgg"), "--only must be one of student teacher-resnet152"),
-        (("cifar10", "--lr", "x", "--only", "student"), "--lr must be a number"),
+        (("cifar10", "--only", "teacher-vgg"), "--only must be of teacher-resnet152, teacher-densenet40"),
+        (("methods", "--only", ""), "--only must be text, got ''"),
+        (("methods", "--only", "kd,,ce"), "--only must be of ce, kd, kd-T1"),
+        (("methods", "--seed=3"), "--seed is for one run: --seeds N"),
+        (("methods", "--fresh"), "--fresh is for one run, not for this table"),
+        (("cifar10", "--teacher-arch=resnet18"), "--teacher-arch is for one run, not for this table"),
+        (("cifar10", "--teacher-checkpoint", "x.pt"), "--teacher-checkpoint must be 'published' for this table"),
+        (("cifar10", "--lr", "x"), "--lr must be a number"),
+        (("methods", "--mixup"), "--method dkd wants one label for each image"),
     ],
 )
 def test_mistakes_of_reproduce(flags: tuple[str, ...], message: str) -> None:
-    found = subprocess.run(["bash", "scripts/reproduce.sh", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 2
-    assert message in found.stderr
-    assert found.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        reproduce.main(flags)
 
 
-def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path) -> None:
-    flags = [
-        "--budget",
-        "short",
-        "--only",
-        "student-kd-resnet18",
-        "--data",
-        str(small_npz),
-        "--batch-size",
-        "8",
+def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["cifar10", "--budget", "short", "--only", "student-kd-resnet18-finetuned", "--data", str(small_npz)]
+    flags += ["--batch-size=20", "--epochs", "1", "--precision", "float32"]
+    reproduce.main(flags)
+    said = capsys.readouterr().out
+    names = ["teacher-resnet18-seed0", "student-seed0", "student-kd-resnet18-finetuned-seed0"]
+    assert [line.removeprefix("== ") for line in said.splitlines() if line.startswith("==")] == names
+    assert said.count("note: --epochs of teacher-resnet18-seed0 is 1, the table's 12") == 1
+    assert said.count("not recorded: ") == 3
+    assert sorted(path.name for path in (home / "cifar10-short").iterdir()) == sorted(names)
+    configs = [json.loads((home / "cifar10-short" / name / "config.json").read_text()) for name in names]
+    assert [(c["recipe"]["arch"], c["recipe"]["lr"]) for c in configs] == [
+        ("resnet18", 0.1),
+        ("efficientnet_b0", 0.1),
+        ("efficientnet_b0", 0.02),
     ]
-    command = ["bash", "scripts/reproduce.sh", "cifar10", *flags, "--arch", "resnet18", "--steps", "1"]
-    environment = {**os.environ, "DISTILL_CHECKPOINTS": str(home)}
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert found.returncode == 0, found.stderr
-    runs = [line.removeprefix("== ") for line in found.stdout.splitlines() if line.startswith("==")]
-    assert runs == ["teacher-resnet18-seed0", "student-kd-resnet18-seed0"]
-    assert sorted(path.name for path in (home / "cifar10-short").iterdir()) == sorted(runs)
-    assert found.stdout.count("not recorded") == 2
-    recipe = json.loads((home / "cifar10-short" / runs[1] / "config.json").read_text())["recipe"]
-    assert (recipe["T"], recipe["epochs"], recipe["lr"]) == (4.0, 20, 0.1)
+    reproduce.main(flags)
+    assert capsys.readouterr().out.count("finished before") == 3
+    reproduce.main([*flags, "--show-recipe"])
+    assert [run["run"] for run in json.loads(capsys.readouterr().out.split("recorded\n")[1])] == names
+    reproduce.main([*flags, "--show-recipe", "--teacher-checkpoint", "published"])
+    assert [run["run"] for run in json.loads(capsys.readouterr().out.split("recorded\n")[1])] == names[1:]
+
+
+def test_reproduce_trains_each_method(flags: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags += ["--batch-size", "20", "--arch", "densenet_cifar", "--epochs", "1", "--only", "ce,kd-T1", "--seeds", "2"]
+    reproduce.main(["methods", *flags])
+    said = capsys.readouterr().out
+    names = ["ce-seed0", "kd-T1-seed0", "ce-seed1", "kd-T1-seed1"]
+    assert [line.removeprefix("== ") for line in said.splitlines() if line.startswith("==")] == names
+    recipes = [json.loads((home / "methods" / name / "config.json").read_text())["recipe"] for name in names]
+    assert [(r["teacher_arch"], r["kd_weight"], r["seed"]) for r in recipes] == [
+        (None, None, 0),
+        ("densenet_cifar", 3.0, 0),
+        (None, None, 1),
+        ("densenet_cifar", 3.0, 1),
+    ]
 
 
 def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,8 +376,23 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [size["parameters"] for size in found] == [1059298, 11173962]
     assert all(1.8 < size["bytes_float32"] / size["bytes_float16"] < 2 for size in found)
     assert "| share | 1054.85 % |" in capsys.readouterr().out
+    layer = nn.TransformerEncoderLayer(1024, 2, dim_feedforward=16, batch_first=True)
+    network = Classifier(nn.Sequential(nn.Flatten(2), layer), CIFAR_INPUT).eval()
+    assert model_size.count(network)[2] == 3 * 1024 * (4 * 1024 + 2 * 16) + 2 * 3 * 3 * 1024
     with pytest.raises(UserError, match="unknown architecture 'resnet1'"):
         model_size.main(["--arch", "resnet1"])
+
+
+def test_what_is_published() -> None:
+    """Each file is the one that checkpoints/README.md tells of, and knows what its network should."""
+    told = dict(re.findall(r"^\| `(\S+)` .* ([0-9a-f]{64}) \|$", publish.README.read_text(), re.MULTILINE))
+    files = {path.name: path for path in teachers.PUBLISHED.glob("*.pt")}
+    assert "densenet40-ce.pt" in files
+    assert told == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    data = load_data("sample")
+    for path in files.values():
+        assert path.stat().st_size < 8e6
+        assert publish.measure(path, data, "cpu") > 85
 
 
 def test_published_weights(
@@ -270,10 +408,16 @@ def test_published_weights(
     with pytest.raises(UserError, match="there is none of densenet_cifar, but of nothing"):
         train_kd.main([*flags, "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", "published"])
     train_ce.main([*flags, "--output", str(run)])
-    for _ in range(2):
-        publish.main([str(run), *data])
+    with pytest.raises(UserError, match="was trained on other images than those of --data"):
+        publish.main([str(run), "--data", "sample"])
+    assert not (tmp_path / "published").exists()
+    publish.main([str(run), *data])
+    with (tmp_path / "README.md").open("a") as readme:
+        readme.write("\nAnd more.\n")
+    publish.main([str(run), *data])
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("Text.\n\n| file | trained by |")
+    assert text.endswith(" |\n\nAnd more.\n")
     assert text.count("| `densenet_cifar-ce.pt` | CE | small |") == 1
     file = tmp_path / "published" / "densenet_cifar-ce.pt"
     assert hashlib.sha256(file.read_bytes()).hexdigest() in text
@@ -286,5 +430,6 @@ def test_published_weights(
     accuracy = re.search(r"\| small \| ([\d.]+) % \|", text)
     assert accuracy
     assert f"teacher: densenet_cifar from {file}, test accuracy {accuracy[1]} %" in said
-    with pytest.raises(UserError, match="is no directory of a finished run"):
+    assert [path.name for path in (tmp_path / "published").iterdir()] == [file.name]
+    with pytest.raises(UserError, match="is no directory of a run"):
         publish.main([str(tmp_path), *data])

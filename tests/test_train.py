@@ -224,8 +224,14 @@ def test_results_script(command: Any, small_npz: Path, tmp_path: Path) -> None:
         )
     found = command("scripts/results.py", tmp_path / "done", tmp_path / "cut")
     assert found.returncode == 0, found.stderr
-    assert [line.split()[0] for line in found.stdout.splitlines()] == ["network", "densenet_cifar", "cut"]
+    assert [line.split()[0] for line in found.stdout.splitlines()] == ["run", "done", "cut"]
     assert "not finished" in found.stdout
+    options = Options(
+        data=str(small_npz), output=str(tmp_path / "kd"), teacher_checkpoint=teacher_file(tmp_path / "t.pth")
+    )
+    train_kd.train(replace(KD, arch="resnet18", epochs=1), options)
+    found = command("scripts/results.py", tmp_path / "kd")
+    assert found.stdout.splitlines()[1].split()[:3] == ["the", "teacher", "densenet_cifar"]
     assert command("scripts/results.py", tmp_path).returncode == 2
 
 

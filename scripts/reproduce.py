@@ -1,0 +1,153 @@
+"""Train what a table of results lacks, and write the table into README.md.
+
+    bash scripts/reproduce.sh cifar10                                        the table of results: for a GPU
+    bash scripts/reproduce.sh cifar10 --budget short --only student          a row of what 2 CPU cores train in hours
+    bash scripts/reproduce.sh methods --teacher-arch resnet18 --data ~/pets  every method with one budget, on your data
+
+Called again, it continues what was cut and skips what is finished. --teacher-checkpoint published takes the teachers
+that come with this repository, and trains none for cifar10. The other flags are those of trainKD.sh, for every run;
+--show-recipe prints what would run. Only runs as the table has them are recorded: other flags, or other data, make a
+table of their own, which is printed. NPROC and NNODES as for trainKD.sh.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from cifar10 import train_ce, train_kd  # noqa: E402
+from cifar10.recipes import RECIPES  # noqa: E402
+from distill import cli  # noqa: E402
+from distill.errors import UserError  # noqa: E402
+from distill.knobs import flag, knob  # noqa: E402
+from distill.recipe import Options, Recipe  # noqa: E402
+from scripts import results  # noqa: E402
+
+ELSEWHERE = ("output", "fresh", "extend", "resume", "evaluate", "show_features")  # they are for one run
+FIXED = ("arch", "teacher_arch", "init", "recipe")  # by the table of CIFAR-10
+
+
+@dataclass(frozen=True)
+class Reproduce(Options):
+    """The flags of trainKD.sh and these."""
+
+    table: str = knob("cifar10", "the table", group="table", choices=("cifar10", "methods"))
+    budget: str = knob(
+        "full", "of cifar10: full is for a GPU, short for 2 CPU cores", group="table", choices=("full", "short")
+    )
+    seeds: int | None = knob(
+        None, "students have the seeds 0 to N - 1, teachers 0 (default: 3; short, methods: 1)", group="table", least=1
+    )
+    only: str | None = knob(None, "these rows, with commas between them, and what they need", group="table")
+    runs: str | None = knob(None, "where the runs go (default: checkpoints/cifar10-BUDGET or methods)", group="table")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the table: its name, what it is, and where it finds things."""
+
+    name: str
+    recipe: Recipe
+    options: Options
+
+
+def main(argv: Sequence[str]) -> None:
+    given, options = cli.read_flags(
+        argv,
+        RECIPES["kd"],
+        Reproduce(),
+        prog="reproduce.sh",
+        description=__doc__ or "",
+        positional="table",
+    )
+    table = options.budget if options.table == "cifar10" else options.table
+    planned = plan(table, given, options)
+    if options.show_recipe:
+        print(json.dumps([{"run": run.name, **run.recipe.to_dict()} for run in planned], indent=2))
+        return
+    from distill.parallel import devices, leave, on_main
+
+    if options.device == "auto" and devices("auto")[1:] and "WORLD_SIZE" not in os.environ:
+        print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
+        planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
+    recorded = False
+    for run in planned:
+        print(f"== {run.name}")
+        (train_kd if run.recipe.teacher_arch else train_ce).train(run.recipe, run.options)
+        recorded |= on_main(results.record)(table, [Path(run.options.output or "")])
+    on_main(results.main)([str(run.options.output) for run in planned])
+    if recorded:
+        on_main(results.main)([])
+        print("README.md has the tables of checkpoints/records/")
+    leave()
+
+
+def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
+    """The runs in their order. Raises UserError for flags that a table cannot have, before anything is trained."""
+    from distill.run_dir import CHECKPOINTS
+
+    usual = Options()
+    for name in ELSEWHERE + (FIXED if options.table == "cifar10" else ()):
+        if name in given or getattr(options, name, None) != getattr(usual, name, None):
+            raise UserError(f"{flag(name)} is for one run, not for this table")
+    if "seed" in given:
+        raise UserError("--seed is for one run: --seeds N takes the seeds 0 to N - 1")
+    published = options.teacher_checkpoint == "published"
+    if options.table == "cifar10" and options.teacher_checkpoint and not published:
+        raise UserError("--teacher-checkpoint must be 'published' for this table, which trains its teachers otherwise")
+    rows = results.rows(table)
+    if options.recipe:
+        rows = results.by_method(RECIPES[cli.find_recipe(options.recipe, RECIPES, "kd")])
+    only = _wanted(options.only, rows, teachers=not published)
+    directory = (
+        Path(options.runs) if options.runs else CHECKPOINTS / (table if table == "methods" else f"cifar10-{table}")
+    )
+
+    def run(name: str, seed: int) -> Run:
+        ours = rows[name]
+        mine = {key: value for key, value in given.items() if ours.teacher_arch or key not in cli.DISTILLATION_FIELDS}
+        where: dict[str, Any] = {"output": str(directory / f"{name}-seed{seed}"), "recipe": None}
+        if not ours.teacher_arch:
+            where["teacher_checkpoint"] = None
+        elif options.table == "cifar10" and not published:
+            where["teacher_checkpoint"] = str(directory / f"teacher-{ours.teacher_arch}-seed0" / "last.pt")
+        elif not options.teacher_checkpoint and "teacher_arch" not in given:
+            where["teacher_checkpoint"] = "published"
+        if name.endswith("-finetuned"):
+            where["init"] = str(directory / f"student-seed{seed}" / "last.pt")
+        return Run(f"{name}-seed{seed}", ours.changed({**mine, "seed": seed}), replace(options, **where))
+
+    count = options.seeds or (3 if table == "full" else 1)
+    teachers = [name for name in only if name.startswith("teacher-")]
+    students = [name for name in only if name not in teachers]
+    runs = [run(name, 0) for name in teachers] + [run(name, seed) for seed in range(count) for name in students]
+    for other in runs:
+        if differs := results.differs(table, other.name, other.recipe):
+            print(f"note: {differs}: not the table's, so it is not recorded")
+            break
+    return runs
+
+
+def _wanted(only: str | None, rows: dict[str, Recipe], teachers: bool) -> list[str]:
+    """The rows named in `only`, else all, and those that they need, `teachers` too; as `rows` are ordered. Raises
+    UserError."""
+    names = only.split(",") if only is not None else [name for name in rows if teachers or name[:8] != "teacher-"]
+    for name in names:
+        if name not in rows:
+            raise UserError(f"--only must be of {', '.join(rows)}, got {name!r}")
+    for name in list(names):
+        if name.startswith("student-kd-") and teachers:
+            names.append(f"teacher-{rows[name].teacher_arch}")
+        if name.endswith("-finetuned"):
+            names.append("student")
+    return [name for name in rows if name in names]
+
+
+if __name__ == "__main__":
+    cli.run(main)
