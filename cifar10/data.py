@@ -58,6 +58,13 @@ class ImageData:
         parts = [self.train_images, self.train_labels, self.test_images, self.test_labels]
         return checkpoint.digest([list(self.classes), *parts])
 
+    @cached_property
+    def content(self) -> str:
+        """sha256 of the same whatever the order of the images: that of the official archive, of a folder, of a file."""
+        parts = [(self.train_images, self.train_labels), (self.test_images, self.test_labels)]
+        pairs = [zip(images.numpy(), labels.tolist(), strict=True) for images, labels in parts]
+        return checkpoint.digest([list(self.classes), *(sorted(map(_told_apart, some)) for some in pairs)])
+
     @property
     def labelled(self) -> bool:
         """Whether the training images have labels."""
@@ -67,6 +74,11 @@ class ImageData:
         kind = "training" if self.labelled else "unlabelled training"
         counts = f"{len(self.train_images)} {kind}, {len(self.test_images)} test images"
         return f"{self.name}: {counts}, {len(self.classes)} classes, digest {self.digest[:12]}"
+
+
+def _told_apart(pair: tuple[Pixels, int]) -> str:
+    image, label = pair
+    return f"{hashlib.sha256(image.tobytes()).hexdigest()} {label}"
 
 
 def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = False) -> ImageData:

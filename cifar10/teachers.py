@@ -46,17 +46,19 @@ def load_teacher(
     """
     assert recipe.teacher_arch
     device = test.images.device
-    path = _named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train)
+    path = named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train)
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
     teacher = _build(recipe.teacher_arch, path, len(data.classes), precision, device, options.device)
     if options.teacher_checkpoint == "published":
-        taught = on_main(checkpoint.load)(path)["data"]
-        if taught["digest"] != data.digest:
-            print(f"note: the published {recipe.teacher_arch} was trained on {taught['name']}, not on {data.name}")
+        taught = on_main(checkpoint.load)(path)
+        if taught["data_content"] != data.content:
+            print(
+                f"note: the published {recipe.teacher_arch} was trained on {taught['data']['name']}, not on {data.name}"
+            )
     return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}", CACHE)
 
 
-def _named(arch: str, options: Options) -> Path | None:
+def named(arch: str, options: Options) -> Path | None:
     """The file of --teacher-checkpoint, if it is given. Raises UserError where `published` has none for `arch`."""
     if options.teacher_checkpoint != "published":
         return Path(options.teacher_checkpoint) if options.teacher_checkpoint else None
@@ -90,7 +92,7 @@ def show_features(recipe: Recipe, options: Options, student: Classifier, data: I
     """Print where --overhaul takes the features of `student` and of the teacher, and the margins of the weights that a
     run would take, of random ones where it would have to train them first."""
     arch, classes = recipe.teacher_arch or "", len(data.classes)
-    path = _named(arch, options)
+    path = named(arch, options)
     if not path and data.labelled:
         run, own = _find_run(CHECKPOINTS / data.name / arch, _expected(recipe), data.digest)
         path = run / checkpoint.LAST if RunDirectory(run).finished(own) else None

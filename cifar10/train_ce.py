@@ -75,6 +75,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             device,
             views=training.plan.order.view_count or recipe.epochs,
             **fitted.to_dict(),
+            data_content=data.content,
         )
 
 

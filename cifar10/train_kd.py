@@ -86,6 +86,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             student.network,
             device,
             **fitted.to_dict(),
+            data_content=data.content,
             views=training.plan.order.view_count or recipe.epochs,
             teacher_accuracy=known.accuracy,
             teacher_precision=known.precision,

@@ -208,8 +208,16 @@ def _of_the_kind(recipes: Mapping[str, Recipe], objective: str) -> list[str]:
 
 def check_file(path: str | None) -> None:
     """Raises UserError unless a file can be written for --json `path`, None for none."""
-    if path and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
-        raise UserError(f"--json {path}: there is no such directory, or it is one itself")
+    if not path:
+        return
+    target = Path(path).resolve()
+    try:
+        usable = target.parent.is_dir() and not target.is_dir()
+        usable = usable and os.access(target if target.exists() else target.parent, os.W_OK)
+    except OSError:  # a name that is too long
+        usable = False
+    if not usable:
+        raise UserError(f"--json {path}: there is no such directory, or it is one itself, or cannot be written to")
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:

@@ -13,8 +13,7 @@ class UserError(ValueError):
 
 def lost_process(error: BaseException) -> bool:
     """Whether a RuntimeError says that another process of the run is gone."""
-    text = str(error)
-    return type(error).__name__.startswith("Dist") or "gloo" in text or ("NCCL" in text and "Duplicate GPU" not in text)
+    return type(error).__name__.startswith("Dist") or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 def out_of_memory(error: BaseException) -> bool:

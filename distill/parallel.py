@@ -5,6 +5,7 @@ share of the test images; gradients are averaged, counts summed. Files are the b
 With one process everything here does nothing.
 """
 
+import copy
 import ctypes
 import hashlib
 import os
@@ -24,6 +25,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distill.errors import UserError
 from distill.recipe import Recipe
+from distill.registry import Classifier
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -39,10 +41,13 @@ def start(name: str, *, deterministic: bool = False) -> torch.device:
     """
     here = devices(name)
     device = here[0]
+    _keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
         if device.type == "cuda":
             if local_rank() >= len(here):
                 raise UserError(f"{local_rank() + 1} or more processes for {len(here)} CUDA devices: lower NPROC")
+            if len(set(here)) < len(here):
+                raise UserError(f"--device {name}: each of several processes wants a device of its own")
             device = here[local_rank()]
             torch.cuda.set_device(device)
         if not dist.is_initialized():
@@ -54,6 +59,15 @@ def start(name: str, *, deterministic: bool = False) -> torch.device:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep large blocks that are freed. By default the system gives them anew in each step, page by
+    page: a fifth of a step's time on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other libraries have other ways
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def leave() -> None:
@@ -99,12 +113,34 @@ def spread(network: nn.Module, device: torch.device, recipe: Recipe, device_name
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # of its children
     step = _compile(network, device, recipe, device_name) if recipe.compile else network
     if world_size() > 1:
-        # A network may have parameters that no image reaches (EfficientNet's first block). static_graph is the faster
-        # way to allow them, but regroups the gradients after the first step of each start: from three processes on,
-        # sums in another order, so that a run that is continued ends in other bits (torch 2.15).
-        here = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(step, here, find_unused_parameters=True)
+        # DistributedDataParallel would wait for ever for the gradients of parameters that no image reaches. Left to
+        # find them, it looks in each step; static_graph regroups the gradients after the first step of each start: from
+        # three processes on, sums in another order, so that a run that is continued ends in other bits (torch 2.15).
+        idle = unreached(network)
+        for parameter in idle:
+            parameter.requires_grad_(False)
+        try:
+            return DistributedDataParallel(step, [device] if device.type == "cuda" else None)
+        finally:
+            for parameter in idle:
+                parameter.requires_grad_()
     return step if recipe.compile else spread_inference(network, device, device_name)
+
+
+def unreached(network: nn.Module) -> list[nn.Parameter]:
+    """Parameters that get no gradient from any image (of EfficientNet's first block on small images). network: takes
+    uint8 images and has their size in the spec of a Classifier in it; it is left as it is."""
+    trial = copy.deepcopy(network).train()
+    classifier = next(module for module in trial.modules() if isinstance(module, Classifier))
+    size, device = classifier.spec.size, classifier.mean.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        found = trial(torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device))
+    logits, features = found if isinstance(found, tuple) else (found, [])
+    learned = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+    total = torch.stack([part.sum() for part in (logits, *features)]).sum()
+    gradients = torch.autograd.grad(total, learned, allow_unused=True)
+    own = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [parameter for parameter, gradient in zip(own, gradients, strict=True) if gradient is None]
 
 
 def _compile(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:

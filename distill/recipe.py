@@ -122,7 +122,7 @@ class Recipe:
     label_smoothing: float = knob(0.0, "of the CE term", group="training", least=0, most=1)
     precision: str = knob(
         "auto",
-        "of the forward pass: auto is bfloat16 on CUDA and float32 on CPU",
+        "of the forward pass: auto is bfloat16 on a GPU that has it, else float32",
         group="training",
         choices=("auto", "float32", "bfloat16"),
     )

@@ -155,7 +155,10 @@ def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -
         raise UserError("nothing was stored; --store-limit GB allows more, --views K takes less")
     if options.verify:
         compared, equal, largest = answers.verify(options.verify)
-        print(f"{compared:,} answers asked again: {equal:,} the same to the bit, largest difference {largest:.3g}")
+        print(
+            f"{compared:,} answers asked again: {equal:,} the same to the bit, the others differ by "
+            f"{largest:.3g} of the largest logit at most"
+        )
         return int(largest > 0.03)  # a rounding in bfloat16 is 0.008 at most
     total = slots * len(training.plan.indices)
     with tqdm(total=total, unit=" views", unit_scale=True, disable=None, smoothing=0.05) as bar:

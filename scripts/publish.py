@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     from cifar10.teachers import PUBLISHED
 
     data = load_data(options.data)
-    if data.digest != summary.get("data", {}).get("digest"):
+    if data.content != summary.get("data_content"):
         raise UserError(f"{run} was trained on other images than those of --data, or on photos")
     path = PUBLISHED / f"{summary['arch']}-{summary['objective']}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def write(path: Path, run: Path, summary: dict[str, Any]) -> None:
     weights = checkpoint.load_weights(run / checkpoint.LAST)
     half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
     recipe = checkpoint.load_recipe(run / checkpoint.LAST)
-    known = {key: summary[key] for key in ("data", "commit", "torch")}
+    known = {key: summary[key] for key in ("data", "data_content", "commit", "torch")}
     checkpoint.save(path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **known})
 
 

@@ -5,9 +5,9 @@
     bash scripts/reproduce.sh methods --teacher-arch resnet18 --data ~/pets  every method with one budget, on your data
 
 Called again, it continues what was cut and skips what is finished. --teacher-checkpoint published takes the teachers
-that come with this repository, and trains none for cifar10. The other flags are those of trainKD.sh, for every run;
---show-recipe prints what would run. Only runs as the table has them are recorded: other flags, or other data, make a
-table of their own, which is printed. NPROC and NNODES as for trainKD.sh.
+that come with this repository, and trains none for cifar10: --only names the rows that have one. The other flags are
+those of trainKD.sh, for every run; --show-recipe prints what would run. Only runs as the table has them are recorded:
+other flags, or other data, make a table of their own, which is printed. NPROC and NNODES as for trainKD.sh.
 """
 
 import json
@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
 
 def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     """The runs in their order. Raises UserError for flags that a table cannot have, before anything is trained."""
+    from cifar10.teachers import named
     from distill.run_dir import CHECKPOINTS
 
     usual = Options()
@@ -128,8 +129,10 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     students = [name for name in only if name not in teachers]
     runs = [run(name, 0) for name in teachers] + [run(name, seed) for seed in range(count) for name in students]
     for other in runs:
+        named(other.recipe.teacher_arch or "", other.options)  # a published one that there is not
+    for other in runs:
         if differs := results.differs(table, other.name, other.recipe):
-            print(f"note: {differs}: not the table's, so it is not recorded")
+            print(f"note: {differs}: not the table's, so it is not recorded", file=sys.stderr)
             break
     return runs
 

@@ -36,9 +36,9 @@ ORIGINAL = {  # accuracies of the original repository in percent: teacher, stude
 ORIGINAL_ALONE = 90.67  # its student by cross-entropy
 TEACHERS = {"full": tuple(ORIGINAL), "short": ("resnet18", "densenet40")}
 TABLES = (*TEACHERS, "methods")
-# Digests of images and labels: of CIFAR-10, and of it with every fifth training image of each class.
-CIFAR10 = "98e31d524f427f2620562a1821edcad252442d97a2e96f36f3a10f4a5e1b2abc"
-SUBSET = "9a8c68e7bebe70ae7e6097ee9858db1dd560444c2a6d393b0c29120f3898ddbe"
+# ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
+CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
+SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
 DATA = {"full": CIFAR10, "short": CIFAR10, "methods": SUBSET}
 FREE = ("seed", "precision", "teacher_precision", "compile", "sync_bn")  # in which runs of a row may differ
 
@@ -79,8 +79,8 @@ def by_method(taught: Recipe) -> dict[str, Recipe]:
     return {"ce": alone, **{name: plain.changed(given) for name, given in flags.items()}}
 
 
-def differs(table: str, name: str, recipe: Recipe, digest: str | None = None) -> str | None:
-    """What keeps a run out of a table, None if it belongs there: `name` is ROW-seedN, `digest` that of its data."""
+def differs(table: str, name: str, recipe: Recipe) -> str | None:
+    """What of its recipe keeps a run out of a table, None if it belongs there: `name` is ROW-seedN."""
     found = re.fullmatch(r"(.+)-seed(\d+)", name)
     row = rows(table).get(found[1]) if found else None
     if found is None or row is None:
@@ -90,7 +90,23 @@ def differs(table: str, name: str, recipe: Recipe, digest: str | None = None) ->
     ours, theirs = recipe.to_dict(), row.to_dict()
     if wrong := [key for key in theirs if key not in FREE and ours[key] != theirs[key]]:
         return ", ".join(f"{flag(key)} of {name} is {ours[key]}, the table's {theirs[key]}" for key in wrong)
-    return f"{name} was trained on other data" if digest not in (None, DATA[table]) else None
+    return None
+
+
+def foreign(table: str, name: str, summary: dict[str, Any], facts: dict[str, Any]) -> str | None:
+    """What of its origin keeps a run out of a table: images, starting weights, shares of a batch, and another teacher
+    than that of the records there are."""
+    if summary.get("data_content") != DATA[table]:
+        return f"{name} was trained on other data"
+    if bool(facts["init_digest"]) != ("-finetuned-" in name):
+        return f"{name} started from {'weights that were given' if facts['init_digest'] else 'random weights'}"
+    if facts["world_size"] != 1:
+        return f"{name} took its batches in {facts['world_size']} parts, each with BatchNorm statistics of its own"
+    others = [load(path) for path in (RECORDS / table).glob("*.json")]
+    known = {run.get("teacher_digest") for run in others if run.get("teacher_arch") == summary["teacher_arch"]} - {None}
+    if summary["teacher_arch"] and known and facts["teacher_digest"] not in known:
+        return f"{name} was taught by another {summary['teacher_arch']} than the runs in {RECORDS / table}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------- runs in a list
@@ -157,14 +173,17 @@ def record(table: str, runs: Sequence[Path]) -> bool:
             print(f"{path} is not finished: not recorded")
             continue
         config = _json(path / "config.json") or {}
-        recipe = Recipe.from_dict(config["recipe"])
-        if why := differs(table, path.name, recipe, summary["data"]["digest"]):
-            print(f"not recorded: {why}")
-            continue
-        facts = {key: value for key, value in config["facts"].items() if key.endswith("digest")}
-        starts = [{"time": start["time"], "commit": start["commit"]} for start in config["starts"]]
-        last = (path / "metrics.jsonl").read_text().splitlines()[-1]
-        content = {**summary, **facts, "starts": starts, "last_epoch": json.loads(last), "recipe": recipe.to_dict()}
+        try:
+            recipe = Recipe.from_dict(config["recipe"])
+            if why := differs(table, path.name, recipe) or foreign(table, path.name, summary, config["facts"]):
+                print(f"not recorded: {why}")
+                continue
+            facts = {key: value for key, value in config["facts"].items() if key.endswith("digest")}
+            starts = [{"time": start["time"], "commit": start["commit"]} for start in config["starts"]]
+            last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not what a run leaves ({error!r})") from None
+        content = {**summary, **facts, "starts": starts, "last_epoch": last, "recipe": recipe.to_dict()}
         (RECORDS / table).mkdir(parents=True, exist_ok=True)
         (RECORDS / table / f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
         kept = True
@@ -221,7 +240,7 @@ def made(rows_of_runs: Iterable[Sequence[dict[str, Any]]]) -> str:
     """What the runs of a table were made on, and by which commits."""
     runs = [run for row_of_runs in rows_of_runs for run in row_of_runs]
     devices = sorted({run["device"] for run in runs})
-    commits = sorted({str(run["commit"])[:7] for run in runs})
+    commits = sorted({re.sub(r"(?<=^\w{7})\w*", "", str(run["commit"])) for run in runs})
     return f"Measured on: {'; '.join(devices)}; commits {', '.join(commits)}." if runs else "Measured on: nothing yet."
 
 

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar10.data import load_data, prepare
+from cifar10.models import CIFAR_INPUT, MODELS
 from distill import checkpoint, engine, parallel
 from distill.answers import AnsweredData
 from distill.engine import Fitted, fit
@@ -389,6 +392,48 @@ def test_ranks_draw_their_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(drawn[0], torch.rand(3))
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_generators_of_several_gpus_are_seeded_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU of one process draws numbers of its own; all of them are saved."""
+    states: dict[int, int] = {}
+    current = [0]
+
+    @contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        current[0] = device.index
+        yield
+        current[0] = 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", use)
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: states.update({current[0]: seed}))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor(states[device.index]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device.index: int(state)}))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: states.update({0: seed}))
+    parallel.seed_generators(3, "cuda:0,2")
+    assert states.keys() == {0, 2}
+    assert states[0] == 3 != states[2]
+    saved, before = parallel.generator_states("cuda:0,2"), dict(states)
+    assert saved.keys() == {"cpu", "cuda", "cuda1"}
+    states.update({0: 7, 2: 8})
+    parallel.restore_generators(saved, "cuda:0,2")
+    assert states == before
+
+
+def test_parameters_that_no_image_reaches() -> None:
+    """DistributedDataParallel is not to wait for them; the network is as it was."""
+    network = Classifier(MODELS.build("efficientnet_b0", 10), CIFAR_INPUT)
+    before, drawn = checkpoint.digest(network.state_dict()), torch.get_rng_state()
+    idle = parallel.unreached(network)
+    assert checkpoint.digest(network.state_dict()) == before
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    network(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).sum().backward()
+    assert idle
+    assert {id(p) for p in idle} == {id(p) for p in network.parameters() if p.grad is None}
+    assert parallel.unreached(Classifier(MODELS.build("resnet18", 10), CIFAR_INPUT)) == []
 
 
 def test_a_second_signal_under_torchrun_is_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,10 @@ def test_stores_are_listed_verified_and_removed(
     name = shown.split(":")[0]
     assert re.search(r"^small-densenet_cifar-\w{16}: [\d.]+ kB, 2 views, 80 answers\n  \{.*crop_flip", shown)
     assert precompute.main([*flags, "--verify", "30"]) == 0
-    assert "30 answers asked again: 30 the same to the bit, largest difference 0" in capsys.readouterr().out
+    assert (
+        "30 answers asked again: 30 the same to the bit, the others differ by 0 of the largest"
+        in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="there is no store 'x'"):
         precompute.main(["--prune", "x"])
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
@@ -153,6 +156,7 @@ def test_benchmark_refuses() -> None:
     for wrong, message in (
         (["--arch", "vgg"], "unknown architecture"),
         (["--json", "/nowhere/x"], "no such directory"),
+        (["--json", "x" * 300], "no such directory"),
     ):
         with pytest.raises(UserError, match=message):
             benchmark.main([*wrong, "--device", "cpu"])
@@ -163,10 +167,13 @@ def test_the_tables_in_the_readme_are_those_of_the_records() -> None:
     assert results.main(["--check"]) == 0
 
 
-def finished_run(directory: Path, recipe: Recipe, accuracy: float, digest: str, epochs: int = 0) -> Path:
-    """What a run leaves, as far as the tables read it; `epochs`: those of a run that was extended since."""
+def finished_run(
+    directory: Path, recipe: Recipe, accuracy: float, content: str, epochs: int = 0, **other: object
+) -> Path:
+    """What a run leaves, as far as the tables read it; `epochs`: those of a run that was extended; `other` facts."""
     directory.mkdir(parents=True)
-    facts = {"data_digest": digest, "teacher_digest": "abc", "world_size": 1}
+    init = "def" if "-finetuned-" in directory.name else None
+    facts = {"data_digest": "123", "teacher_digest": "abc", "init_digest": init, "world_size": 1, **other}
     starts = [{"time": "now", "commit": "0123456789", "argv": ["/home/me/secret"]}]
     (directory / "config.json").write_text(
         json.dumps(
@@ -186,8 +193,8 @@ def finished_run(directory: Path, recipe: Recipe, accuracy: float, digest: str, 
         "epochs": recipe.epochs,
         "wall_seconds": 12.4,
         "device": "cpu, 2 threads",
-        "commit": "0123456789",
-        "data": {"digest": digest},
+        "commit": "0123456789-dirty",
+        "data_content": content,
     }
     (directory / "summary.json").write_text(json.dumps(summary))
     (directory / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
@@ -216,7 +223,7 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     lines = results.accuracies("short")
     assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) | | | 91.50, n = 1 | 20 | 12 | 2 |"
     assert lines[3] == "| resnet18 | 95.00 | 92.50 +- 0.50 | +2.00 | +2.50 | - | 12, 20 | 12, 12 | 3 |"
-    assert lines[-1] == "Measured on: cpu, 2 threads; commits 0123456."
+    assert lines[-1] == "Measured on: cpu, 2 threads; commits 0123456-dirty."
     assert results.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
     readme = tmp_path / "README.md"
     begin, end = results.MARKERS
@@ -246,7 +253,7 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student = results.rows("short")["student"]
-    make = partial(finished_run, accuracy=90.0, digest=results.CIFAR10)
+    make = partial(finished_run, accuracy=90.0, content=results.CIFAR10)
     for name, run in (
         (
             "is not finished",
@@ -259,10 +266,22 @@ def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.Capt
             make(tmp_path / "c" / "student-seed0", replace(student, epochs=1)),
         ),
         ("other data", finished_run(tmp_path / "d" / "student-seed0", student, 90.0, results.SUBSET)),
+        ("weights that were given", make(tmp_path / "e" / "student-seed0", student, init_digest="def")),
+        ("batches in 4 parts", make(tmp_path / "f" / "student-seed0", student, world_size=4)),
     ):
         assert not results.record("short", [run])
         assert name in capsys.readouterr().out
     assert not records.exists()
+    taught = results.rows("short")["student-kd-resnet18"]
+    assert results.record("short", [make(tmp_path / "student-kd-resnet18-seed0", taught)])
+    assert not results.record(
+        "short", [make(tmp_path / "student-kd-resnet18-seed1", replace(taught, seed=1), teacher_digest="other")]
+    )
+    assert "student-kd-resnet18-seed1 was taught by another resnet18 than the runs in" in capsys.readouterr().out
+    cut = make(tmp_path / "g" / "student-seed0", student)
+    (cut / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="is not what a run leaves"):
+        results.record("short", [cut])
     for wrong, message in (
         ("huge", "--record must be one of full, short, methods"),
         ("short", "is no directory of a run"),
@@ -312,6 +331,11 @@ def test_methods_differ_in_nothing_but_the_method() -> None:
         (("cifar10", "--teacher-arch=resnet18"), "--teacher-arch is for one run, not for this table"),
         (("cifar10", "--teacher-checkpoint", "x.pt"), "--teacher-checkpoint must be 'published' for this table"),
         (("cifar10", "--lr", "x"), "--lr must be a number"),
+        (("cifar10", "--teacher-checkpoint=published"), "--teacher-checkpoint published: there is none of resnet152"),
+        (
+            ("methods", "--recipe=short_student", "--teacher-checkpoint=published"),
+            "--teacher-checkpoint published: there is none of resnet18",
+        ),
         (("methods", "--mixup"), "--method dkd wants one label for each image"),
     ],
 )
@@ -324,10 +348,11 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
     flags = ["cifar10", "--budget", "short", "--only", "student-kd-resnet18-finetuned", "--data", str(small_npz)]
     flags += ["--batch-size=20", "--epochs", "1", "--precision", "float32"]
     reproduce.main(flags)
-    said = capsys.readouterr().out
+    shown = capsys.readouterr()
+    said = shown.out
     names = ["teacher-resnet18-seed0", "student-seed0", "student-kd-resnet18-finetuned-seed0"]
     assert [line.removeprefix("== ") for line in said.splitlines() if line.startswith("==")] == names
-    assert said.count("note: --epochs of teacher-resnet18-seed0 is 1, the table's 12") == 1
+    assert shown.err.count("note: --epochs of teacher-resnet18-seed0 is 1, the table's 12") == 1
     assert said.count("not recorded: ") == 3
     assert sorted(path.name for path in (home / "cifar10-short").iterdir()) == sorted(names)
     configs = [json.loads((home / "cifar10-short" / name / "config.json").read_text()) for name in names]
@@ -339,9 +364,10 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
     reproduce.main(flags)
     assert capsys.readouterr().out.count("finished before") == 3
     reproduce.main([*flags, "--show-recipe"])
-    assert [run["run"] for run in json.loads(capsys.readouterr().out.split("recorded\n")[1])] == names
+    assert [run["run"] for run in json.loads(capsys.readouterr().out)] == names
+    flags[flags.index("student-kd-resnet18-finetuned")] = "student-kd-densenet40"
     reproduce.main([*flags, "--show-recipe", "--teacher-checkpoint", "published"])
-    assert [run["run"] for run in json.loads(capsys.readouterr().out.split("recorded\n")[1])] == names[1:]
+    assert [run["run"] for run in json.loads(capsys.readouterr().out)] == ["student-kd-densenet40-seed0"]
 
 
 def test_reproduce_trains_each_method(flags: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
