@@ -129,11 +129,11 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
     """In the process of a row: a step, the memory or a profile, as often as it is asked for."""
     import torch
 
-    from distill.parallel import devices
+    from distill.parallel import devices, start
 
-    device = devices(options.device)[0]
     prepare: Callable[[Benchmark, str, Any], Iterator[None]]
     prepare = ours if row in ("ce", "empty_store", "full_store", *METHODS) else theirs
+    device = start(options.device) if prepare is ours else devices(options.device)[0]
     torch.manual_seed(0)
     steps = prepare(options, row, device)
     while True:
@@ -150,7 +150,7 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
                 profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=44)
             )
         else:
-            start = time.perf_counter()
+            began = time.perf_counter()
             count, passed = 0, 0.0
             at_once = 20 if device.type == "cuda" else 1  # training does not wait for a GPU in each step
             while not count or passed < options.seconds:
@@ -158,7 +158,7 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
                     next(steps)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                count, passed = count + at_once, time.perf_counter() - start
+                count, passed = count + at_once, time.perf_counter() - began
             pipe.send(passed / count)
             time.sleep(1)  # loader workers fill their queue: not in the time of the next row
 
