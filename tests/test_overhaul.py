@@ -1,8 +1,11 @@
 """Feature distillation: margins and losses as recorded, places as a hand-written forward has them, connectors that are
 trained, resumed and left out of what is exported, a teacher that does not move."""
 
+import copy
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -310,6 +313,21 @@ def test_a_margin_that_is_measured() -> None:
         rows = feature.transpose(0, 1).flatten(1)
         expected = torch.stack([row[row < 0].mean() for row in rows])
         torch.testing.assert_close(found, expected)
+
+
+def test_replicas_in_threads_keep_their_own_features() -> None:
+    """As DataParallel runs them: copies of one network at work at once, whose results are put together."""
+    loss = FeatureLoss(classifier("mobilenetv2"), Teacher(classifier("resnet18")), ("mobilenetv2", "resnet18"))
+    replicas = [copy.deepcopy(loss.learner).eval() for _ in range(3)]
+    together, parts = threading.Barrier(3), images(6).split(2)
+    for replica in replicas:  # each waits for the others in the middle of its network
+        replica.tapped.classifier.network.layers[8].register_forward_hook(lambda *_: (together.wait(60), None)[1])
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda replica, part: replica(part), replicas, parts))
+    logits, features = loss.learner.eval()(images(6))
+    torch.testing.assert_close(torch.cat([own for own, _ in found]), logits, rtol=1e-4, atol=1e-4)
+    for k, feature in enumerate(features):
+        torch.testing.assert_close(torch.cat([own[k] for _, own in found]), feature, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("teacher_bn", ["eval", "batch"])
