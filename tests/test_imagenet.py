@@ -569,6 +569,9 @@ def test_features_of_a_teacher_that_sees_another_size(
     """A student of 32 pixels, a teacher whose maps are those of 224, without BatchNorm at its places."""
     flags = [str(photos), *SMALL, "--teacher-arch", "squeezenet1_1", "--teacher-checkpoint", "none", "--overhaul"]
     flags += ["--method", "dist", "--epochs", "1", "--render-size", "48", "--workers", "0"]
+    train_kd.main([*flags, "--output", str(tmp_path / "run"), "--show-features"])
+    assert re.search(r"student features.8, .*, before relu \(32, 27, 27\)  margin measured", capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
     train_kd.main([*flags, "--output", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert "student features.8, linear (48, 2, 2)  teacher features.7.squeeze, before relu (32, 27, 27)  margin" in said
