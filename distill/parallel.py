@@ -113,14 +113,15 @@ def spread(network: nn.Module, device: torch.device, recipe: Recipe, device_name
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # of its children
     step = _compile(network, device, recipe, device_name) if recipe.compile else network
     if world_size() > 1:
-        # DistributedDataParallel would wait for ever for the gradients of parameters that no image reaches. Left to
-        # find them, it looks in each step; static_graph regroups the gradients after the first step of each start: from
-        # three processes on, sums in another order, so that a run that is continued ends in other bits (torch 2.15).
+        # Otherwise, and with static_graph, it regroups the gradients after the first step of each start: from three
+        # processes on, sums in another order, so that a run that is continued ends in other bits (torch 2.15). Where it
+        # does find parameters without a gradient it waits for the GPU in each step: so it is not told of them.
+        here = [device] if device.type == "cuda" else None
         idle = unreached(network)
         for parameter in idle:
             parameter.requires_grad_(False)
         try:
-            return DistributedDataParallel(step, [device] if device.type == "cuda" else None)
+            return DistributedDataParallel(step, here, find_unused_parameters=True)
         finally:
             for parameter in idle:
                 parameter.requires_grad_()

@@ -3,6 +3,7 @@
 python scripts/torchrun.py --standalone --nproc-per-node 2 FILE [flags]        called by launch.sh
 """
 
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -11,6 +12,8 @@ from torch.distributed.run import main
 
 
 def run() -> int:
+    # of each process, or DistributedDataParallel's C++ tells that it found no unused parameters (distill/parallel.py)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main()
     except ChildFailedError as error:
