@@ -8,6 +8,7 @@ there is one, is replaced once the new one has been measured.
 """
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    line = describe(path, summary, accuracy)
+    config = json.loads((run / "config.json").read_text())
+    line = describe(path, summary, accuracy, finetuned=config["facts"]["init_digest"] is not None)
     README.write_text(with_line(README.read_text(), line))
     print(line)
 
@@ -97,10 +99,10 @@ def measure(path: Path, data: "ImageData", device_name: str) -> float:
     return evaluate(Classifier(network, CIFAR_INPUT).to(device), test).accuracy
 
 
-def describe(path: Path, summary: dict[str, Any], accuracy: float) -> str:
-    """A line of the table."""
-    taught = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
-    cells = [f"`{path.name}`", summary.get("trained_by") or taught, summary["data"]["name"], f"{accuracy:.2f} %"]
+def describe(path: Path, summary: dict[str, Any], accuracy: float, *, finetuned: bool) -> str:
+    """A line of the table; `finetuned`: the run started from weights that it was given."""
+    trained_by = f"{summary['trained_by']}{', finetuned' if finetuned else ''}"
+    cells = [f"`{path.name}`", trained_by, summary["data"]["name"], f"{accuracy:.2f} %"]
     commit = re.sub(r"(?<=^.{12})\w+", "", str(summary["commit"]))
     cells += [str(summary["epochs"]), commit, hashlib.sha256(path.read_bytes()).hexdigest()]
     return f"| {' | '.join(cells)} |"

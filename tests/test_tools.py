@@ -456,6 +456,9 @@ def test_published_weights(
     accuracy = re.search(r"\| small \| ([\d.]+) % \|", text)
     assert accuracy
     assert f"teacher: densenet_cifar from {file}, test accuracy {accuracy[1]} %" in said
+    train_ce.main([*flags, "--init", str(file), "--output", str(tmp_path / "more")])
+    publish.main([str(tmp_path / "more"), *data])
+    assert (tmp_path / "README.md").read_text().count("| `densenet_cifar-ce.pt` | CE, finetuned | small |") == 1
     assert [path.name for path in (tmp_path / "published").iterdir()] == [file.name]
     with pytest.raises(UserError, match="is no directory of a run"):
         publish.main([str(tmp_path), *data])
