@@ -121,10 +121,18 @@ Accuracy: 89.90 (one seed), no gain: the teacher is too near, the run too short.
 """
 
 SHORT_STUDENT_FINETUNE = replace(SHORT_STUDENT, epochs=10, lr=0.02)
-"""The student trained by CE once more without a teacher: what the next one is to be compared with."""
+"""The student trained by CE once more without a teacher: what the next one is to be compared with.
+
+bash scripts/trainCE.sh --recipe short_student_finetune --init FILE
+Accuracy: 90.73, from 90.22 (one seed). Time: 50 minutes on 1 CPU core.
+"""
 
 SHORT_STUDENT_FINETUNE_KD = replace(SHORT_STUDENT_KD, epochs=10, lr=0.02)
-"""Taught from the student trained by CE, as the original did it: bash scripts/reproduce.sh cifar10 --budget short"""
+"""Taught from the student trained by CE, as the original did it.
+
+bash scripts/trainKD.sh --recipe short_student_finetune_kd --teacher-arch densenet40 --init FILE
+Accuracy: 89.20, from 90.22 (one seed), by a teacher of 89.50: no gain. Time: 95 minutes on 1 CPU core.
+"""
 
 SAMPLE_STUDENT = replace(STUDENT, epochs=3, batch_size=32, lr=0.02, warmup=1.0)
 """The embedded sample in minutes on 2 CPU cores: small batches, few epochs; lr chosen from 0.02, 0.05, 0.1 on
