@@ -27,7 +27,7 @@ from distill.views import EvaluationSet
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
 CACHE = CHECKPOINTS / "cache" / "teachers"
 PUBLISHED = ROOT / "checkpoints" / "published"  # by scripts/publish.py
-CHEAP = ("resnet18", "densenet_cifar")  # suggested in place of a big teacher
+CHEAP = ("airbench94", "densenet_cifar")  # suggested in place of a big teacher
 
 
 def load_teacher(

@@ -34,7 +34,7 @@ ORIGINAL = {  # accuracies of the original repository in percent: teacher, stude
     "resnext29_32x8d": (92.66, 92.20),
 }
 ORIGINAL_ALONE = 90.67  # its student by cross-entropy
-TEACHERS = {"full": tuple(ORIGINAL), "short": ("resnet18", "densenet40")}
+TEACHERS = {"full": tuple(ORIGINAL), "short": ("airbench94", "resnet18", "densenet40")}
 TABLES = (*TEACHERS, "methods")
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"

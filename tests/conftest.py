@@ -1,6 +1,8 @@
 """What the tests share: a place for runs that is not the user's, a small data set, commands as a user calls them."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["DISTILL_CHECKPOINTS"] = tempfile.mkdtemp(prefix="distill-tests-")  # before distill reads it
+atexit.register(shutil.rmtree, os.environ["DISTILL_CHECKPOINTS"], ignore_errors=True)
 
 import numpy as np
 import pytest

@@ -128,3 +128,16 @@ def test_classifier_normalises_uint8() -> None:
     torch.testing.assert_close(classifier(images), expected)
     assert classifier(images).is_contiguous(memory_format=torch.channels_last)
     assert list(classifier.state_dict()) == []
+
+
+def test_airbench_starts_with_copies() -> None:
+    """Each 3x3 convolution passes on the channels that come in."""
+    network = MODELS.build("airbench94", 10)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert [(m.in_channels, m.out_channels) for m in convolutions] == [
+        (24, 64), (64, 64), (64, 256), (256, 256), (256, 256), (256, 256)
+    ]  # fmt: skip
+    for convolution in convolutions:
+        images = torch.randn(1, convolution.in_channels, 5, 5)
+        assert torch.equal(convolution(images)[:, : convolution.in_channels], images)
+    assert all(p.requires_grad and p.is_leaf for p in network.parameters())

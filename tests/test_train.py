@@ -166,10 +166,10 @@ def test_evaluate_script_mistakes(command: Any, flags: list[str], message: str) 
     ("seconds", "advice"),
     [
         (
-            {"densenet_cifar": 360.0, "resnet18": 90.0},
-            "about 8.0 h. Cheaper: --teacher-arch resnet18 --arch efficientnet_b0, about 2.0 h",
+            {"densenet_cifar": 360.0, "airbench94": 90.0},
+            "about 8.0 h. Cheaper: --teacher-arch airbench94 --arch efficientnet_b0, about 2.0 h",
         ),
-        ({"densenet_cifar": 9.0, "resnet18": 90.0}, "about 12 min. Cheaper: fewer --epochs."),
+        ({"densenet_cifar": 9.0, "airbench94": 90.0}, "about 12 min. Cheaper: fewer --epochs."),
     ],
 )
 def test_a_cheaper_pair_is_suggested(
