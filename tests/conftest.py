@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["DISTILL_CHECKPOINTS"] = tempfile.mkdtemp(prefix="distill-tests-")  # before distill reads it
-atexit.register(shutil.rmtree, os.environ["DISTILL_CHECKPOINTS"], ignore_errors=True)
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+atexit.register(shutil.rmtree, os.environ["DISTILL_CHECKPOINTS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
