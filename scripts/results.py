@@ -49,9 +49,10 @@ def rows(table: str) -> dict[str, Recipe]:
     if table == "methods":
         return by_method(replace(RECIPES["short_student_kd"], teacher_arch="densenet40", epochs=10))
     teacher, student = ("teacher", "long_student") if table == "full" else ("short_teacher", "short_student")
-    found = {f"teacher-{arch}": replace(RECIPES[teacher], arch=arch) for arch in TEACHERS[table]}
-    if "airbench94" in TEACHERS[table]:
-        found["teacher-airbench94"] = RECIPES["airbench94_teacher"]  # in the time of one epoch of the others it does five
+    found = {  # by a recipe of its own, if there is one
+        f"teacher-{arch}": RECIPES.get(f"{arch}_teacher", replace(RECIPES[teacher], arch=arch))
+        for arch in TEACHERS[table]
+    }
     found |= {"student": RECIPES[student], "student-finetuned": RECIPES[f"{student}_finetune"]}
     for arch in TEACHERS[table]:
         found[f"student-kd-{arch}"] = replace(RECIPES[f"{student}_kd"], teacher_arch=arch)
