@@ -16,7 +16,7 @@ from distill.evaluation import seconds_per_image
 from distill.features import find_places
 from distill.knobs import flag
 from distill.overhaul import FeatureLoss
-from distill.parallel import choose_teacher_precision, on_main
+from distill.parallel import choose_precision, choose_teacher_precision, on_main
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, ROOT, RunDirectory, differing, next_free
@@ -169,9 +169,11 @@ def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet
 
 
 def _seconds_per_image(arch: str, data: ImageData, test: EvaluationSet) -> float:
+    device = test.images.device
     with torch.random.fork_rng(devices=[]):
-        network = Classifier(MODELS.build(arch, len(data.classes)), CIFAR_INPUT).to(test.images.device)
-    return seconds_per_image(network, test.images[:32])
+        network = MODELS.build(arch, len(data.classes))
+    classifier = Classifier(network, CIFAR_INPUT, choose_precision("auto", device)).to(device)
+    return seconds_per_image(classifier, test.images[: 32 if device.type == "cpu" else 512])  # a GPU has to be filled
 
 
 def _duration(seconds: float) -> str:

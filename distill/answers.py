@@ -93,7 +93,8 @@ class AnsweredData:
     """Training data whose batches bring the teacher's logits along, from the store where it has them.
 
     What it has not is answered ahead of the step, as many batches at a time as fill a block of the teacher, and
-    stored. Each process answers its own share of the epoch, so that none is answered twice.
+    stored. Each process answers its own share of the epoch, so that none is answered twice. For the store also the
+    images that the epoch leaves out: another seed shows them one by one, each time for the price of a block.
     """
 
     def __init__(self, data: ViewedData, teacher: Teacher, store: LogitStore | None, encoding: Encoding) -> None:
@@ -110,6 +111,10 @@ class AnsweredData:
         fresh: list[NDArray[np.int64]] = []
         flushed = time.monotonic()
         try:
+            left_out = self.data.plan.left_out(epoch)
+            if column and not column.answered[left_out[0]].all():
+                for batch in self.data.show(iter([left_out])):
+                    list(self._answer([(batch, left_out[0])], column, fresh))
             for group in _grouped(zip(self.data.batches(epoch, first_step), chosen, strict=True), self._ahead):
                 for batch, logits in self._answer(group, column, fresh):
                     yield replace(batch, teacher_logits=logits)
@@ -176,7 +181,9 @@ class AnsweredData:
             pairs = list(zip(group, unknown, strict=True))
             indices = np.concatenate([indices[rows] for (_, indices), rows in pairs])
             parts = [_rows(batch, torch.from_numpy(rows)) for (batch, _), rows in pairs]
-            column.rows[torch.from_numpy(indices).to(column.rows.device, non_blocking=True)] = self._ask(parts)
+            there = torch.from_numpy(indices).to(column.rows.device, non_blocking=True)
+            # as integers: with --deterministic CUDA multiplies by 1, which changes NaNs, and rows of top-k have some
+            column.rows.view(torch.int16)[there] = self._ask(parts).view(torch.int16)
             column.answered[indices] = True
             fresh.append(indices)
         for batch, _ in group:

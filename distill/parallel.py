@@ -42,22 +42,25 @@ def start(name: str, *, deterministic: bool = False) -> torch.device:
     here = devices(name)
     device = here[0]
     _keep_freed_memory()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
-        if device.type == "cuda":
-            if local_rank() >= len(here):
-                raise UserError(f"{local_rank() + 1} or more processes for {len(here)} CUDA devices: lower NPROC")
-            if len(set(here)) < len(here):
-                raise UserError(f"--device {name}: each of several processes wants a device of its own")
-            device = here[local_rank()]
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            if sys.platform == "linux":  # a launcher that is killed takes its processes along: they save and end
-                ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+        # otherwise each new tensor is filled with NaN before its use
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+    if several and device.type == "cuda":
+        if local_rank() >= len(here):
+            raise UserError(f"{local_rank() + 1} or more processes for {len(here)} CUDA devices: lower NPROC")
+        if len(set(here)) < len(here):
+            raise UserError(f"--device {name}: each of several processes wants a device of its own")
+        device = here[local_rank()]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # before NCCL starts; and for what torch asks of the current GPU
+    if several and not dist.is_initialized():
+        if sys.platform == "linux":  # a launcher that is killed takes its processes along: they save and end
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 

@@ -27,15 +27,16 @@ class Teacher:
     An answer is a function of the one image: the network always sees `block` images at once, the last of them
     repeated where there are fewer, and the logits are rounded to float16 before any use. So a run does not depend on
     which images are asked for together, nor on whether an answer is computed or comes from a store.
-    `device_name`: where one process has several GPUs, as of parallel.devices, they answer whole blocks in turn.
+    `device_name`, as of parallel.devices: where it names several GPUs of one process, they answer whole blocks in turn;
+    None is the network's own device.
     """
 
-    def __init__(self, network: Classifier, device_name: str = "cpu", block: int | None = None) -> None:
+    def __init__(self, network: Classifier, device_name: str | None = None, block: int | None = None) -> None:
         self.network = network.eval().requires_grad_(False)
         self.block = block or _block(network)
         self.digest = self._content()
         own = network.mean.device
-        self._devices = devices(device_name) if own.type == "cuda" and world_size() == 1 else [own]
+        self._devices = devices(device_name) if device_name and own.type == "cuda" and world_size() == 1 else [own]
         self._fast: list[nn.Module] = []  # on each device the network as it is called; a full store never calls it
 
     @property
@@ -106,12 +107,12 @@ class Known:
 
 
 def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> Known:
-    """What `teacher` knows, found once for teacher, data and precision and kept under `cache`.
+    """What `teacher` knows, found once for teacher, data, precision and kind of device, and kept under `cache`.
 
     A damaged file of an earlier call is named and made anew.
     """
     name = str(teacher.network.precision).removeprefix("torch.")
-    path = cache / f"{teacher.digest[:24]}-{data_digest[:24]}-{name}.pt"
+    path = cache / f"{teacher.digest[:24]}-{data_digest[:24]}-{name}-{teacher.network.mean.device.type}.pt"
     found: dict[str, Any] = {}
     if path.exists():
         try:

@@ -220,13 +220,21 @@ class EpochPlan:
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """(indices, views), both (batch_size / n,), for each step of `epoch` from `first_step` on."""
-        shuffled = self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
-        part, parts = self.share
+        shuffled, (part, parts) = self._shuffled(epoch), self.share
         size = self.batch_size // parts
         for step in range(first_step, self.steps_per_epoch):
             start = step * self.batch_size + part * size
             chosen = shuffled[start : start + size]
             yield chosen, self.order.shown(epoch, chosen)
+
+    def left_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(indices, views) of what `epoch` drops, fewer than a batch; for each process a part of them."""
+        part, parts = self.share
+        chosen = self._shuffled(epoch)[self.steps_per_epoch * self.batch_size :][part::parts]
+        return chosen, self.order.shown(epoch, chosen)
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        return self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
 
 
 def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -64,9 +64,10 @@ class Size:
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Sizes(), prog="model_size.py", description=__doc__ or "")
     cli.check_file(options.json)
-    from distill.parallel import describe_device, devices
+    from distill.parallel import choose_precision, describe_device, devices
 
     device = devices(options.device)[0]
+    choose_precision("float32", device)  # the times are of float32, not of TF32
     photos = options.dataset == "imagenet"
     other = "efficientnet-b0" if photos and options.vs == "efficientnet_b0" else options.vs
     classes = options.classes or (1000 if photos else 10)

@@ -88,7 +88,7 @@ def measure(path: Path, data: "ImageData", device_name: str) -> float:
     from cifar10.models import CIFAR_INPUT, MODELS
     from distill import checkpoint
     from distill.evaluation import evaluate
-    from distill.parallel import start
+    from distill.parallel import choose_precision, start
     from distill.registry import Classifier
     from distill.views import EvaluationSet
 
@@ -96,7 +96,8 @@ def measure(path: Path, data: "ImageData", device_name: str) -> float:
     network = MODELS.build(checkpoint.load_arch(path) or "", len(data.classes))
     checkpoint.apply_weights(network, checkpoint.load_weights(path), str(path))
     test = EvaluationSet(data.test_images.to(device), data.test_labels.to(device))
-    return evaluate(Classifier(network, CIFAR_INPUT).to(device), test).accuracy
+    precision = choose_precision("float32", device)
+    return evaluate(Classifier(network, CIFAR_INPUT, precision).to(device), test).accuracy
 
 
 def describe(path: Path, summary: dict[str, Any], accuracy: float, *, finetuned: bool) -> str:

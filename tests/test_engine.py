@@ -450,6 +450,17 @@ def test_a_second_signal_under_torchrun_is_the_same_request(monkeypatch: pytest.
     assert ended == [143]
 
 
+def test_a_teacher_answers_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the network's device, or on those of its process that are named."""
+    network = small_network()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=first))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Teacher(network)._devices == [first]
+    assert Teacher(network, "cuda")._devices == [first, second]
+
+
 def test_several_devices_answer_whole_blocks_in_turn() -> None:
     """So that an answer is the same however many there are."""
     one, two = (Teacher(small_network(seed=1), block=8) for _ in range(2))
