@@ -111,6 +111,7 @@ AIRBENCH94_TEACHER = replace(SHORT_TEACHER, arch="airbench94", epochs=16, lr=0.2
 5000, with those of short_teacher 87.0.
 
 bash scripts/trainCE.sh --recipe airbench94_teacher
+Accuracy: 91.94 (one seed). Time: 30 minutes on 2 CPU cores that multiply bfloat16.
 """
 
 SHORT_STUDENT = replace(STUDENT, epochs=20, warmup=2.0, dropout=0.0)

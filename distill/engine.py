@@ -131,8 +131,8 @@ class Trainer:
         """Raises Stopped if a loss was not finite, or a weight or running statistic is not."""
         self._check_finite()
         share_buffers(self.learner)
-        floating = (v for v in self.learner.state_dict().values() if v.is_floating_point())
-        if not all(bool(torch.isfinite(value).all()) for value in floating):
+        floating = [v for v in self.learner.state_dict().values() if v.is_floating_point()]
+        if not torch.stack([torch.isfinite(value).all() for value in floating]).all():  # the device is waited for once
             raise self._not_finite("a weight")
 
     @on_main
