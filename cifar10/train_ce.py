@@ -71,8 +71,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         return run.finish(
             recipe,
             facts,
-            student.network,
-            device,
+            student,
             views=training.plan.order.view_count or recipe.epochs,
             **fitted.to_dict(),
             data_content=data.content,

@@ -83,8 +83,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         return run.finish(
             recipe,
             facts,
-            student.network,
-            device,
+            student,
             **fitted.to_dict(),
             data_content=data.content,
             views=training.plan.order.view_count or recipe.epochs,

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import nn
 
 from distill import checkpoint
 from distill.errors import UserError
 from distill.knobs import flag
 from distill.parallel import describe_device, on_main, rank
 from distill.recipe import Options, Recipe
-from distill.registry import count_parameters
+from distill.registry import Classifier, count_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
@@ -147,9 +146,7 @@ class RunDirectory:
         return summary if summary and summary["epochs"] == recipe.epochs else None
 
     @on_main
-    def finish(
-        self, recipe: Recipe, facts: dict[str, Any], network: nn.Module, device: torch.device, **results: Any
-    ) -> dict[str, Any]:
+    def finish(self, recipe: Recipe, facts: dict[str, Any], student: Classifier, **results: Any) -> dict[str, Any]:
         """Write and print summary.json: what the run is, `results` (percent, nats, seconds), and what computed it."""
         taught = recipe.objective == "kd"
         summary: dict[str, Any] = {
@@ -170,8 +167,9 @@ class RunDirectory:
             "teacher_accuracy": None,
             "agreement": None,
             **results,
-            "parameters": count_parameters(network),
-            "device": describe_device(device),
+            "parameters": count_parameters(student.network),
+            "precision": str(student.precision).removeprefix("torch."),
+            "device": describe_device(student.mean.device),
             "torch": str(torch.__version__),
             "commit": commit(),
         }

@@ -66,7 +66,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
                 run, recipe, options, student=student, objective=objective, data=training, tests=tests, facts=facts
             )
             views = training.plan.order.view_count or recipe.epochs
-            return run.finish(recipe, facts, student.network, device, views=views, **fitted.to_dict())
+            return run.finish(recipe, facts, student, views=views, **fitted.to_dict())
 
 
 if __name__ == "__main__":

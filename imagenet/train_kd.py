@@ -85,7 +85,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             found = {"teacher_accuracy": known.accuracy, "teacher_precision": known.precision, "top_k_error": error}
             found["agreement"] = agreement(fitted.test.predictions, known.logits.argmax(1))
             found["views"] = training.plan.order.view_count or recipe.epochs
-            return run.finish(recipe, facts, student.network, device, **fitted.to_dict(), **found)
+            return run.finish(recipe, facts, student, **fitted.to_dict(), **found)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_kd_trains_its_teacher_first(home: Path, small_npz: Path, capsys: pytest
         "epochs",
     }
     expected |= {"test_accuracy", "teacher_accuracy", "agreement", "parameters", "train_images_per_second"}
-    assert expected | {"wall_seconds", "device", "torch", "commit"} <= set(summary)
+    assert expected | {"wall_seconds", "precision", "device", "torch", "commit"} <= set(summary)
     again = train_kd.train(KD, Options(data=str(small_npz)))
     said = capsys.readouterr().out
     assert again == summary
