@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import kd_loss
+from distill.errors import UserError
 from distill.kd_loss import TopKLogits, standardize
 from distill.methods import METHODS
 from distill.overhaul import Connected, FeatureLoss
+from distill.parallel import world_size
 from distill.recipe import Recipe
 from distill.registry import Classifier
 from distill.teacher import Teacher
@@ -186,5 +188,10 @@ def objective(
 
 
 def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:
-    """What `recipe` minimises on logits. Raises ValueError."""
+    """What `recipe` minimises on logits. Raises ValueError, and UserError where a process has too few images."""
+    if recipe.method == "dist" and recipe.batch_size < 2 * recipe.accumulate * world_size():
+        raise UserError(
+            f"--method dist correlates across the images of a process: --batch-size {recipe.batch_size} is too small "
+            f"for {world_size()} of them"
+        )
     return Distillation(logit_loss(recipe), *recipe.shares, recipe.ramp or 0.0, recipe.label_smoothing, labelled)

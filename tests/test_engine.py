@@ -310,6 +310,15 @@ def test_distillation_is_the_weighted_sum() -> None:
         taught(3.0, 0.9, labelled=False)
 
 
+def test_dist_wants_two_images_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(teacher_arch="resnet18", method="dist", batch_size=4, warmup=0)
+    monkeypatch.setattr("distill.objectives.world_size", lambda: 2)
+    assert distillation(recipe).parts == ("kd", "ce")
+    monkeypatch.setattr("distill.objectives.world_size", lambda: 4)
+    with pytest.raises(UserError, match="--batch-size 4 is too small for 4 of them"):
+        distillation(recipe)
+
+
 def test_cross_entropy_of_mixed_images() -> None:
     """The same as CE with the two labels as one distribution."""
     logits, labels, others = torch.randn(6, 5), torch.arange(6) % 5, torch.tensor([4, 4, 2, 0, 4, 1])
