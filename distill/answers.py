@@ -111,10 +111,10 @@ class AnsweredData:
         fresh: list[NDArray[np.int64]] = []
         flushed = time.monotonic()
         try:
-            left_out = self.data.plan.left_out(epoch)
-            if column and not column.answered[left_out[0]].all():
-                for batch in self.data.show(iter([left_out])):
-                    list(self._answer([(batch, left_out[0])], column, fresh))
+            left_out, views = self.data.plan.left_out(epoch)
+            if column and not column.answered[left_out].all():
+                for batch in self.data.show(iter([(left_out, views)])):
+                    list(self._answer([(batch, left_out)], column, fresh))
             for group in _grouped(zip(self.data.batches(epoch, first_step), chosen, strict=True), self._ahead):
                 for batch, logits in self._answer(group, column, fresh):
                     yield replace(batch, teacher_logits=logits)
