@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a distilled student, in minutes on two CPU cores: bash scripts/quickstart.sh
-# Installs requirements.txt into .venv, trains EfficientNet-B0 alone, and taught by a DenseNet-40 that comes with this
+# Installs requirements.txt into .venv, trains EfficientNet-B0 alone, and taught by an airbench94 that comes with this
 # repository, on the embedded sample of CIFAR-10, and prints one table. A second call continues or reports.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,6 +16,6 @@ run() { # name, launcher, flags: the runs stand side by side, whatever else was 
     bash "scripts/$launcher" --data sample --recipe sample_student --epochs 20 --output "$runs/$name" "$@"
 }
 run alone trainCE.sh
-run taught trainKD.sh --teacher-arch densenet40 --teacher-checkpoint published --T 4 --w 0.9
+run taught trainKD.sh --teacher-arch airbench94 --teacher-checkpoint published --T 4 --w 0.9
 
 .venv/bin/python scripts/results.py "$runs"/{alone,taught}
