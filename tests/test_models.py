@@ -103,7 +103,7 @@ def test_spellings(spelling: str, name: str) -> None:
 def test_unknown_name_lists_the_near_ones() -> None:
     with pytest.raises(UserError, match=r"'resnet51'.*resnet50"):
         MODELS.resolve("resnet51")
-    with pytest.raises(UserError, match="known: densenet121"):
+    with pytest.raises(UserError, match="known: airbench94, densenet121"):
         MODELS.resolve("xyzzy")
 
 
