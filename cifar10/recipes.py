@@ -122,10 +122,10 @@ Accuracy: 90.11 and 90.22 (two seeds). Time: 75 minutes.
 """
 
 SHORT_STUDENT_KD = replace(SHORT_STUDENT, teacher_arch=SHORT_TEACHER.arch, T=4.0, w=0.9)
-"""The same with a teacher, after short_teacher.
+"""The same with a teacher.
 
-bash scripts/trainKD.sh --recipe short_student_kd
-Accuracy: 89.90 (one seed), no gain: the teacher is too near, the run too short. Time: 80 minutes at 4 minutes an epoch.
+bash scripts/trainKD.sh --recipe short_student_kd --teacher-arch airbench94 --teacher-checkpoint published
+Accuracy (one seed): 90.92 from airbench94, 89.90 from resnet18. Time: 105 minutes on 1 CPU core, answers stored.
 """
 
 SHORT_STUDENT_FINETUNE = replace(SHORT_STUDENT, epochs=10, lr=0.02)
