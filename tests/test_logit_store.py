@@ -22,7 +22,7 @@ from distill.recipe import Options, Recipe
 from distill.teacher import Teacher
 from distill.views import TensorData
 from tests.conftest import teacher_file
-from tests.test_engine import small_network
+from tests.runs import small_network
 from tests.test_train import KD
 
 CPU = torch.device("cpu")

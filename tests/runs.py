@@ -1,0 +1,73 @@
+"""What several test files train: a small network with every kind of layer, runs of it, and their state."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cifar10.data import load_data, prepare
+from distill import checkpoint
+from distill.answers import AnsweredData
+from distill.engine import Fitted, fit
+from distill.logit_store import Encoding
+from distill.objectives import CrossEntropy, Distillation, Objective, distillation
+from distill.recipe import Options, Recipe
+from distill.registry import Classifier, InputSpec
+from distill.run_dir import RunDirectory
+from distill.teacher import Teacher
+
+CPU = torch.device("cpu")
+SPEC = InputSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, warmup=0.5)
+
+
+def small_network(classes: int = 4, seed: int = 0) -> Classifier:
+    """Every kind of layer that carries state of its own: convolution, BatchNorm, dropout."""
+    torch.manual_seed(seed)
+    convolution = nn.Conv2d(3, 8, 3, stride=4)
+    head = nn.Linear(8, classes)
+    layers = [convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), head]
+    return Classifier(nn.Sequential(*layers), SPEC)
+
+
+def taught(T: float, w: float, labelled: bool = True) -> Distillation:
+    return distillation(Recipe(teacher_arch="teacher", T=T, w=w), labelled)
+
+
+def train(
+    path: Path,
+    npz: Path,
+    recipe: Recipe = RECIPE,
+    options: Options | None = None,
+    objective: Objective | None = None,
+    student: Classifier | None = None,
+    teacher: Teacher | None = None,
+) -> Fitted:
+    """With a teacher by KD, where no objective is given, else by CE."""
+    data = load_data(str(npz))
+    views, tests = prepare(data, recipe, CPU)
+    facts = {"data": data.name, "data_digest": data.digest}
+    with RunDirectory(path) as run:
+        return fit(
+            run,
+            recipe,
+            options or Options(),
+            student=student or small_network(),
+            objective=objective or (taught(3.0, 0.8) if teacher else CrossEntropy()),
+            data=AnsweredData(views, teacher, None, Encoding(4)) if teacher else views,
+            tests=tests,
+            facts=facts,
+        )
+
+
+def state(path: Path) -> str:
+    """Digest of everything in a checkpoint but the clock's readings."""
+    payload = checkpoint.load(path / "last.pt")
+    del payload["timings"]
+    for record in payload["records"]:
+        del record["seconds"], record["images_per_second"]
+    return checkpoint.digest(payload)
+
+
+def teaching(seed: int = 1) -> Teacher:
+    return Teacher(small_network(seed=seed))
