@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cifar10.data import ImageData
-from cifar10.models import CIFAR_INPUT, MODELS
-from cifar10.recipes import TEACHER
+from cifar10.models import MODELS, find, find_trained
+from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill import checkpoint
 from distill.errors import UserError
 from distill.evaluation import seconds_per_image
@@ -48,7 +48,7 @@ def load_teacher(
     device = test.images.device
     path = named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train)
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
-    teacher = _build(recipe.teacher_arch, path, len(data.classes), precision, device, options.device)
+    teacher = _build(recipe, path, len(data.classes), precision, device, options.device)
     if options.teacher_checkpoint == "published":
         taught = on_main(checkpoint.load)(path)
         if taught["data_content"] != data.content:
@@ -70,12 +70,13 @@ def named(arch: str, options: Options) -> Path | None:
 
 
 def _build(
-    arch: str, path: Path | None, classes: int, precision: str, device: torch.device, device_name: str
+    recipe: Recipe, path: Path | None, classes: int, precision: str, device: torch.device, device_name: str
 ) -> Teacher:
-    network = MODELS.build(arch, classes)
+    known = find_trained(recipe.teacher_arch or "", path, recipe.teacher_image_size)
+    network = known.build(classes)
     if path:
-        checkpoint.apply_weights(network, on_main(checkpoint.load_weights)(path), str(path))
-    classifier = Classifier(network, CIFAR_INPUT, choose_teacher_precision(precision, device))
+        checkpoint.apply_weights(network, known.adapt(on_main(checkpoint.load_weights)(path)), str(path))
+    classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device))
     return Teacher(classifier.to(device), device_name)
 
 
@@ -85,7 +86,8 @@ def check_places(recipe: Recipe, student: Classifier, classes: int) -> None:
         arch = recipe.teacher_arch or ""
         find_places(student, recipe.arch)
         with torch.random.fork_rng(devices=[]):
-            find_places(Classifier(MODELS.build(arch, classes), CIFAR_INPUT), arch)
+            known = find(arch, recipe.teacher_image_size)
+            find_places(Classifier(known.build(classes), known.spec), arch)
 
 
 def show_features(recipe: Recipe, options: Options, student: Classifier, data: ImageData) -> None:
@@ -96,7 +98,7 @@ def show_features(recipe: Recipe, options: Options, student: Classifier, data: I
     if not path and data.labelled:
         run, own = _find_run(CHECKPOINTS / data.name / arch, _expected(recipe), data.digest)
         path = run / checkpoint.LAST if RunDirectory(run).finished(own) else None
-    teacher = _build(arch, path, classes, "float32", student.mean.device, "cpu")
+    teacher = _build(recipe, path, classes, "float32", student.mean.device, "cpu")
     weights = path or "random weights (--teacher-checkpoint FILE shows the margins of others)"
     print(f"{arch}: {weights}\n{FeatureLoss(student, teacher, (recipe.arch, arch))}")
 
@@ -125,9 +127,12 @@ def _trained(
 
 def _expected(recipe: Recipe) -> Recipe:
     """The recipe by which the teacher of `recipe` is trained where there is none."""
+    arch = recipe.teacher_arch or ""
+    if arch not in MODELS.names():
+        return replace(PRETRAINED_TEACHER, arch=arch, image_size=recipe.teacher_image_size, val_split=recipe.val_split)
     return replace(
         TEACHER,
-        arch=recipe.teacher_arch or "",
+        arch=arch,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         lr=TEACHER.lr * recipe.batch_size / TEACHER.batch_size,
@@ -171,8 +176,9 @@ def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet
 def _seconds_per_image(arch: str, data: ImageData, test: EvaluationSet) -> float:
     device = test.images.device
     with torch.random.fork_rng(devices=[]):
-        network = MODELS.build(arch, len(data.classes))
-    classifier = Classifier(network, CIFAR_INPUT, choose_precision("auto", device)).to(device)
+        known = find(arch)
+        network = known.build(len(data.classes))
+    classifier = Classifier(network, known.spec, choose_precision("auto", device)).to(device)
     return seconds_per_image(classifier, test.images[: 32 if device.type == "cpu" else 512])  # a GPU has to be filled
 
 

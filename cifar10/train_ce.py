@@ -38,7 +38,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
-    from cifar10.models import MODELS, build_student
+    from cifar10.models import build_student, resolve
     from distill.engine import fit
     from distill.evaluation import evaluate_checkpoint
     from distill.objectives import CrossEntropy
@@ -46,7 +46,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from distill.run_dir import open_run
 
     device = start(options.device, deterministic=options.deterministic)
-    recipe = replace(recipe, arch=MODELS.resolve(recipe.arch))
+    recipe = replace(recipe, arch=resolve(recipe.arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)

@@ -40,7 +40,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
-    from cifar10.models import MODELS, build_student
+    from cifar10.models import build_student, resolve
     from cifar10.teachers import check_places, load_teacher, show_features
     from distill.answers import answered, measure_top_k, tell
     from distill.engine import fit
@@ -52,7 +52,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
 
     device = start(options.device, deterministic=options.deterministic)
     assert recipe.teacher_arch
-    recipe = replace(recipe, arch=MODELS.resolve(recipe.arch), teacher_arch=MODELS.resolve(recipe.teacher_arch))
+    recipe = replace(recipe, arch=resolve(recipe.arch), teacher_arch=resolve(recipe.teacher_arch))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)

@@ -24,6 +24,24 @@ class Recipe:
 
     arch: str = knob("efficientnet_b0", "the student (trainCE: the network)", group="networks", flags=("-a",))
     teacher_arch: str | None = knob(None, "the teacher", group="networks")
+    teacher_image_size: int | None = knob(
+        None,
+        "pixels that a teacher sees of small images, one of ImageNet's networks (default: as it was trained, else 96)",
+        group="networks",
+        least=16,
+        most=2048,
+    )
+    pretrained: bool = knob(False, "the student starts from its published ImageNet weights", group="networks")
+    weights: str | None = knob(
+        None, "which of torchvision's weights --pretrained takes (default: IMAGENET1K_V1)", group="networks"
+    )
+    image_size: int | None = knob(
+        None,
+        "pixels that the student sees (default: its own; of ImageNet's networks on small images 96)",
+        group="networks",
+        least=16,
+        most=2048,
+    )
     T: float | None = knob(None, "temperature of both softmaxes", group="distillation", above=0, most=1e4)
     w: float | None = knob(None, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
     method: str | None = knob(
@@ -113,11 +131,19 @@ class Recipe:
         None, "before the classifier of the student (default: its own)", group="training", least=0, below=1
     )
     drop_connect: float | None = knob(
-        0.0,
-        "rate at the last block of the student at which it is skipped, rising from 0",
+        None,
+        "rate at the last block of the student at which it is skipped, rising from 0 (default: its own; of CIFAR-10's "
+        "efficientnet_b0 0)",
         group="training",
         least=0,
         below=1,
+    )
+    bn_momentum: float | None = knob(
+        None,
+        "rate at which BatchNorm's running statistics follow the batches (default: the network's own, mostly 0.1)",
+        group="training",
+        above=0,
+        most=1,
     )
     label_smoothing: float = knob(0.0, "of the CE term", group="training", least=0, most=1)
     precision: str = knob(

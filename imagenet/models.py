@@ -8,8 +8,9 @@ et al. 2018, arXiv:1805.00932. `timm:NAME`: timm's. Those that are no core depen
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from distill import checkpoint, downloads
+from distill import checkpoint, downloads, networks
 from distill.errors import UserError
-from distill.parallel import choose_precision, first_here, on_main
+from distill.networks import Network
 from distill.registry import Classifier, InputSpec
 from imagenet.recipes import ImageNetRecipe
 
@@ -48,36 +49,6 @@ RENAMED = (  # torchvision's densenets and vision transformers had other names w
 )
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network that a name stands for.
-
-    build(num_classes=, dropout=, drop_connect=, image_size=): freshly initialised; a setting that is not given, or is
-    None, is the network's own. TypeError for a setting that it does not have.
-    fetch(by_hand): its published weights. Raises UserError that ends with `by_hand` when they cannot be had.
-    """
-
-    arch: str
-    spec: InputSpec
-    build: Callable[..., nn.Module]
-    fetch: Callable[[str], Mapping[str, Tensor]]
-
-    def at(self, size: int | None) -> "Network":
-        """The same for images of another size, if one is given. Raises UserError when it is built, if it has none."""
-        if not size or size == self.spec.size:
-            return self
-
-        def build(num_classes: int, **given: Any) -> nn.Module:
-            try:
-                return self.build(num_classes=num_classes, image_size=size, **given)
-            except (AssertionError, ValueError, RuntimeError) as error:
-                cause = " ".join(str(error).split())[:120]
-                raise UserError(f"{self.arch} cannot be built for images of {size} pixels: {cause}") from None
-
-        resized = round(self.spec.resized * size / self.spec.size)
-        return replace(self, spec=replace(self.spec, size=size, resized=resized), build=build)
-
-
 def find(name: str, weights: str | None = None) -> Network:
     """The network called `name`. weights: which of those that torchvision has for it; they decide what it wants to see.
 
@@ -104,25 +75,10 @@ def find(name: str, weights: str | None = None) -> Network:
 def build_student(
     recipe: ImageNetRecipe, num_classes: int, init: str | None, device: torch.device
 ) -> tuple[Classifier, str | None]:
-    """The network of `recipe`, initialised from its seed, from the file `init` or, if `pretrained`, from its published
-    weights; and the digest of those weights. Where they are of other classes the network's last layer is fresh."""
-    known = find(recipe.arch, recipe.weights).at(recipe.image_size)
-    torch.manual_seed(recipe.seed)
-    given = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect}
-    try:
-        network = known.build(
-            num_classes=num_classes, **{key: value for key, value in given.items() if value is not None}
-        )
-    except TypeError:
-        raise UserError(f"--dropout, --drop-connect: {recipe.arch} does not have what is given") from None
-    init_digest = None
-    if init or recipe.pretrained:
-        source = init or f"the published {recipe.arch}"
-        by_hand = "or name them by --init FILE"
-        weights = adapted(on_main(checkpoint.load_weights)(Path(init)) if init else fetch(known, by_hand), known.arch)
-        checkpoint.apply_weights(network, _with_own_head(network, weights, source), source)
-        init_digest = checkpoint.digest(network.state_dict())
-    return Classifier(network, known.spec, choose_precision(recipe.precision, device)).to(device), init_digest
+    """networks.build_student of the network that `recipe` names, at its size."""
+    return networks.build_student(
+        find(recipe.arch, recipe.weights).at(recipe.image_size), recipe, num_classes, init, device
+    )
 
 
 def find_trained(name: str, weights: str | None, file: str | None) -> Network:
@@ -139,23 +95,6 @@ def adapted(weights: Mapping[str, Tensor], arch: str) -> dict[str, Tensor]:
     for old, new in RENAMED:
         found = {re.sub(old, new, key): value for key, value in found.items()}
     return found
-
-
-def fetch(known: Network, by_hand: str) -> Mapping[str, Tensor]:
-    with first_here():  # of several processes on a machine one downloads
-        return known.fetch(by_hand)
-
-
-def _with_own_head(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`weights`, with the network's own last layer where that has another number of classes."""
-    own = network.state_dict()
-    shared = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    heads = [key for key in shared if weights[key].dim() and weights[key].shape[1:] == own[key].shape[1:]]
-    if heads:
-        classes = sorted({len(weights[key]) for key in heads})
-        new = f"{', '.join(heads)} are new"
-        print(f"note: {source} knows {classes[0]} classes, the data has {len(own[heads[0]])}: {new}")
-    return {**weights, **{key: own[key] for key in heads}}
 
 
 # -------------------------------------------------------------------------------------------------------- the libraries
@@ -184,7 +123,7 @@ def _torchvision(arch: str, weights: str | None) -> Network:
 
     if arch in AUXILIARY:  # their published weights are of networks that see deviations of 0.5, and convert
         spec = replace(spec, mean=HALF, std=HALF)
-    return Network(arch, spec, build, lambda by_hand: _download(arch, entry.url, by_hand))
+    return Network(arch, spec, build, lambda by_hand: _download(arch, entry.url, by_hand), partial(adapted, arch=arch))
 
 
 def _efficientnet(arch: str, number: int) -> Network:

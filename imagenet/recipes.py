@@ -23,19 +23,8 @@ class ImageNetRecipe(Recipe):
         group="networks",
         flags=("-a",),
     )
-    weights: str | None = knob(
-        None, "which of torchvision's weights --pretrained takes (default: IMAGENET1K_V1)", group="networks"
-    )
     teacher_weights: str | None = knob(
         None, "which of torchvision's weights the teacher has (default: IMAGENET1K_V1)", group="networks"
-    )
-    pretrained: bool = knob(False, "the student starts from published weights", group="networks")
-    drop_connect: float | None = knob(
-        None,
-        "rate at the last block of the student at which it is skipped (default: its own)",
-        group="training",
-        least=0,
-        below=1,
     )
     augment: str = knob(
         "crop",
@@ -44,7 +33,6 @@ class ImageNetRecipe(Recipe):
         group="views",
         choices=("crop", "crop_jitter", "randaugment", "autoaugment", "none"),
     )
-    image_size: int | None = knob(None, "of the student (default: its own)", group="views", least=16, most=2048)
     render_size: int | None = knob(
         None, "of a view (default: the teacher's, without one the student's)", group="views", least=16, most=2048
     )

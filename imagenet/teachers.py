@@ -8,6 +8,7 @@ from torch import nn
 from distill import checkpoint
 from distill.errors import UserError
 from distill.features import find_places
+from distill.networks import Network, fetch
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
 from distill.registry import Classifier
@@ -15,7 +16,7 @@ from distill.run_dir import CHECKPOINTS
 from distill.teacher import Known, Teacher, introduce
 from imagenet.data import Photos, PhotoTests
 from imagenet.loader import Workers
-from imagenet.models import CLASSES, Network, adapted, fetch, find_trained
+from imagenet.models import CLASSES, find_trained
 from imagenet.recipes import ImageNetOptions, ImageNetRecipe
 
 RANDOM = "none"  # --teacher-checkpoint none: no weights at all
@@ -82,13 +83,13 @@ def load_weights(
         print(f"warning: {flag} {RANDOM}: {known.arch} has random weights, and knows nothing")
         return "random weights"
     if named:
-        checkpoint.apply_weights(network, adapted(on_main(checkpoint.load_weights)(Path(named)), known.arch), named)
+        checkpoint.apply_weights(network, known.adapt(on_main(checkpoint.load_weights)(Path(named))), named)
         return named
     if classes != CLASSES:
         raise UserError(
             f"the published {known.arch} knows {CLASSES} classes, the data has {classes}: "
             f"train one on it, and name that by {flag} FILE"
         )
-    weights = adapted(fetch(known, f"or name them by {flag} FILE"), known.arch)
+    weights = known.adapt(fetch(known, f"or name them by {flag} FILE"))
     checkpoint.apply_weights(network, weights, f"the published {known.arch}")
     return "its published weights"

@@ -68,12 +68,12 @@ class Benchmark:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Benchmark(), prog="benchmark.py", description=__doc__ or "")
-    from cifar10.models import MODELS
+    from cifar10.models import resolve
     from distill.parallel import describe_device, devices
 
     device = devices(options.device)[0]
     for arch in (options.arch, options.teacher_arch):
-        MODELS.resolve(arch)  # a wrong name is told before anything starts
+        resolve(arch)  # a wrong name is told before anything starts
     cli.check_file(options.json)
     print(f"{options.teacher_arch} -> {options.arch}, batch {options.batch_size}, {describe_device(device)}")
     rows = (*ROWS, *(("ce_contiguous",) if options.contiguous else ()), *(METHODS if options.methods else ()))
@@ -169,7 +169,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     import torch
 
     from cifar10.data import load_data, prepare
-    from cifar10.models import CIFAR_INPUT, MODELS, build_student
+    from cifar10.models import build_student, find
     from distill.answers import AnsweredData
     from distill.engine import Trainer
     from distill.logit_store import Encoding, LogitStore
@@ -194,9 +194,9 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     aim: Objective = CrossEntropy()
     with tempfile.TemporaryDirectory() as name:
         if row != "ce":
-            network = MODELS.build(options.teacher_arch, len(images.classes))
-            precision = choose_teacher_precision("auto", device)
-            teacher = Teacher(Classifier(network, CIFAR_INPUT, precision).to(device))
+            network = find(options.teacher_arch)
+            built, precision = network.build(len(images.classes)), choose_teacher_precision("auto", device)
+            teacher = Teacher(Classifier(built, network.spec, precision).to(device))
             key = {"data": "benchmark", "teacher": row, "images": len(images.train_labels), "classes": 10}
             store, encoding = LogitStore(Path(name), key), Encoding(10)
             if row != "empty_store":

@@ -42,6 +42,9 @@ class Evaluate:
     split: str | None = knob(
         None, "which images: test (imagenet: val) by default, or train", group="what", choices=("test", "val", "train")
     )
+    image_size: int | None = knob(
+        None, "pixels that one of ImageNet's networks sees of small images", group="how", least=16, most=2048
+    )
     batch_size: int = knob(256, "images at a time (cifar10)", group="how", flags=("-b",), least=1)
     precision: str = knob("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
@@ -84,21 +87,21 @@ def main(argv: Sequence[str]) -> None:
 def _small(options: Evaluate, arch: str, device: Any, _: ExitStack) -> tuple[Any, Any, Any]:
     """The network of small images, what it wants to see, and the images."""
     from cifar10.data import load_data
-    from cifar10.models import CIFAR_INPUT, MODELS
+    from cifar10.models import find_trained, resolve
     from distill import checkpoint
     from distill.views import EvaluationSet
 
     assert options.checkpoint
     weights = checkpoint.load_weights(Path(options.checkpoint))
-    arch = MODELS.resolve(arch)
+    known = find_trained(resolve(arch), Path(options.checkpoint), options.image_size)
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     if options.split == "train" and not data.labelled:
         raise UserError("the training images have no labels to evaluate on")
-    network = MODELS.build(arch, len(data.classes))
-    checkpoint.apply_weights(network, weights, options.checkpoint)
+    network = known.build(num_classes=len(data.classes))
+    checkpoint.apply_weights(network, known.adapt(weights), options.checkpoint)
     train = options.split == "train"
     images, labels = (data.train_images, data.train_labels) if train else (data.test_images, data.test_labels)
-    return network, CIFAR_INPUT, EvaluationSet(images.to(device), labels.to(device), options.batch_size)
+    return network, known.spec, EvaluationSet(images.to(device), labels.to(device), options.batch_size)
 
 
 def _photos(options: Evaluate, arch: str, device: Any, stack: ExitStack) -> tuple[Any, Any, Any]:

@@ -88,9 +88,10 @@ def build(arch: str, photos: bool, classes: int, device: Any) -> Any:
 
         known = find(arch)
         return Classifier(known.build(num_classes=classes), known.spec).to(device).eval()
-    from cifar10.models import CIFAR_INPUT, MODELS
+    from cifar10.models import find as find_small
 
-    return Classifier(MODELS.build(arch, classes), CIFAR_INPUT).to(device).eval()
+    known = find_small(arch)
+    return Classifier(known.build(num_classes=classes), known.spec).to(device).eval()
 
 
 def measure(networks: dict[str, Any], batch_size: int, rounds: int) -> list[Size]:

@@ -105,7 +105,7 @@ def prune(name: str, sure: bool) -> int:
 def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[Recipe, Any, Any, Any]:
     """The recipe, and its images, their views, and its teacher."""
     from cifar10.data import load_data, prepare
-    from cifar10.models import MODELS
+    from cifar10.models import resolve
     from cifar10.teachers import load_teacher
     from cifar10.train_ce import train
     from distill.parallel import start
@@ -113,7 +113,7 @@ def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[R
     device = start(options.device, deterministic=options.deterministic)
     # answers do not depend on the method, and this one takes images without labels
     recipe = recipe.changed({"method": "kd", "w": 1.0, "standardize": False, "overhaul": False})
-    recipe = replace(recipe, teacher_arch=MODELS.resolve(recipe.teacher_arch or ""))
+    recipe = replace(recipe, teacher_arch=resolve(recipe.teacher_arch or ""))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, replace(recipe, batch_size=1, accumulate=1), device)

@@ -85,7 +85,7 @@ def write(path: Path, run: Path, summary: dict[str, Any]) -> None:
 
 def measure(path: Path, data: "ImageData", device_name: str) -> float:
     """Percent of the test images that the network in `path` knows."""
-    from cifar10.models import CIFAR_INPUT, MODELS
+    from cifar10.models import find_trained
     from distill import checkpoint
     from distill.evaluation import evaluate
     from distill.parallel import choose_precision, start
@@ -93,11 +93,12 @@ def measure(path: Path, data: "ImageData", device_name: str) -> float:
     from distill.views import EvaluationSet
 
     device = start(device_name)
-    network = MODELS.build(checkpoint.load_arch(path) or "", len(data.classes))
+    known = find_trained(checkpoint.load_arch(path) or "", path)
+    network = known.build(num_classes=len(data.classes))
     checkpoint.apply_weights(network, checkpoint.load_weights(path), str(path))
     test = EvaluationSet(data.test_images.to(device), data.test_labels.to(device))
     precision = choose_precision("float32", device)
-    return evaluate(Classifier(network, CIFAR_INPUT, precision).to(device), test).accuracy
+    return evaluate(Classifier(network, known.spec, precision).to(device), test).accuracy
 
 
 def describe(path: Path, summary: dict[str, Any], accuracy: float, *, finetuned: bool) -> str:

@@ -1,42 +1,110 @@
 """CIFAR networks by name, for 32x32 images; state_dict keys and function agree with the reference definitions.
 
 To add one: write `@MODELS.register def my_network(num_classes: int) -> nn.Module` in a file of this folder. It is
-found, and the contract tests pick it up, by themselves.
+found, and the contract tests pick it up, by themselves. ImageNet's networks (imagenet/models.py) can be trained on
+small images as well, and teach them: each of them enlarges the images to its own size.
 """
 
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from cifar10.models.efficientnet import EfficientNet
 from cifar10.models.registry import CIFAR_INPUT, MODELS
-from distill import checkpoint
+from distill import checkpoint, networks
 from distill.errors import UserError
-from distill.parallel import choose_precision, on_main
+from distill.networks import Network
+from distill.parallel import on_main
 from distill.recipe import Recipe
 from distill.registry import Classifier
 
-__all__ = ["CIFAR_INPUT", "MODELS", "build_student"]
+__all__ = ["CIFAR_INPUT", "MODELS", "build_student", "find", "find_trained", "resolve"]
+
+PHOTOS = "imagenet:"  # before names that CIFAR's own networks have too: imagenet:resnet18
+ENLARGED = 96  # pixels that ImageNet's networks see of a small image, unless told otherwise
 
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
 
 
+def resolve(name: str) -> str:
+    """The spelling of `name` in files: of a CIFAR network, else of one of ImageNet's. Raises UserError for neither."""
+    try:
+        return MODELS.resolve(name)
+    except UserError:
+        found = _find_photos(name)
+        if found is None:
+            raise
+        return found[0]
+
+
+def find(name: str, image_size: int | None = None, weights: str | None = None) -> Network:
+    """The network called `name`; one of ImageNet's sees images enlarged to `image_size`, 96 by default.
+
+    weights: which of those that torchvision has for it. Raises UserError for an unknown name, and for another size or
+    weights of a CIFAR network, which sees 32 pixels and has none.
+    """
+    found = _find_photos(name, weights) if name not in MODELS.names() else None
+    if found:
+        return found[1].at(image_size or ENLARGED)
+    arch = MODELS.resolve(name)
+    if image_size not in (None, CIFAR_INPUT.size) or weights:
+        raise UserError(
+            f"--image-size and --weights are for ImageNet's networks: {arch} here sees 32x32 images{_hint(arch)}"
+        )
+
+    def build(num_classes: int, dropout: float | None = None, drop_connect: float | None = None) -> nn.Module:
+        network = MODELS.build(arch, num_classes)
+        if isinstance(network, EfficientNet):
+            network.set_dropout(dropout, drop_connect or 0.0)
+        elif dropout or drop_connect:
+            raise UserError(f"--dropout and --drop-connect: {arch} has neither; efficientnet_b0 has both")
+        return network
+
+    def fetch(by_hand: str) -> Any:
+        raise UserError(f"{arch} for 32x32 images has no published ImageNet weights{_hint(arch)}; {by_hand}")
+
+    return Network(arch, CIFAR_INPUT, build, fetch)
+
+
+def find_trained(name: str, file: Path | None, image_size: int | None = None) -> Network:
+    """find(), at the size that the checkpoint `file` was trained for where it is one of ours that tells."""
+    recipe = on_main(checkpoint.load_recipe)(file) if file and name not in MODELS.names() else {}
+    return find(name, image_size or recipe.get("image_size"))
+
+
 def build_student(
     recipe: Recipe, num_classes: int, init: str | None, device: torch.device
 ) -> tuple[Classifier, str | None]:
-    """The network of `recipe`, initialised from its seed or from the file `init`, and the digest of those weights."""
-    torch.manual_seed(recipe.seed)
-    network = MODELS.build(recipe.arch, num_classes)
-    if isinstance(network, EfficientNet):
-        network.set_dropout(recipe.dropout, recipe.drop_connect or 0.0)
-    elif recipe.dropout or recipe.drop_connect:
-        raise UserError(f"--dropout and --drop-connect: {recipe.arch} has neither; efficientnet_b0 has both")
-    init_digest = None
-    if init:
-        weights = on_main(checkpoint.load_weights)(Path(init))
-        checkpoint.apply_weights(network, weights, init)
-        init_digest = checkpoint.digest(network.state_dict())
-    return Classifier(network, CIFAR_INPUT, choose_precision(recipe.precision, device)).to(device), init_digest
+    """networks.build_student of the network that `recipe` names, at its size."""
+    network = find(recipe.arch, recipe.image_size, recipe.weights)
+    if network.spec != CIFAR_INPUT:
+        print(f"{network.arch}: sees the images enlarged to {network.spec.size} pixels")
+    return networks.build_student(network, recipe, num_classes, init, device)
+
+
+def _find_photos(name: str, weights: str | None = None) -> tuple[str, Network] | None:
+    """(the spelling of `name`, ImageNet's network of it), or None. torchvision is loaded only for these."""
+    from imagenet import models as photos
+
+    bare = name[len(PHOTOS) :] if name.lower().startswith(PHOTOS) else name
+    try:
+        found = photos.find(bare, weights)
+    except UserError:
+        if bare == name and not name.startswith("timm:"):
+            return None  # whoever mistypes a CIFAR network is told the names of those
+        raise
+    return (PHOTOS if bare != name else "") + found.arch, found
+
+
+def _hint(arch: str) -> str:
+    from imagenet import models as photos
+
+    try:
+        return f"; {PHOTOS}{photos.find(arch).arch} is ImageNet's"
+    except UserError:
+        return ""
