@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.recipe import Recipe
 from distill.views import ViewDraws, ViewPolicy
 
-PADDING = 4  # black pixels on each side before the crop
+PADDING = 4  # pixels on each side before the crop
 OFFSETS = 2 * PADDING + 1
 
 
@@ -22,37 +23,57 @@ class NoChange:
 
     name = "none"
     view_count: int | None = 1
+    alternating = False
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
         return images
 
 
 class CropFlip:
-    """Padded by 4 black pixels, cropped back to its size, flipped or not: exactly 2 * 9 * 9 = 162 views.
+    """Padded by `padding` pixels, cropped back to its size, flipped or not: with 4 exactly 2 * 9 * 9 = 162 views.
 
-    View v: flipped left to right if v >= 81, from row (v % 81) // 9 and column v % 9 of the padded image.
+    View v: flipped left to right if v >= 81, from row (v % 81) // 9 and column v % 9 of the padded image. The padding
+    is black, or with `reflect` the image mirrored at its edge. `alternating`: one of two epochs shows an image flipped.
     """
 
-    name = "crop_flip"
-    view_count: int | None = 2 * OFFSETS * OFFSETS
+    def __init__(self, padding: int = PADDING, *, reflect: bool = False, alternating: bool = False) -> None:
+        self.padding, self.reflect, self.alternating = padding, reflect, alternating
+        self.offsets = 2 * padding + 1
+        self.view_count: int | None = 2 * self.offsets**2
+        words = [f"pad{padding}"] * (padding != PADDING) + ["reflect"] * reflect + ["alternating"] * alternating
+        self.name = "+".join(["crop_flip", *words])
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
         batch, height, width, channels = images.shape
+        offsets, padding = self.offsets, self.padding
         views = views.to(images.device, non_blocking=True)
-        flipped, crop = views >= OFFSETS * OFFSETS, views % (OFFSETS * OFFSETS)
-        rows, columns = crop // OFFSETS, crop % OFFSETS
-        padded_height, padded_width = height + 2 * PADDING, width + 2 * PADDING
-        padded = images.new_zeros(batch, padded_height, padded_width, channels)
-        padded[:, PADDING : PADDING + height, PADDING : PADDING + width] = images
-        line = padded_width * channels
+        flipped, crop = views >= offsets * offsets, views % (offsets * offsets)
+        rows, columns = crop // offsets, crop % offsets
+        padded = self._padded(images)
+        line = (width + 2 * padding) * channels
         # windows[b, y, x] is the crop of image b from (y, x), as rows of bytes: a view of memory, not a copy
         windows = padded.as_strided(
-            (batch, OFFSETS, OFFSETS, height, width * channels),
-            (padded_height * line, line, channels, line, 1),
+            (batch, offsets, offsets, height, width * channels),
+            ((height + 2 * padding) * line, line, channels, line, 1),
         )
         cropped = windows[torch.arange(batch, device=images.device), rows, columns]
         cropped = cropped.view(batch, height, width, channels)
         return torch.where(flipped.view(-1, 1, 1, 1), cropped.flip(2), cropped)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        batch, height, width, channels = images.shape
+        if self.reflect:
+            y, x = (self._mirrored(side, images.device) for side in (height, width))
+            return images[:, y][:, :, x].contiguous()
+        p = self.padding
+        padded = images.new_zeros(batch, height + 2 * p, width + 2 * p, channels)
+        padded[:, p : p + height, p : p + width] = images
+        return padded
+
+    def _mirrored(self, side: int, device: torch.device) -> Tensor:
+        """-p .. side + p - 1 folded back into 0 .. side - 1, the edge itself once."""
+        places = torch.arange(-self.padding, side + self.padding, device=device).abs()
+        return side - 1 - (side - 1 - places).abs()
 
 
 class Original:
@@ -65,6 +86,7 @@ class Original:
 
     name = "original"
     view_count: int | None = None
+    alternating = False
     degrees, jitter = 15.0, 0.2
     draws = 10  # row, column, flip, angle, three factors, three keys whose order is the order of the jitters
 
@@ -131,6 +153,7 @@ class Cutout:
 
     def __init__(self, policy: ViewPolicy, size: int, view_seed: int) -> None:
         self.name, self.view_count = f"{policy.name}+cutout{size}", policy.view_count
+        self.alternating = policy.alternating
         self._policy, self._size = policy, size
         self._drawn = ViewDraws(view_seed, "cutout", 2)
 
@@ -149,10 +172,13 @@ class Cutout:
         )
 
 
-def build_policy(name: str, view_seed: int, views: int | None, cutout: int = 0) -> ViewPolicy:
-    """The policy called `name`, with `cutout` pixels cut out. Raises UserError if it has fewer than `views` views."""
-    policies: dict[str, ViewPolicy] = {p.name: p for p in (CropFlip(), Original(view_seed), NoChange())}
-    policy = policies[name]
-    if views and policy.view_count and views > policy.view_count:
-        raise UserError(f"--views must be at most {policy.view_count} with --augment {name}, got {views}")
-    return Cutout(policy, cutout, view_seed) if cutout else policy
+def build_policy(recipe: Recipe) -> ViewPolicy:
+    """The policy that `recipe` names. Raises UserError if it has fewer views than are asked for."""
+    cropped = CropFlip(recipe.padding, reflect=recipe.reflect, alternating=recipe.alternate_flip)
+    policies: dict[str, ViewPolicy] = {"crop_flip": cropped, "original": Original(recipe.view_seed), "none": NoChange()}
+    policy = policies[recipe.augment]
+    if recipe.views and policy.view_count and recipe.views > policy.view_count:
+        raise UserError(
+            f"--views must be at most {policy.view_count} with --augment {recipe.augment}, got {recipe.views}"
+        )
+    return Cutout(policy, recipe.cutout, recipe.view_seed) if recipe.cutout else policy

@@ -122,7 +122,7 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
             raise UserError(
                 "the training images have no labels: they take trainKD.sh --w 1 (or --ce-weight 0), and no --val-split"
             )
-    policy = build_policy(recipe.augment, recipe.view_seed, recipe.views, recipe.cutout)
+    policy = build_policy(recipe)
     count = len(data.train_images)
     if count - recipe.val_split < recipe.batch_size:
         held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""

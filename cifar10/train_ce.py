@@ -50,7 +50,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)
-    student, init_digest = build_student(recipe, len(data.classes), options.init, device)
+    student, init_digest = build_student(recipe, len(data.classes), options.init, device, training.examples())
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
     facts["world_size"] = shares(options.device)
     if options.evaluate:

@@ -56,7 +56,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)
-    student, init_digest = build_student(recipe, len(data.classes), options.init, device)
+    student, init_digest = build_student(recipe, len(data.classes), options.init, device, training.examples())
     if options.evaluate:
         return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
     if options.show_features:

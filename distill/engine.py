@@ -239,7 +239,8 @@ class Trainer:
         state = self.state
         position = state.epoch * self.data.steps_per_epoch + state.step
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(position, self.recipe, self.data.steps_per_epoch)
+            rate = learning_rate(position, self.recipe, self.data.steps_per_epoch)
+            group["lr"] = rate * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         parts = replace(batch, epoch=state.epoch).parts(self.recipe.accumulate)

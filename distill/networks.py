@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill import checkpoint
 from distill.errors import UserError
@@ -48,10 +49,19 @@ class Network:
 
 
 def build_student(
-    network: Network, recipe: Recipe, num_classes: int, init: str | None, device: torch.device
+    network: Network,
+    recipe: Recipe,
+    num_classes: int,
+    init: str | None,
+    device: torch.device,
+    examples: Tensor | None = None,
 ) -> tuple[Classifier, str | None]:
     """The network of `recipe`, initialised from its seed, from the file `init` or, if `pretrained`, from its published
-    weights; and the digest of those weights. Where they are of other classes the network's last layer is fresh."""
+    weights; and the digest of those weights. Where they are of other classes the network's last layer is fresh.
+
+    examples: training images uint8 (N, H, W, 3), for a network that starts from their statistics: one with a method
+    `initialise(images)` that takes them normalised, float32 (N, 3, H, W).
+    """
     torch.manual_seed(recipe.seed)
     given = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect}
     try:
@@ -59,7 +69,7 @@ def build_student(
     except TypeError:
         raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given") from None
     for module in built.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and recipe.bn_momentum is not None:
+        if isinstance(module, _BatchNorm) and recipe.bn_momentum is not None:
             module.momentum = recipe.bn_momentum
     init_digest = None
     if init or recipe.pretrained:
@@ -68,7 +78,11 @@ def build_student(
         weights = network.adapt(on_main(checkpoint.load_weights)(Path(init)) if init else fetch(network, by_hand))
         checkpoint.apply_weights(built, _with_own_head(built, weights, source), source)
         init_digest = checkpoint.digest(built.state_dict())
-    return Classifier(built, network.spec, choose_precision(recipe.precision, device)).to(device), init_digest
+    student = Classifier(built, network.spec, choose_precision(recipe.precision, device))
+    initialise: Callable[[Tensor], None] | None = getattr(built, "initialise", None)
+    if initialise and init_digest is None and examples is not None:
+        initialise(student.normalise(examples.cpu()))
+    return student.to(device), init_digest
 
 
 def fetch(network: Network, by_hand: str) -> Mapping[str, Tensor]:

@@ -2,10 +2,11 @@
 
 import copy
 import math
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.recipe import Recipe
 
@@ -52,13 +53,18 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     with EfficientNet's settings (Tan and Le 2019, arXiv:1905.11946: decay 0.9; TensorFlow's epsilon of 0.001 stands
     under the root, torch's beside it).
 
-    Weight decay on matrices and kernels, on vectors (BatchNorm, biases) only with `decay_all`. Fused: three times
-    faster than the default on a CPU, and the only form that leaves out an update when a flag on the device says so,
-    without a synchronisation (engine.py). RMSprop has no such form.
+    Weight decay on matrices and kernels, on vectors (BatchNorm, biases) only with `decay_all`; the biases of BatchNorm
+    learn at `bias_lr` times the rate (Jordan 2024, arXiv:2404.00498), which stands in their group as `lr_factor`.
+    Fused: three times faster than the default on a CPU, and the only form that leaves out an update when a flag on the
+    device says so, without a synchronisation (engine.py). RMSprop has no such form.
     """
-    weights = [p for p in network.parameters() if p.dim() > 1 or recipe.decay_all]
-    vectors = [p for p in network.parameters() if p.dim() <= 1 and not recipe.decay_all]
-    groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fast = {id(module.bias) for module in network.modules() if isinstance(module, _BatchNorm) and recipe.bias_lr != 1}
+    decays = (recipe.weight_decay, 0.0)
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in decays]
+    groups += [{**group, "params": [], "lr_factor": recipe.bias_lr} for group in groups]
+    for parameter in network.parameters():
+        vector = parameter.dim() <= 1 and not recipe.decay_all
+        groups[vector + 2 * (id(parameter) in fast)]["params"].append(parameter)
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)

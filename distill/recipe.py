@@ -119,6 +119,7 @@ class Recipe:
     warmup: float = knob(
         5.0, "epochs of linear warm-up; a quarter of the run at most", group="training", least=0, most=1e6
     )
+    bias_lr: float = knob(1.0, "factor on lr for the biases of BatchNorm", group="training", above=0)
     clip_norm: float = knob(0.0, "largest norm of the gradient; 0 is off", group="training", least=0)
     ema: float = knob(
         0.0,
@@ -172,6 +173,17 @@ class Recipe:
         group="views",
         choices=("crop_flip", "original", "none"),
     )
+    padding: int = knob(
+        4,
+        "pixels around a small image before crop_flip cuts it out again: (2 * N + 1)^2 * 2 views",
+        group="views",
+        least=0,
+        most=5,
+    )
+    reflect: bool = knob(False, "this padding shows the image reflected, not black", group="views")
+    alternate_flip: bool = knob(
+        False, "crop_flip shows an image flipped in every other epoch, not at random", group="views"
+    )
     cutout: int = knob(
         0, "side in pixels of a square in the views that is blotted out; 0 is off", group="views", least=0, most=1000
     )
@@ -207,6 +219,8 @@ class Recipe:
             raise UserError(f"--kd-weight 0 and --ce-weight 0 leave the last layer untaught: {hint}")
         if method == "dist" and self.batch_size < 2 * self.accumulate:
             raise UserError("--method dist correlates across images: --batch-size must be 2 for each of --accumulate")
+        if (self.padding != 4 or self.reflect or self.alternate_flip) and self.augment != "crop_flip":
+            raise UserError("--padding, --reflect and --alternate-flip belong to --augment crop_flip of small images")
         if self.overhaul and self.compile:
             raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
         if self.standardize and known.standardized is None:

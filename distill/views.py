@@ -66,6 +66,11 @@ class Views(Protocol):
         """Distinct views of an image; None where parameters are continuous."""
         ...
 
+    @property
+    def alternating(self) -> bool:
+        """Whether the first half of the views and the second take turns from epoch to epoch."""
+        ...
+
 
 class ViewPolicy(Views, Protocol):
     """A policy for small images, that works on whole batches. Implementations: cifar10/augment.py."""
@@ -82,13 +87,18 @@ class ViewOrder:
     Numbered views: perm_i orders all of them, and K of them (the first in that order) are cycled through, so that
     runs with different K show the same views as far as they go. Continuous policies: view e mod K for every image, as
     the parameters of its views are independent draws already; without K each epoch shows a new one.
+
+    Where the two halves of the views alternate, perm_i takes them in turn, each half in a random order and a random one
+    of them first: of two epochs in a row one shows the image flipped (Jordan 2024, arXiv:2404.00498).
     """
 
     def __init__(self, policy: Views, view_seed: int, image_count: int, views: int | None) -> None:
         self.view_count = views or policy.view_count
         self._table: NDArray[np.uint8] | None = None
         if policy.view_count and policy.view_count > 1:
-            self._table = self._permutations(view_seed, image_count, policy.view_count)[:, : self.view_count]
+            table = self._permutations(view_seed, image_count, policy.view_count)
+            table = self._alternating(table, policy.view_count // 2) if policy.alternating else table
+            self._table = table[:, : self.view_count]
 
     @staticmethod
     def _permutations(view_seed: int, image_count: int, view_count: int) -> NDArray[np.uint8]:
@@ -99,6 +109,16 @@ class ViewOrder:
             draws = raw_draws(view_seed, "view order", block, rows * view_count).reshape(rows, view_count)
             table[start : start + rows] = np.argsort(draws, axis=1, kind="stable")[: image_count - start]
         return table
+
+    @staticmethod
+    def _alternating(table: NDArray[np.uint8], half: int) -> NDArray[np.uint8]:
+        """Each row with views below `half` and from it on in turn, the half of its first view first."""
+        upper = table >= half
+        parts = np.take_along_axis(table, np.argsort(upper, axis=1, kind="stable"), axis=1)
+        lower, higher, first = parts[:, :half], parts[:, half:], upper[:, :1]
+        mixed = np.empty_like(table)
+        mixed[:, 0::2], mixed[:, 1::2] = np.where(first, higher, lower), np.where(first, lower, higher)
+        return mixed
 
     def slot(self, epoch: int) -> int:
         """e mod K: epochs of one slot show every image in the same view."""
@@ -287,6 +307,10 @@ class TensorData:
         self.images, self.labels, self.plan, self.policy, self.mixup = images, labels, plan, policy, mixup
         self.image_count, self.device = len(images), images.device
         self.steps_per_epoch, self.labelled = plan.steps_per_epoch, bool((labels >= 0).all())
+
+    def examples(self, count: int = 5000) -> Tensor:
+        """The first `count` of the images that are trained on, as they are: uint8 (count, H, W, 3)."""
+        return self.images[torch.from_numpy(self.plan.indices[:count]).to(self.device)]
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         return self.show(self.plan.steps(epoch, first_step))

@@ -53,6 +53,8 @@ class PhotoViews:
         how = f"-{self.resized}-{self.interpolation}" if self.policy == "none" else ""
         return f"{self.policy}{self.size}{how}{cutout}-{self.decoder}"
 
+    alternating = False
+
     @property
     def view_count(self) -> int | None:
         return 1 if self.policy == "none" else None

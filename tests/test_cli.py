@@ -16,13 +16,14 @@ from distill.knobs import flag
 from distill.methods import METHODS
 from distill.recipe import Options, Recipe
 
-FLAGS = """--arch --teacher-arch --T --w --method --standardize --alpha --beta --gamma --tau --ramp
+FLAGS = """--arch --teacher-arch --teacher-image-size --pretrained --weights --image-size
+--T --w --method --standardize --alpha --beta --gamma --tau --ramp
 --kd-weight --ce-weight --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k
 --store --store-limit
---epochs --batch-size --accumulate --lr --optimizer --momentum --weight-decay --decay-all
+--epochs --batch-size --accumulate --lr --bias-lr --bn-momentum --optimizer --momentum --weight-decay --decay-all
 --schedule --decay-epochs --decay-rate --warmup --clip-norm --ema
 --dropout --drop-connect --label-smoothing --precision --compile --sync-bn
---augment --cutout --mixup --views --seed --view-seed --val-split
+--augment --padding --reflect --alternate-flip --cutout --mixup --views --seed --view-seed --val-split
 --data --workers --skip-bad-images --teacher-checkpoint --init --output
 --recipe --show-recipe --device --deterministic --steps --resume --save-minutes --tensorboard
 --extend --fresh --evaluate"""
@@ -47,7 +48,7 @@ def test_flags_for_photos_are_frozen() -> None:
     from imagenet.recipes import ImageNetOptions, ImageNetRecipe
 
     flags = {flag(f.name) for owner in (ImageNetRecipe, ImageNetOptions) for f in fields(owner)}
-    more = "--weights --teacher-weights --pretrained --image-size --render-size --decoder --loader-minutes --kd"
+    more = "--teacher-weights --render-size --decoder --loader-minutes --kd"
     assert flags == set(FLAGS.split()) | set(more.split())
 
 
@@ -263,7 +264,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("ce", "--T 3", "unknown argument --T"),
     ("ce", "--teacher-arch resnet18", "unknown argument --teacher-arch"),
     ("kd", "--arch resnet51", "unknown architecture 'resnet51'"),
-    ("kd", "--teacher-arch vgg16", "unknown architecture 'vgg16'"),
+    ("kd", "--teacher-arch vgg15", "unknown architecture 'vgg15'"),
     ("ce", "--data sample --arch resnet18 --dropout 0.3", "--dropout and --drop-connect: resnet18 has neither"),
     ("ce", "--arch ''", "--arch must be text"),
     ("ce", "--data nowhere", "--data nowhere does not exist"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cifar10.models import MODELS
@@ -64,7 +65,9 @@ def test_contract(name: str) -> None:
     logits.square().sum().backward()
     without = {k for k, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     unused = {"layers.0.conv1.weight", "layers.0.bn1.weight", "layers.0.bn1.bias"}  # as in the reference
-    assert without == (unused if name == "efficientnet_b0" else set())
+    fixed = {k for k, p in network.named_parameters() if not p.requires_grad}
+    assert without == (unused if name == "efficientnet_b0" else fixed)
+    assert not fixed or name.startswith("airbench")
     again = MODELS.build(name, 7)
     again.load_state_dict(network.state_dict())
     images = torch.randn(2, 3, 32, 32)
@@ -103,7 +106,7 @@ def test_spellings(spelling: str, name: str) -> None:
 def test_unknown_name_lists_the_near_ones() -> None:
     with pytest.raises(UserError, match=r"'resnet51'.*resnet50"):
         MODELS.resolve("resnet51")
-    with pytest.raises(UserError, match="known: airbench94, densenet121"):
+    with pytest.raises(UserError, match="known: airbench94, airbench96, densenet121"):
         MODELS.resolve("xyzzy")
 
 
@@ -130,14 +133,35 @@ def test_classifier_normalises_uint8() -> None:
     assert list(classifier.state_dict()) == []
 
 
-def test_airbench_starts_with_copies() -> None:
-    """Each 3x3 convolution passes on the channels that come in."""
-    network = MODELS.build("airbench94", 10)
+@pytest.mark.parametrize(
+    ("name", "widths", "depth"), [("airbench94", (64, 256, 256), 2), ("airbench96", (128, 384, 512), 3)]
+)
+def test_airbench_starts_with_copies(name: str, widths: tuple[int, ...], depth: int) -> None:
+    """Each 3x3 convolution passes on the channels that come in; stem and scales do not learn."""
+    network = MODELS.build(name, 10)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert [(m.in_channels, m.out_channels) for m in convolutions] == [
-        (24, 64), (64, 64), (64, 256), (256, 256), (256, 256), (256, 256)
-    ]  # fmt: skip
+    pairs = [
+        [(before, after), *[(after, after)] * (depth - 1)]
+        for before, after in zip((24, *widths[:-1]), widths, strict=True)
+    ]
+    assert [(m.in_channels, m.out_channels) for m in convolutions] == [pair for block in pairs for pair in block]
     for convolution in convolutions:
         images = torch.randn(1, convolution.in_channels, 5, 5)
         assert torch.equal(convolution(images)[:, : convolution.in_channels], images)
-    assert all(p.requires_grad and p.is_leaf for p in network.parameters())
+    assert all(p.is_leaf for p in network.parameters())
+    scales = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {k for k, p in network.named_parameters() if not p.requires_grad} == {"conv1.weight", *scales}
+
+
+def test_airbench_whitens_patches() -> None:
+    """What the first convolution puts out for the images it was made from is uncorrelated, with variance about 1."""
+    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = images + images.mean(1, keepdim=True) + F.avg_pool2d(images, 3, 1, 1)  # correlated in colour and space
+    network = MODELS.build("airbench94", 10)
+    network.initialise(images)
+    with torch.no_grad():
+        out = network.conv1(images) - network.conv1.bias.view(1, -1, 1, 1)
+    kept, negative = out[:, :12], out[:, 12:]
+    torch.testing.assert_close(negative, -kept, atol=1e-5, rtol=0)
+    flat = kept.transpose(0, 1).reshape(12, -1).double()
+    torch.testing.assert_close(flat @ flat.T / flat.shape[1], torch.eye(12).double(), atol=0.01, rtol=0)

@@ -1,5 +1,7 @@
 """A view is a pure function of the image and (policy, view seed, i, v); an epoch's order is one of (seed, epoch)."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torchvision.transforms import functional as reference
 from cifar10.augment import CropFlip, Cutout, NoChange, Original, build_policy
 from cifar10.data import load_data
 from distill.errors import UserError
+from distill.recipe import Recipe
 from distill.views import (
     EpochPlan,
     TensorData,
@@ -24,7 +27,14 @@ from distill.views import (
 IMAGES = load_data("sample").train_images
 RECORDED_DRAWS = [3998611724445730424, 4336785009336206839, 15072604215656766132]
 RECORDED_PERMUTATION = [2, 6, 7, 1, 5, 4, 0, 3]
-POLICIES: list[ViewPolicy] = [CropFlip(), Original(0), NoChange(), Cutout(CropFlip(), 16, 0), Cutout(Original(0), 7, 0)]
+POLICIES: list[ViewPolicy] = [
+    CropFlip(),
+    CropFlip(2, reflect=True),
+    Original(0),
+    NoChange(),
+    Cutout(CropFlip(), 16, 0),
+    Cutout(Original(0), 7, 0),
+]
 
 
 # ------------------------------------------------------------------------------------------------- numbers by counter
@@ -118,7 +128,7 @@ def test_view_does_not_depend_on_the_position_in_a_run(name: str) -> None:
     seen: dict[tuple[int, int], torch.Tensor] = {}
     again = 0
     for seed, batch_size, count in ((0, 16, 64), (1, 7, 64), (2, 32, 40)):
-        policy = build_policy(name, 0, 3) if name != "none" else build_policy(name, 0, 1)
+        policy = build_policy(Recipe(augment=name, views=3 if name != "none" else 1))
         order = ViewOrder(policy, 0, 64, 3 if name != "none" else 1)
         plan = EpochPlan(np.arange(count), order, seed, batch_size)
         for epoch in (0, 1, 5):
@@ -186,6 +196,43 @@ def test_crop_flip_has_exactly_162_views() -> None:
     assert torch.equal(rendered[40], image)  # the middle crop, not flipped
 
 
+@pytest.mark.parametrize("padding", [0, 2, 5])
+def test_reflected_padding(padding: int) -> None:
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+    policy = CropFlip(padding, reflect=True)
+    side = 2 * padding + 1
+    assert policy.view_count == 2 * side**2
+    views = torch.arange(policy.view_count)
+    rendered = policy.render(image.expand(len(views), -1, -1, -1), torch.zeros_like(views), views)
+    padded = np.pad(image.numpy(), ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+    for view in range(side**2):
+        row, column = view // side, view % side
+        expected = torch.from_numpy(padded[row : row + 32, column : column + 32].copy())
+        assert torch.equal(rendered[view], expected)
+        assert torch.equal(rendered[view + side**2], expected.flip(1))
+
+
+@pytest.mark.parametrize("views", [None, 7])
+def test_flips_alternate(views: int | None) -> None:
+    """Of two epochs one shows an image flipped; which one is a matter of chance, and so are the crops."""
+    policy = Cutout(CropFlip(alternating=True), 4, 0)
+    order = ViewOrder(policy, 0, 2000, views)
+    shown = np.stack([order.shown(epoch, np.arange(2000)) for epoch in range(views or 162)])
+    flipped = shown >= 81
+    assert (flipped[1:] != flipped[:-1]).all()
+    assert flipped[0].mean() == pytest.approx(0.5, abs=0.05)
+    assert all(len(set(column)) == len(column) for column in shown.T[:50])
+    assert len(set(shown[0] % 81)) == 81
+
+
+def test_policies_that_show_other_views_have_other_names() -> None:
+    changes: list[dict[str, Any]] = [{}, {"padding": 2}, {"reflect": True}, {"alternate_flip": True}, {"cutout": 8}]
+    assert len({build_policy(Recipe(**change)).name for change in changes}) == len(changes)
+    assert build_policy(Recipe()).name == "crop_flip"  # the key of stores that there are
+    with pytest.raises(UserError, match="--reflect and --alternate-flip belong to --augment crop_flip"):
+        Recipe(augment="original", reflect=True)
+
+
 def test_original_agrees_with_torchvision_on_pil_images() -> None:
     """The same parameters given to torchvision's PIL transforms give the same pixels, but for rounding at edges."""
     policy, view = Original(0), 3
@@ -231,4 +278,4 @@ def test_view_seeds_differ() -> None:
 
 def test_more_views_than_there_are() -> None:
     with pytest.raises(UserError, match="--views must be at most 162"):
-        build_policy("crop_flip", 0, 163)
+        build_policy(Recipe(views=163))

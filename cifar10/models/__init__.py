@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar10.models.efficientnet import EfficientNet
 from cifar10.models.registry import CIFAR_INPUT, MODELS
@@ -78,13 +78,13 @@ def find_trained(name: str, file: Path | None, image_size: int | None = None) ->
 
 
 def build_student(
-    recipe: Recipe, num_classes: int, init: str | None, device: torch.device
+    recipe: Recipe, num_classes: int, init: str | None, device: torch.device, examples: Tensor | None = None
 ) -> tuple[Classifier, str | None]:
     """networks.build_student of the network that `recipe` names, at its size."""
     network = find(recipe.arch, recipe.image_size, recipe.weights)
     if network.spec != CIFAR_INPUT:
         print(f"{network.arch}: sees the images enlarged to {network.spec.size} pixels")
-    return networks.build_student(network, recipe, num_classes, init, device)
+    return networks.build_student(network, recipe, num_classes, init, device, examples)
 
 
 def _find_photos(name: str, weights: str | None = None) -> tuple[str, Network] | None:
