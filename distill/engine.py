@@ -205,6 +205,7 @@ class Trainer:
         """Train from the state's step to the end of its epoch. False if it stopped before that, by request."""
         state = self.state
         self.spread.train()
+        self.student.training_size = self.recipe.size_at(state.epoch)
         images_before, start = int(state.tally.sums[0].item()), time.perf_counter()
         steps, shown = self.data.steps_per_epoch, 0.0
         batches = self.data.batches(state.epoch, state.step)

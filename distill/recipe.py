@@ -89,6 +89,12 @@ class Recipe:
     batch_size: int = knob(
         128, "images a step; the last partial batch is dropped", group="training", flags=("-b",), least=1
     )
+    sizes: str | None = knob(
+        None,
+        "PIXELS:EPOCHS,...: in its first epochs the student sees images of these sizes, then of its own: "
+        "16:8,24:4 is 8 epochs at 16 pixels and 4 at 24",
+        group="training",
+    )
     lr: float = knob(0.1, "peak learning rate", group="training", above=0)
     accumulate: int = knob(
         1, "parts that a step's images are computed in, one after the other, to save memory", group="training", least=1
@@ -221,6 +227,10 @@ class Recipe:
             raise UserError("--method dist correlates across images: --batch-size must be 2 for each of --accumulate")
         if (self.padding != 4 or self.reflect or self.alternate_flip) and self.augment != "crop_flip":
             raise UserError("--padding, --reflect and --alternate-flip belong to --augment crop_flip of small images")
+        if self.size_at(self.epochs - 1):
+            raise UserError(f"--sizes {self.sizes} leaves none of {self.epochs} epochs at the student's own size")
+        if self.overhaul and self.sizes:
+            raise UserError("--overhaul compares features of one size: leave out --sizes")
         if self.overhaul and self.compile:
             raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
         if self.standardize and known.standardized is None:
@@ -259,6 +269,18 @@ class Recipe:
         if not overhaul and self.overhaul:
             given = {"feature_weight": None, "teacher_bn": "eval", **given}
         return replace(self, **given)
+
+    def size_at(self, epoch: int) -> int | None:
+        """Pixels that the student sees in `epoch`, from 0; None where they are its own. Raises UserError for --sizes
+        that do not have the form PIXELS:EPOCHS,..."""
+        for part in self.sizes.split(",") if self.sizes else ():
+            pixels, _, epochs = part.strip().partition(":")
+            if not (pixels.isdecimal() and epochs.isdecimal() and 8 <= int(pixels) <= 2048 and int(epochs)):
+                raise UserError(f"--sizes must be PIXELS:EPOCHS,... with 8 to 2048 pixels, got {self.sizes!r}")
+            if epoch < int(epochs):
+                return int(pixels)
+            epoch -= int(epochs)
+        return None
 
     @property
     def objective(self) -> str:

@@ -70,7 +70,8 @@ class Classifier(nn.Module):
     Teacher and student may thus differ in normalisation, and a copy to the device is a quarter of the bytes. The
     normalisation is not in the state_dict of `network`, which therefore keeps the keys of the bare architecture.
     `precision`: of convolutions and matrix products. It is chosen in here since DataParallel's threads would run an
-    autocast of their caller in float16, whatever its type is.
+    autocast of their caller in float16, whatever its type is. `training_size`: pixels that the images are resized to in
+    training mode alone, None for the network's own size.
     """
 
     mean: Tensor
@@ -81,6 +82,7 @@ class Classifier(nn.Module):
         self.precision = precision
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.spec = spec
+        self.training_size: int | None = None
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)), persistent=False)
 
@@ -92,11 +94,12 @@ class Classifier(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3) -> float32 (B, 3, S, S), channels_last, resized to the network's own S where the
-        images were made for another network."""
+        images were made for another network, or `training_size` asks for it."""
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
-        if self.spec.resized and images.shape[1] != self.spec.size:
-            shape, how = (self.spec.size, self.spec.size), self.spec.interpolation
-            pixels = F.interpolate(pixels, shape, mode=how, antialias=True).clamp(0, 255)
+        size = self.spec.size if self.spec.resized else images.shape[1]
+        size = (self.training and self.training_size) or size
+        if images.shape[1] != size:
+            pixels = F.interpolate(pixels, (size, size), mode=self.spec.interpolation, antialias=True).clamp(0, 255)
         return (pixels - self.mean) * self.scale
 
 

@@ -21,7 +21,7 @@ FLAGS = """--arch --teacher-arch --teacher-image-size --pretrained --weights --i
 --kd-weight --ce-weight --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k
 --store --store-limit
 --epochs --batch-size --accumulate --lr --bias-lr --bn-momentum --optimizer --momentum --weight-decay --decay-all
---schedule --decay-epochs --decay-rate --warmup --clip-norm --ema
+--sizes --schedule --decay-epochs --decay-rate --warmup --clip-norm --ema
 --dropout --drop-connect --label-smoothing --precision --compile --sync-bn
 --augment --padding --reflect --alternate-flip --cutout --mixup --views --seed --view-seed --val-split
 --data --workers --skip-bad-images --teacher-checkpoint --init --output

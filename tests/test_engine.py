@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
         {"mixup": True, "cutout": 9, "augment": "original"},
         {"optimizer": "rmsprop", "lr": 0.001, "accumulate": 2, "schedule": "step", "decay_epochs": 0.5},
         {"optimizer": "adamw", "lr": 0.001, "ema": 0.9, "clip_norm": 1.0, "schedule": "onecycle"},
+        {"sizes": "16:1,24:1", "bias_lr": 8.0, "bn_momentum": 0.3, "alternate_flip": True, "reflect": True},
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from distill.evaluation import evaluate
 from distill.metrics import Tally
 from distill.objectives import CrossEntropy, Step, distillation
 from distill.optim import WeightAverage, build_optimizer, learning_rate
-from distill.recipe import Recipe
+from distill.recipe import Options, Recipe
 from distill.stop import Stopped
 from distill.views import Batch, EvaluationSet, Mixture
 from tests.runs import CPU, RECIPE, small_network, taught, teaching, train
@@ -259,6 +259,41 @@ def test_cross_entropy_of_mixed_images() -> None:
         torch.testing.assert_close(CrossEntropy(smoothing)(nn.Identity(), batch).loss, expected)
     step = taught(1.0, 0.0)(nn.Identity(), replace(batch, teacher_logits=torch.zeros(6, 5)))
     torch.testing.assert_close(step.loss, nn.functional.cross_entropy(logits, one_hot))
+
+
+def test_the_first_epochs_are_of_smaller_images(small_npz: Path, tmp_path: Path) -> None:
+    """In training alone: what is evaluated has the network's own size in every epoch."""
+    student, seen = small_network(), []
+    student.network.register_forward_pre_hook(lambda module, given: seen.append((module.training, given[0].shape[-1])))
+    train(tmp_path, small_npz, replace(RECIPE, sizes="16:1,24:1"), student=student)
+    order = list(dict.fromkeys(seen))
+    assert order == [(True, 16), (False, 32), (True, 24), (True, 32)]
+    assert sum(size == 16 for _, size in seen) == sum(size == 24 for _, size in seen) == 5
+
+
+@pytest.mark.parametrize("sizes", ["16", "16:", "x:2", "16:0", "4:2", "16:2;24:2", "16:3"])
+def test_sizes_that_are_none(sizes: str) -> None:
+    with pytest.raises(UserError, match="--sizes"):
+        replace(RECIPE, sizes=sizes)
+
+
+def test_biases_of_batch_norm_learn_at_their_own_rate(small_npz: Path, tmp_path: Path) -> None:
+    network = small_network()
+    optimizer = build_optimizer(network, replace(RECIPE, bias_lr=8.0, weight_decay=0.1))
+    fast = [group for group in optimizer.param_groups if group.get("lr_factor") == 8]
+    assert [id(p) for group in fast for p in group["params"]] == [id(network.network[1].bias)]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
+    found = []
+    for factor in (1.0, 2.0):  # without momentum the first step moves by rate times gradient
+        moved = small_network()
+        recipe = replace(RECIPE, bias_lr=factor, momentum=0.0, warmup=0)
+        with pytest.raises(Stopped):
+            train(tmp_path / str(factor), small_npz, recipe, Options(steps=1), student=moved)
+        found.append(
+            [p.detach() - q.detach() for p, q in zip(moved.parameters(), small_network().parameters(), strict=True)]
+        )
+    for (name, _), one, two in zip(network.network.named_parameters(), *found, strict=True):
+        torch.testing.assert_close(two, one * (2 if name == "1.bias" else 1))
 
 
 def test_training_lowers_the_loss_and_beats_chance(small_npz: Path, tmp_path: Path) -> None:
