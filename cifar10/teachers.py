@@ -55,7 +55,9 @@ def load_teacher(
             print(
                 f"note: the published {recipe.teacher_arch} was trained on {taught['data']['name']}, not on {data.name}"
             )
-    return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}", CACHE)
+    size = teacher.network.spec.size
+    enlarged = f", at {size} pixels" if size != test.images.shape[1] else ""
+    return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}{enlarged}", CACHE)
 
 
 def named(arch: str, options: Options) -> Path | None:
@@ -129,7 +131,10 @@ def _expected(recipe: Recipe) -> Recipe:
     """The recipe by which the teacher of `recipe` is trained where there is none."""
     arch = recipe.teacher_arch or ""
     if arch not in MODELS.names():
-        return replace(PRETRAINED_TEACHER, arch=arch, image_size=recipe.teacher_image_size, val_split=recipe.val_split)
+        usual, batch_size = PRETRAINED_TEACHER, min(PRETRAINED_TEACHER.batch_size, recipe.batch_size)
+        lr = usual.lr * batch_size / usual.batch_size
+        own: dict[str, Any] = {"arch": arch, "image_size": recipe.teacher_image_size, "val_split": recipe.val_split}
+        return replace(usual, **own, batch_size=batch_size, lr=lr)
     return replace(
         TEACHER,
         arch=arch,
@@ -166,8 +171,8 @@ def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet
     if times[cheap] < 0.7 * times[recipe.arch]:
         advice = f"--teacher-arch {cheap} --arch {student}, about {_duration(times[cheap])}"
     print(
-        f"teacher: {recipe.arch} has no finished run on {data.name}: it is trained first by CE, "
-        f"{recipe.epochs} epochs, "
+        f"teacher: {recipe.arch} has no finished run on {data.name}: it is trained first by CE"
+        f"{' from its ImageNet weights' if recipe.pretrained else ''}, {recipe.epochs} epochs, "
         f"lr {recipe.lr:g}, batch {recipe.batch_size}, about {_duration(times[recipe.arch])}. "
         f"Cheaper: {advice}. Or name its weights by --teacher-checkpoint FILE."
     )
