@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import io
 import json
 import os
 import re
@@ -13,8 +12,10 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from distill.errors import UserError, lost_process, out_of_memory
+from distill import output
+from distill.errors import UserError, lost_process, out_of_memory, too_many_files
 from distill.knobs import allowed, flag, value_type
+from distill.machine import find_place, is_joined
 from distill.methods import SETTINGS
 from distill.recipe import Options, Recipe
 
@@ -222,45 +223,55 @@ def check_file(path: str | None) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Run `main` with the command line, then exit: 0, or 2 with one line, or 128 + N after signal N."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file has every line, also of a run that is killed
-    rank = int(os.environ.get("RANK", "0"))  # of several processes; all print the same
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as this process lives
+    """Run `main` with the command line, then exit: 0, or 1 or 2 with one line, or 128 + N after signal N."""
+    output.prepare()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
-        line = " ".join(str(error).split())
         if not error.told:
-            line = f"error: {line}" if error.exit_code in (1, 2) else line
-            print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
+            _tell(str(error), error.exit_code)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("distill", "cifar10", "imagenet"):
-            raise
-        install = "source .venv/bin/activate after bash scripts/quickstart.sh, or pip install -r requirements.txt"
-        print(f"error: the package {error.name} is missing; {install}", file=sys.stderr)
-        code = 2
-    except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
-            line = "out of memory; try a smaller --batch-size; what was saved is kept"
-        elif lost_process(error):
-            line = f"another process of the run is gone ({str(error).splitlines()[0]:.160}); what was saved is kept"
-        elif "does not have a deterministic implementation" in str(error):
-            line = f"{str(error).split(',')[0]}: leave out --deterministic"
-        else:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        code = 1
+        code = _tell("interrupted", 130)
     except BrokenPipeError:
-        sys.stderr.close()
         code = 141
-    if code and "RANK" in os.environ:
+    except (ModuleNotFoundError, MemoryError, RuntimeError, OSError) as error:
+        line, code = _explain(error)
+        if not line:
+            raise
+        _tell(line, code)
+    if code and is_joined():
         # the end of an interpreter that is still connected to others may abort, code 134 (torch 2.15 and before);
         # every line is out already
         os._exit(code)
     sys.exit(code)
+
+
+def _tell(text: str, code: int) -> int:
+    """One line on stderr, from one of several processes with its number. Returns `code`."""
+    line = " ".join(text.split())
+    line = f"error: {line}" if code in (1, 2) else line
+    rank = find_place().rank if is_joined() else 0
+    print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
+    return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """A line for an error that is the machine's or the installation's, and the exit code; no line for a bug."""
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").split(".")[0] in ("distill", "cifar10", "imagenet"):
+            return "", 1
+        install = "source .venv/bin/activate after bash scripts/quickstart.sh, or pip install -r requirements.txt"
+        return f"the package {error.name} is missing; {install}", 2
+    if out_of_memory(error):
+        return "out of memory; try a smaller --batch-size; what was saved is kept", 1
+    if too_many_files(error):
+        return f"too many open files ({error}): raise `ulimit -n`, or lower --workers; what was saved is kept", 1
+    if "No usable temporary directory" in str(error):
+        return f"{getattr(error, 'strerror', error)}: set TMPDIR to one that can be written to", 2
+    if lost_process(error):
+        gone = str(error).splitlines()[0]
+        return f"another process of the run is gone ({gone:.160}); what was saved is kept", 1
+    if "does not have a deterministic implementation" in str(error):
+        return f"{str(error).split(',')[0]}: leave out --deterministic", 1
+    return "", 1

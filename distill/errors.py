@@ -1,5 +1,7 @@
 """What ends a run with one line: mistakes that a person can put right, and what machines do. Knows no torch."""
 
+import errno
+
 
 class UserError(ValueError):
     """Something a person can put right. Shown as one line on stderr, without a traceback; exit code 2.
@@ -20,3 +22,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a MemoryError or RuntimeError says that memory ran out, on the host or on a device."""
     words = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of CUDA, of the CPU, of cuBLAS
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def too_many_files(error: BaseException) -> bool:
+    """Whether an error says that this process, or the machine, may not open one more file."""
+    return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error)

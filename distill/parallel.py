@@ -24,6 +24,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distill.errors import UserError
+from distill.machine import Place, announced, cores, find_place
 from distill.recipe import Recipe
 from distill.registry import Classifier
 
@@ -42,26 +43,46 @@ def start(name: str, *, deterministic: bool = False) -> torch.device:
     here = devices(name)
     device = here[0]
     _keep_freed_memory()
+    _limit_threads()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         # otherwise each new tensor is filled with NaN before its use
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
-    if several and device.type == "cuda":
-        if local_rank() >= len(here):
-            raise UserError(f"{local_rank() + 1} or more processes for {len(here)} CUDA devices: lower NPROC")
+    place = find_place()
+    if place.world_size > 1 and device.type == "cuda":
+        if place.local_rank >= len(here):
+            raise UserError(f"{place.local_rank + 1} or more processes for {len(here)} CUDA devices: lower NPROC")
         if len(set(here)) < len(here):
             raise UserError(f"--device {name}: each of several processes wants a device of its own")
-        device = here[local_rank()]
+        device = here[place.local_rank]
     if device.type == "cuda":
         torch.cuda.set_device(device)  # before NCCL starts; and for what torch asks of the current GPU
-    if several and not dist.is_initialized():
-        if sys.platform == "linux":  # a launcher that is killed takes its processes along: they save and end
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if place.world_size > 1 and not dist.is_initialized():
+        _join(place, device)
     return device
+
+
+def _join(place: Place, device: torch.device) -> None:
+    """Meet the other processes of the run. From then on rank 0 prints for all of them."""
+    if sys.platform == "linux":  # a launcher that is killed takes its processes along: they save and end
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    others = f"the {place.world_size} processes of the run to meet at {where}; this is process {place.rank}"
+    try:
+        with announced(others):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (dist.DistError, ValueError) as error:  # ValueError: of a port that is out of range
+        raise UserError(f"could not join {others} ({str(error).splitlines()[0]:.160})") from None
+    if place.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as this process lives
+
+
+def _limit_threads() -> None:
+    """As many threads as there are cores to use: torch knows the affinity of a process, and no quota of its cgroup."""
+    if not os.environ.get("OMP_NUM_THREADS") and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())
 
 
 def _keep_freed_memory() -> None:
@@ -212,7 +233,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """The number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return find_place().local_rank
 
 
 def share() -> tuple[int, int]:

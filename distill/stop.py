@@ -11,7 +11,7 @@ from types import FrameType
 from distill.errors import UserError, out_of_memory
 from distill.recipe import Recipe
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(UserError):
@@ -35,7 +35,8 @@ class StopRequest:
         self._grace = 30.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        heard = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup has it so
+        self._before = {number: signal.signal(number, self._request) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:

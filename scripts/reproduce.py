@@ -11,7 +11,6 @@ other flags, or other data, make a table of their own, which is printed. NPROC a
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from cifar10.recipes import RECIPES  # noqa: E402
 from distill import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.knobs import flag, knob  # noqa: E402
+from distill.machine import is_joined  # noqa: E402
 from distill.recipe import Options, Recipe  # noqa: E402
 from scripts import results  # noqa: E402
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         return
     from distill.parallel import devices, leave, on_main
 
-    if options.device == "auto" and devices("auto")[1:] and "WORLD_SIZE" not in os.environ:
+    if options.device == "auto" and devices("auto")[1:] and not is_joined():
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
         planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
     recorded = False

@@ -25,9 +25,10 @@ FLAGS = ["--arch", "densenet_cifar", "--batch-size", "8", "--epochs", "3", "--de
 
 
 def processes(count: int, *words: object) -> "subprocess.CompletedProcess[str]":
-    where = ["--standalone", "--nproc-per-node", count, ROOT / "tests" / "processes.py"]
-    command = [sys.executable, ROOT / "scripts" / "torchrun.py", *where, *words]
-    return subprocess.run([str(w) for w in command], capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, ROOT / "scripts" / "torchrun.py", ROOT / "tests" / "processes.py", *words]
+    settings = {**os.environ, "NPROC": str(count)}
+    words = [str(word) for word in command]
+    return subprocess.run(words, env=settings, capture_output=True, text=True, timeout=300, check=False)
 
 
 def start(launcher: str, *flags: object, **environment: str) -> "subprocess.Popen[str]":
