@@ -1,14 +1,15 @@
-"""CIFAR-10 as its authors publish it: download, verify, and read without running anything that is in it.
+"""CIFAR-10 and CIFAR-100 as their authors publish them: download, verify, and read without running what is in them.
 
 The archive is read in place: known members by name, nothing is extracted, and the unpickler builds numpy arrays only.
-Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. Digest of the archive: sha256 below (its
-published md5 is c58f30108f718f92721af3b95e74349a).
+Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. Digests of the archives: sha256 below (their
+published md5 are c58f30108f718f92721af3b95e74349a and eb9058c3a382ffc7106e4002c42a8d85).
 """
 
 import io
 import pickle
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,61 @@ from numpy.typing import NDArray
 from distill import downloads
 from distill.errors import UserError
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-ARCHIVE = "cifar-10-python.tar.gz"
-SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-FOLDER = "cifar-10-batches-py"
-BATCHES = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)}
-NAMES = "batches.meta"
-LARGEST = 100_000_000  # bytes of one batch; the published ones have 31 million
 
-# What a pickled numpy array of bytes consists of, under the names that old and new versions of numpy give it.
+@dataclass(frozen=True)
+class Published:
+    """A data set of theirs: the archive, and what is in it."""
+
+    name: str
+    archive: str
+    sha256: str
+    folder: str
+    train: tuple[str, ...]  # batches
+    test: str
+    meta: str  # the file with the classes' names
+    labels: str  # keys in a batch and in `meta`
+    names: str
+    url: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.train, self.test, self.meta)
+
+
+SITE = "https://www.cs.toronto.edu/~kriz"
+CIFAR10 = Published(
+    name="CIFAR-10",
+    archive="cifar-10-python.tar.gz",
+    sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    folder="cifar-10-batches-py",
+    train=tuple(f"data_batch_{k}" for k in range(1, 6)),
+    test="test_batch",
+    meta="batches.meta",
+    labels="labels",
+    names="label_names",
+    url=f"{SITE}/cifar-10-python.tar.gz",
+)
+CIFAR100 = Published(
+    name="CIFAR-100",
+    archive="cifar-100-python.tar.gz",
+    sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    folder="cifar-100-python",
+    train=("train",),
+    test="test",
+    meta="meta",
+    labels="fine_labels",
+    names="fine_label_names",
+    url=f"{SITE}/cifar-100-python.tar.gz",
+)
+LARGEST = 200_000_000  # bytes of one batch; the published ones have up to 155 million
+
+# What a pickled numpy array or number consists of; old versions of numpy say numpy.core for numpy._core.
 ARRAY_PIECES = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
     ("_codecs", "encode"),
 }
 
@@ -40,14 +82,20 @@ class ArrayUnpickler(pickle.Unpickler):
     """Builds plain values and numpy arrays; anything else in the pickle raises UnpicklingError with its name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ARRAY_PIECES:
+        today = module.replace("numpy.core", "numpy._core")
+        if (today, name) not in ARRAY_PIECES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no piece of an array")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(today, name)
 
 
-def is_official(path: Path) -> bool:
-    """Whether the directory holds the archive, its unpacked folder, or is that folder."""
-    return any((path / name).exists() for name in (ARCHIVE, FOLDER, BATCHES["train"][0]))
+def find_official(path: Path) -> Published | None:
+    """Of which data set the directory holds the archive or its unpacked folder, or is that folder, if of any."""
+    for known in (CIFAR10, CIFAR100):
+        if (path / known.archive).exists() or (path / known.folder).exists():
+            return known
+        if any((path / name).is_file() for name in known.train):
+            return known
+    return None
 
 
 def is_begun(directory: Path) -> bool:
@@ -55,28 +103,30 @@ def is_begun(directory: Path) -> bool:
     return directory.is_dir() and any(not entry.name.endswith(".partial") for entry in directory.iterdir())
 
 
-def read_official(path: Path) -> dict[str, NDArray[Any]]:
+def read_official(path: Path, known: Published) -> dict[str, NDArray[Any]]:
     """The arrays of a .npz file of images, from the archive in the directory or from its unpacked batches.
 
     Raises UserError for a wrong digest, a missing batch, and anything in a batch that is no array of images.
     """
-    archive = path / ARCHIVE
+    archive = path / known.archive
     if archive.exists():
-        return _assemble(_read_archive(archive), str(archive))
-    folder = path / FOLDER if (path / FOLDER).exists() else path
-    return _assemble(lambda name: _read_file(folder / name), str(folder))
+        return _assemble(known, _read_archive(archive, known), str(archive))
+    folder = path / known.folder if (path / known.folder).exists() else path
+    return _assemble(known, lambda name: _read_file(folder / name, known), str(folder))
 
 
-def _read_archive(archive: Path) -> Callable[[str], bytes]:
+def _read_archive(archive: Path, known: Published) -> Callable[[str], bytes]:
     try:
         with open(archive, "rb") as file:
             found = downloads.sha256_of(file)
     except OSError as error:
         raise UserError(f"cannot read {archive}: {error.strerror}") from None
-    if found != SHA256:
-        raise UserError(f"{archive} has sha256 {found} instead of {SHA256}: cut short or another file; fetch it again")
+    if found != known.sha256:
+        raise UserError(
+            f"{archive} has sha256 {found} instead of {known.sha256}: cut short or another file; fetch it again"
+        )
     contents: dict[str, bytes] = {}
-    wanted = {f"{FOLDER}/{name}" for names in (*BATCHES.values(), (NAMES,)) for name in names}
+    wanted = {f"{known.folder}/{name}" for name in known.files}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:  # in the order of the file: seeking back would decompress it again
@@ -90,35 +140,36 @@ def _read_archive(archive: Path) -> Callable[[str], bytes]:
 
     def read(name: str) -> bytes:
         if name not in contents:
-            raise UserError(f"{archive} has no {FOLDER}/{name}")
+            raise UserError(f"{archive} has no {known.folder}/{name}")
         return contents[name]
 
     return read
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: Path, known: Published) -> bytes:
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is missing, no file, or too large for a batch of CIFAR-10")
+            raise UserError(f"{path} is missing, no file, or too large for a batch of {known.name}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _assemble(read: Callable[[str], bytes], source: str) -> dict[str, NDArray[Any]]:
+def _assemble(known: Published, read: Callable[[str], bytes], source: str) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
-    for split, names in BATCHES.items():
-        batches = [_unpickle(read(name), f"{source}: {name}") for name in names]
-        images = [_images(batch, f"{source}: {name}") for batch, name in zip(batches, names, strict=True)]
-        labels = [np.asarray(batch[b"labels"], dtype=np.int64) for batch in batches]
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = np.concatenate(images), np.concatenate(labels)
-    named = _unpickle(read(NAMES), f"{source}: {NAMES}").get(b"label_names")
-    if not isinstance(named, list) or not all(isinstance(name, bytes) for name in named):
-        raise UserError(f"{source}: {NAMES} does not name the classes")
-    return {**arrays, "classes": np.array([name.decode(errors="replace") for name in named])}
+    for split, names in (("train", known.train), ("test", (known.test,))):
+        batches = [_unpickle(read(name), f"{source}: {name}", known) for name in names]
+        parts = [_batch(batch, known, f"{source}: {name}") for batch, name in zip(batches, names, strict=True)]
+        arrays[f"{split}_images"] = np.concatenate([images for images, _ in parts])
+        arrays[f"{split}_labels"] = np.concatenate([labels for _, labels in parts])
+    named = _unpickle(read(known.meta), f"{source}: {known.meta}", known).get(known.names)
+    if not isinstance(named, list) or not all(isinstance(name, (bytes, str)) for name in named):
+        raise UserError(f"{source}: {known.meta} does not name the classes")
+    return {**arrays, "classes": np.array([_text(name) for name in named])}
 
 
-def _unpickle(content: bytes, source: str) -> dict[bytes, Any]:
+def _unpickle(content: bytes, source: str, known: Published) -> dict[str, Any]:
+    """A batch by its keys, which are bytes as Python 2 has pickled it, and strings where Python 3 has again."""
     try:
         batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
     except pickle.UnpicklingError as error:
@@ -126,20 +177,32 @@ def _unpickle(content: bytes, source: str) -> dict[bytes, Any]:
     except Exception as error:  # damaged pickles raise nearly anything
         raise UserError(f"{source} is damaged ({type(error).__name__})") from None
     if not isinstance(batch, dict):
-        raise UserError(f"{source} is no batch of CIFAR-10")
-    return batch
+        raise UserError(f"{source} is no batch of {known.name}")
+    return {_text(key): value for key, value in batch.items() if isinstance(key, (bytes, str))}
 
 
-def _images(batch: dict[bytes, Any], source: str) -> NDArray[np.uint8]:
-    """(N, 32, 32, 3) from rows of 3072 bytes: all red values, then green, then blue."""
-    rows, labels = np.asarray(batch.get(b"data")), batch.get(b"labels")
+def _text(name: bytes | str) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else name
+
+
+def _batch(batch: dict[str, Any], known: Published, source: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (N, 32, 32, 3) from rows of 3072 bytes, all red values, then green, then blue; and their labels (N,)."""
+    rows, listed = np.asarray(batch.get("data")), batch.get(known.labels)
     fits = rows.dtype == np.uint8 and rows.ndim == 2 and rows.shape[1] == 3072
-    if not fits or not isinstance(labels, list) or len(labels) != len(rows) or set(map(type, labels)) - {int}:
+    numbers = isinstance(listed, np.ndarray) or (isinstance(listed, list) and all(map(_is_integer, listed)))
+    labels = np.asarray(listed if numbers else [0.5])
+    if not fits or labels.dtype.kind not in "iu" or labels.size != len(rows):
         raise UserError(f"{source} does not hold rows of 3072 bytes with a label each")
-    return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    images = np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return images, labels.reshape(-1).astype(np.int64)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def download(directory: Path) -> None:
-    """Fetch the archive into `directory`, verified by sha256. Raises UserError that says which file to put where."""
-    by_hand = f"put {ARCHIVE} from {URL} into {directory}, or try --data sample"
-    downloads.fetch("CIFAR-10", URL, directory / ARCHIVE, SHA256, by_hand)
+    """Fetch CIFAR-10's archive into `directory`, verified by sha256. Raises UserError that says which file to put
+    where."""
+    by_hand = f"put {CIFAR10.archive} from {CIFAR10.url} into {directory}, or try --data sample"
+    downloads.fetch(CIFAR10.name, CIFAR10.url, directory / CIFAR10.archive, CIFAR10.sha256, by_hand)

@@ -51,12 +51,12 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     print(data)
     training, tests = prepare(data, recipe, device)
     student, init_digest = build_student(recipe, len(data.classes), options.init, device, training.examples())
-    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
-    facts["world_size"] = shares(options.device)
+    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
+    facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
     if options.evaluate:
         return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
     with open_run(options, recipe, data.name) as run:
-        if summary := run.claim(recipe, facts, device, extend=options.extend):
+        if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary
         fitted = fit(
             run,

@@ -63,16 +63,16 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         show_features(recipe, options, student, data)
         return None
     check_places(recipe, student, len(data.classes))
-    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
-    facts["world_size"] = shares(options.device)
+    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
+    facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
     with open_run(options, recipe, data.name) as run:
-        run.check(recipe, facts, extend=options.extend)  # before hours of a teacher's training
+        run.check(recipe, facts, **options.allowed)  # before hours of a teacher's training
         if not options.teacher_checkpoint and (summary := run.report(recipe)):
             return summary
         precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
         teacher, known = load_teacher(recipe, options, data, tests["test"], train_ce.train, precision)
         facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
-        if summary := run.claim(recipe, facts, device, extend=options.extend):
+        if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary
         answers = training if recipe.method == "none" else answered(recipe, options, data, training, teacher)
         error = measure_top_k(recipe, student, tests["test"], known)

@@ -99,7 +99,7 @@ class AnsweredData:
 
     def __init__(self, data: ViewedData, teacher: Teacher, store: LogitStore | None, encoding: Encoding) -> None:
         self.data, self.teacher, self.store, self.encoding = data, teacher, store, encoding
-        self.steps_per_epoch, self.labelled = data.steps_per_epoch, data.labelled
+        self.steps_per_epoch, self.labelled, self.from_files = data.steps_per_epoch, data.labelled, data.from_files
         share = data.plan.batch_size // data.plan.share[1]
         self._ahead = max(1, teacher.at_once // share)  # batches
         self.answered = 0  # views that the teacher has answered in this process, the others came from the store

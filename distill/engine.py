@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from distill import checkpoint
-from distill.errors import UserError
-from distill.evaluation import Evaluation, EvaluationStopped, evaluate
+from distill.errors import BrokenImage, UserError
+from distill.evaluation import Evaluation, EvaluationStopped, evaluate, raise_broken
 from distill.metrics import Tally
 from distill.objectives import Objective
 from distill.optim import WeightAverage, build_optimizer, learning_rate
@@ -175,6 +175,8 @@ class Trainer:
                 raise ValueError(f"sums of {tuple(own['tally'].shape)}")
             self.state.tally.sums.copy_(own["tally"])
             epoch, step, records = payload["epoch"], payload["step"], payload["records"]
+            if self.options.allow_data_change:
+                step = min(step, self.data.steps_per_epoch)  # with fewer images an epoch may be shorter
             if (
                 not 0 <= epoch <= self.recipe.epochs
                 or not 0 <= step <= self.data.steps_per_epoch
@@ -195,7 +197,8 @@ class Trainer:
         except (KeyError, TypeError):
             raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
         now = {**self.recipe.to_dict(), **self.facts}
-        changed = [key for key in differing(before, now) if not (key == "epochs" and self.options.extend)]
+        allowed = {"epochs": self.options.extend, "data_digest": self.options.allow_data_change}
+        changed = [key for key in differing(before, now) if not allowed.get(key)]
         if changed:
             hint = "; --extend allows more epochs" if changed == ["epochs"] else ""
             raise checkpoint.CheckpointError(f"{source} is of another run: {tell(changed, before, now)}{hint}")
@@ -213,7 +216,13 @@ class Trainer:
         bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=shows)
         stopping, due = any_of(stop.asked(), False)
         while state.step < steps and not stopping and self.steps_left != 0:
-            self.train_step(next(batches))
+            try:
+                batch = self._next(batches)
+            except BrokenImage:
+                bar.close()
+                self._add_time(start)
+                raise
+            self.train_step(batch)
             state.step += 1
             bar.update()
             if self.steps_left is not None:
@@ -234,6 +243,19 @@ class Trainer:
         self._check_finite()  # waits for the device, so that the time is that of finished work
         self._add_time(start)
         return state.step == steps
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. Raises BrokenImage on every process, before the step of any, if one of them has met some."""
+        if not self.data.from_files:
+            return next(batches)
+        batch, broken = None, dict[str, str]()
+        try:
+            batch = next(batches)
+        except BrokenImage as error:
+            broken = error.files
+        raise_broken(broken)
+        assert batch
+        return batch
 
     def train_step(self, batch: Batch) -> None:
         """One update, unless the loss is not finite."""
@@ -345,7 +367,8 @@ def fit(
     counts; the raw weights stand beside it as `raw_test`. `facts`: digests of data, teacher and initial weights, which
     belong to the run's identity. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and
     torch (on CUDA with --deterministic).
-    Raises Stopped after a signal (exit code 128 + N), after --steps (0), or when the loss is not finite (1).
+    Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
+    image file cannot be decoded (2).
     """
     if len({repr(other) for other in gather(facts)}) > 1:
         raise UserError("the processes of this run do not have the same data, teacher or initial weights")
@@ -359,17 +382,18 @@ def fit(
         print(f"continuing at epoch {state.epoch + 1}, step {state.step} of {data.steps_per_epoch}")
     with StopRequest() as stop, memory_advice(recipe, run.path):
         while state.epoch < recipe.epochs:
-            complete = trainer.train_epoch(stop)
-            start = time.perf_counter()
             try:
-                if not complete:
+                if not trainer.train_epoch(stop):
                     raise EvaluationStopped
+                start = time.perf_counter()
                 found = {name: evaluate(result, test, stop.asked) for name, test in tests.items()}
                 if trainer.average:
                     found["raw_test"] = evaluate(student, tests["test"], stop.asked)
             except EvaluationStopped:
                 trainer.save()
                 raise _stopped(trainer, stop) from None
+            except BrokenImage as broken:
+                raise _broken(trainer, broken) from None
             state.timings["wall"] += time.perf_counter() - start
             trainer.record_epoch(found)
     test = found["test"] if found else evaluate(result, tests["test"])
@@ -378,9 +402,28 @@ def fit(
 
 
 def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
-    state, number = trainer.state, max(number or 0 for number in gather(stop.signal))
+    number = max(number or 0 for number in gather(stop.signal))
     why = f"by {signal.Signals(number).name}" if number else f"after {trainer.options.steps} steps"
-    where = f"epoch {state.epoch + 1}, step {state.step} of {trainer.data.steps_per_epoch}"
-    same = f"--output {trainer.run.path} in place of --fresh" if trainer.options.fresh else "the same command"
-    message = f"{trainer.recipe.arch} stopped {why} at {where}; saved in {trainer.run.path}; {same} continues"
+    message = f"{trainer.recipe.arch} stopped {why} at {_where(trainer)}; {_same_command(trainer)} continues"
     return Stopped(message, 128 + number if number else 0, told=rank() > 0)
+
+
+def _broken(trainer: Trainer, error: BrokenImage) -> UserError:
+    """What ends a run that has met broken images: as after a signal, everything up to there is saved."""
+    if not trainer.state.epoch and not trainer.state.step:
+        return error
+    trainer.save()
+    trainer.run.record_broken(error.files)
+    message = f"{trainer.recipe.arch} stopped at {_where(trainer)}: {error.named}; mended, {_same_command(trainer)} "
+    message += "continues; without them it does with --skip-bad-images --allow-data-change"
+    return Stopped(message, 2, told=rank() > 0)
+
+
+def _where(trainer: Trainer) -> str:
+    state = trainer.state
+    step = f"step {state.step} of {trainer.data.steps_per_epoch}"
+    return f"epoch {state.epoch + 1}, {step}; saved in {trainer.run.path}"
+
+
+def _same_command(trainer: Trainer) -> str:
+    return f"--output {trainer.run.path} in place of --fresh" if trainer.options.fresh else "the same command"

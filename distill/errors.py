@@ -27,3 +27,24 @@ def out_of_memory(error: BaseException) -> bool:
 def too_many_files(error: BaseException) -> bool:
     """Whether an error says that this process, or the machine, may not open one more file."""
     return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error)
+
+
+class BrokenImage(UserError):
+    """Image files that cannot be decoded: `files` has the cause of each, the message names the first five."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        super().__init__(files)  # what it is pickled with, on its way from another process
+        self.files = files
+
+    def __str__(self) -> str:
+        return f"{self.named}; --skip-bad-images leaves out up to 0.1 % of them, or one"
+
+    @property
+    def named(self) -> str:
+        """`cannot decode FILE: cause`, of several `3 images are broken: cannot decode FILE: cause; ...`."""
+        return self.causes if len(self.files) == 1 else f"{len(self.files)} images are broken: {self.causes}"
+
+    @property
+    def causes(self) -> str:
+        told = [f"cannot decode {file}: {cause}" for file, cause in sorted(self.files.items())]
+        return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill import checkpoint
+from distill.errors import BrokenImage
 from distill.metrics import Tally
-from distill.parallel import any_of, gather, on_main, reduce, share, share_buffers
+from distill.parallel import any_of, gather, on_main, rank, reduce, share, share_buffers
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import open_run
@@ -46,21 +47,34 @@ class EvaluationStopped(Exception):
     """`stop` asked evaluate() to end before the last image."""
 
 
+def raise_broken(broken: dict[str, str]) -> None:
+    """Raises BrokenImage on every process if one of them has met images that cannot be decoded, with all of them."""
+    if any_of(bool(broken))[0]:
+        error = BrokenImage({file: cause for files in gather(broken) for file, cause in files.items()})
+        error.told = rank() > 0
+        raise error
+
+
 @torch.no_grad()
 def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lambda: False) -> Evaluation:
     """Cross-entropy and accuracies of `network` in eval mode. Each process takes its share of the images, each image is
-    seen once, and every process gets the whole result. Raises EvaluationStopped."""
+    seen once, and every process gets the whole result. Raises EvaluationStopped, and BrokenImage on every process."""
     device = network.mean.device
     tally, start = Tally(device), time.perf_counter()
     predictions = [torch.empty(0, dtype=torch.int64, device=device)]
     share_buffers(network)
     network.eval()
-    for images, labels in test.batches(share()):
-        if stop():
-            break
-        logits = network(images)
-        tally.add(logits, labels, F.cross_entropy(logits, labels))
-        predictions.append(logits.argmax(1))
+    broken: dict[str, str] = {}
+    try:
+        for images, labels in test.batches(share()):
+            if stop():
+                break
+            logits = network(images)
+            tally.add(logits, labels, F.cross_entropy(logits, labels))
+            predictions.append(logits.argmax(1))
+    except BrokenImage as error:
+        broken = error.files
+    raise_broken(broken)
     if any_of(stop())[0]:
         raise EvaluationStopped
     reduce(tally.sums)

@@ -394,6 +394,9 @@ class Options:
         False, "print where --overhaul takes features of teacher and student, and exit", group="running"
     )
     extend: bool = knob(False, "allow more epochs than the run was started with", group="running")
+    allow_data_change: bool = knob(
+        False, "go on though the images are not those that the run began with; it is recorded", group="running"
+    )
     fresh: bool = knob(False, "start over in a new directory beside an existing run", group="running")
     evaluate: bool = knob(
         False, "evaluate the run's checkpoint (or --resume, --init) and exit", group="running", flags=("-e",)
@@ -405,3 +408,8 @@ class Options:
             raise UserError("--extend continues a run and --fresh starts a new one: give one of them")
         if self.fresh and self.resume:
             raise UserError("--resume continues a run and --fresh starts a new one: give one of them")
+
+    @property
+    def allowed(self) -> dict[str, bool]:
+        """In what a run may differ from what it began as, in the words of RunDirectory.check."""
+        return {"extend": self.extend, "allow_data_change": self.allow_data_change}

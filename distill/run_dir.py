@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ from distill.registry import Classifier, count_parameters
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
 CONFIG, METRICS, SUMMARY, LOCK = "config.json", "metrics.jsonl", "summary.json", "lock"
+FOR_READING = ("images",)  # facts that are no part of a run's identity
 
 
 class RunDirectory:
@@ -72,12 +74,15 @@ class RunDirectory:
             self._lock = None
 
     @on_main
-    def check(self, recipe: Recipe, facts: dict[str, Any], *, extend: bool = False) -> None:
+    def check(
+        self, recipe: Recipe, facts: dict[str, Any], *, extend: bool = False, allow_data_change: bool = False
+    ) -> None:
         """Raises UserError, naming the fields that differ, if the directory holds another run than that of `recipe`
-        and `facts` (digests of data, teacher, ...), as far as they are given. `extend` lets `epochs` grow."""
-        self._check(recipe, facts, extend)
+        and `facts` (digests of data, teacher, ...), as far as they are given. `extend` lets `epochs` grow,
+        `allow_data_change` lets the images be others."""
+        self._check(recipe, facts, extend, allow_data_change)
 
-    def _check(self, recipe: Recipe, facts: dict[str, Any], extend: bool) -> None:
+    def _check(self, recipe: Recipe, facts: dict[str, Any], extend: bool, allow_data_change: bool) -> None:
         config = self.read_config()
         if not config or not self.has_begun():
             return
@@ -88,8 +93,13 @@ class RunDirectory:
         grows = "epochs" in changed and recipe.epochs > before["epochs"]
         if extend and grows:
             changed.remove("epochs")
+        if allow_data_change and "data_digest" in changed:
+            changed.remove("data_digest")
         if changed:
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
+            if "data_digest" in changed:
+                counts = f"{before.get('images')} then, {now.get('images')} now"
+                hint += f"--allow-data-change goes on with other images ({counts}), "
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
 
@@ -117,11 +127,17 @@ class RunDirectory:
 
     @on_main
     def claim(
-        self, recipe: Recipe, facts: dict[str, Any], device: torch.device, *, extend: bool = False
+        self,
+        recipe: Recipe,
+        facts: dict[str, Any],
+        device: torch.device,
+        *,
+        extend: bool = False,
+        allow_data_change: bool = False,
     ) -> dict[str, Any] | None:
         """`check`, and `report` of a finished run; otherwise record in config.json that this process starts or
-        continues the run, with a line where torch or the device are not those of the last time."""
-        self._check(recipe, facts, extend)
+        continues the run, with a line where the images, torch or the device are not those of the last time."""
+        self._check(recipe, facts, extend, allow_data_change)
         if summary := self._report(recipe):
             return summary
         config = self.read_config()
@@ -133,8 +149,34 @@ class RunDirectory:
             if former != value:
                 print(f"note: {what} {former} before, {value} now: the result may differ in the last bits")
         updated = {"recipe": recipe.to_dict(), "facts": facts, "starts": [*starts, start]}
+        if config and starts and not self._data_change(start, config["facts"], facts):
+            updated["broken"] = config.get("broken", {})
         checkpoint.write_atomically(self.path / CONFIG, _json(updated))
         return None
+
+    @staticmethod
+    def _data_change(start: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> bool:
+        """Whether the images are others than before: then it is recorded in `start`, and said."""
+        if before["data_digest"] == now["data_digest"]:
+            return False
+        start["data_change"] = {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
+        print(f"--allow-data-change: the run goes on with {now.get('images')}, {before.get('images')} before")
+        return True
+
+    @on_main
+    def broken(self) -> dict[str, int]:
+        """The image files that this run has found broken, and their sizes then."""
+        config = self.read_config()
+        return dict(config.get("broken", {})) if config and self.has_begun() else {}
+
+    @on_main
+    def record_broken(self, files: Iterable[str]) -> None:
+        """Keep with the run which image files were found broken, so that it goes on when they have been mended."""
+        config = self.read_config()
+        if config:
+            sizes = {os.path.abspath(file): os.stat(file).st_size for file in files if os.path.exists(file)}
+            config["broken"] = {**sizes, **config.get("broken", {})}
+            checkpoint.write_atomically(self.path / CONFIG, _json(config))
 
     def read_config(self) -> dict[str, Any] | None:
         """config.json, or None in a new directory. Raises UserError if it cannot be read."""
@@ -173,6 +215,9 @@ class RunDirectory:
             "torch": str(torch.__version__),
             "commit": commit(),
         }
+        config = self.read_config()
+        changes = [start["data_change"] for start in (config or {"starts": []})["starts"] if "data_change" in start]
+        summary |= {"data_changes": changes} if changes else {}
         checkpoint.write_atomically(self.path / SUMMARY, _json(summary))
         print(describe(summary))
         return summary
@@ -195,7 +240,7 @@ class RunDirectory:
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The fields in which two runs (recipe and facts together) differ."""
-    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FOR_READING]
 
 
 def tell(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -177,6 +177,7 @@ class TrainingData(Protocol):
 
     steps_per_epoch: int
     labelled: bool
+    from_files: bool  # read while it trains, so that a batch may raise BrokenImage
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from `first_step` on."""
@@ -298,6 +299,8 @@ class TensorData:
     the same view of a partner, u * own + (1 - u) * partner, rounded to uint8. Partner and share u, uniform in [0, 1),
     are drawn for (view seed, i, v) from the whole training subset, so that nothing depends on the batch.
     """
+
+    from_files = False
 
     def __init__(
         self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy, mixup: ViewDraws | None = None

@@ -1,8 +1,9 @@
 """Photos in folders: listed once, decoded in workers each time they are shown."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import checkpoint
-from distill.errors import UserError
-from distill.folders import list_images
+from distill.errors import BrokenImage, UserError
+from distill.folders import Labelled, list_images
 from distill.parallel import first_here, share
 from distill.registry import InputSpec
-from distill.run_dir import CHECKPOINTS
+from distill.run_dir import RunDirectory
 from distill.views import Batch, EpochPlan, Mixture, ViewOrder, mix, split_validation, uniforms_of
 from imagenet.augment import PhotoViews
 from imagenet.loader import Job, Workers
 from imagenet.recipes import ImageNetRecipe
+from imagenet.survey import without_broken
+from imagenet.val_map import classes_of
 
 TRAIN, VAL = "train", "val"
 BATCH = {"cpu": 128, "cuda": 512}  # photos that are evaluated at a time
@@ -37,16 +40,21 @@ class Photos:
     val_files: Sequence[str]
     val_labels: Tensor
     digest: str  # of the files' names below the directory, their sizes, and the classes; not of what is in them
+    root: Path
 
     labelled = True
 
+    @property
+    def counts(self) -> str:
+        return f"{len(self.train_files)} training, {len(self.val_files)} validation photos"
+
     def __str__(self) -> str:
-        counts = f"{len(self.train_files)} training, {len(self.val_files)} validation photos"
-        return f"{self.name}: {counts}, {len(self.classes)} classes, digest {self.digest[:12]}"
+        return f"{self.name}: {self.counts}, {len(self.classes)} classes, digest {self.digest[:12]}"
 
 
 def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = False) -> Photos:
-    """The directory `source` with train/CLASS/* and val/CLASS/*. Raises UserError.
+    """The directory `source` with train/CLASS/* and val/CLASS/*, or val/* and a file that says their classes.
+    Raises UserError.
 
     skip_bad_images: every file is decoded once, and what cannot be is left out; remembered as long as no file changes.
     """
@@ -56,68 +64,59 @@ def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = F
     if not path.is_dir():
         raise UserError(f"{source} is no directory: it needs train/CLASS/* and val/CLASS/* images")
     with first_here():
-        classes, listed = list_images(path, TRAIN, VAL)
+        classes, listed = list_images(path, TRAIN, VAL, classes_of=partial(classes_of, path))
         if len(classes) < 2:
             raise UserError(f"{path} has one class, {classes[0]!r}: it takes two")
-        digest, stamp = _digests(path, classes, listed)
         if skip_bad_images:
-            listed = _without_broken(listed, stamp, workers)
-            digest, _ = _digests(path, classes, listed)
+            listed = without_broken(listed, workers)
+        digest = _digest(path, classes, listed)
     columns = [column for split in (TRAIN, VAL) for column in zip(*listed[split], strict=True)]
     files, labels = columns[::2], [torch.tensor(column) for column in columns[1::2]]
-    return Photos(path.resolve().name, tuple(classes), files[0], labels[0], files[1], labels[1], digest)
+    return Photos(path.resolve().name, tuple(classes), files[0], labels[0], files[1], labels[1], digest, path)
 
 
-def _digests(path: Path, classes: list[str], listed: dict[str, list[tuple[str, int]]]) -> tuple[str, str]:
-    """Of names and sizes, which are the same in a copy of the directory, and with them of the times of changes."""
-    sizes, times = [], []
-    for file, _ in listed[TRAIN] + listed[VAL]:
-        try:
-            status = Path(file).stat()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from None
-        sizes += [os.path.relpath(file, path), status.st_size]
-        times.append(status.st_mtime_ns)
-    same = checkpoint.digest([classes, sizes])
-    return same, checkpoint.digest([str(path.resolve()), same, times])
-
-
-def _without_broken(
-    listed: dict[str, list[tuple[str, int]]], stamp: str, workers: Workers
-) -> dict[str, list[tuple[str, int]]]:
-    from tqdm import tqdm
-
-    cache = CHECKPOINTS / "cache" / f"broken-{stamp[:32]}.pt"
-    found: dict[str, Any] = {}
-    if cache.exists():
-        try:
-            found = checkpoint.load(cache)
-        except checkpoint.CheckpointError as error:
-            print(f"{error}; looking at all photos again")
-    if not found:
-        for split, pairs in listed.items():
-            parts = workers.find_broken([file for file, _ in pairs], "torchvision")
-            total = -(-len(pairs) // 16)
-            found[split] = [
-                problem for part in tqdm(parts, f"decoding {split}", total, disable=None) for problem in part
-            ]
-        checkpoint.save_cache(cache, found)
-    kept = {}
+def _digest(
+    path: Path, classes: Sequence[str], listed: dict[str, Labelled], former: Mapping[str, int] | None = None
+) -> str:
+    """Of classes, names and sizes, which are the same in a copy of the directory. A file without a class folder counts
+    as if it lay in one. former: sizes of some files, by their paths wherever the directory was, that count in place of
+    what they are. Raises BrokenImage for files that are not there."""
+    sizes, broken = list[str | int](), {}
     for split, pairs in listed.items():
-        broken = dict(found[split])
-        if len(broken) > max(1, len(pairs) // 1000):
-            first = next(iter(broken.values()))
-            raise UserError(f"{len(broken)} of {len(pairs)} {split} photos are broken, more than 0.1 %: {first}")
-        for problem in broken.values():
-            print(f"left out: {problem}")
-        kept[split] = [pair for number, pair in enumerate(pairs) if number not in broken]
-    return kept
+        for file, label in pairs:
+            name = os.path.relpath(file, path)
+            try:
+                size = os.stat(file).st_size
+            except OSError as error:
+                broken[file] = str(error.strerror)
+                continue
+            size = next((before for where, before in (former or {}).items() if where.endswith(f"/{name}")), size)
+            if os.path.dirname(name) == split:
+                name = os.path.join(split, classes[label], os.path.basename(name))
+            sizes += [name, size]
+    if broken:
+        raise BrokenImage(broken)
+    return checkpoint.digest([list(classes), sizes])
+
+
+def known_to(run: RunDirectory, photos: Photos) -> Photos:
+    """`photos`, under the digest by which the run knows them where nothing has changed but files that it found broken:
+    nobody has seen these before."""
+    before, broken = run.recorded("data_digest"), run.broken()
+    if before in (None, photos.digest) or not broken:
+        return photos
+    splits = {TRAIN: (photos.train_files, photos.train_labels), VAL: (photos.val_files, photos.val_labels)}
+    listed = {split: list(zip(files, labels.tolist(), strict=True)) for split, (files, labels) in splits.items()}
+    if _digest(photos.root, photos.classes, listed, broken) != before:
+        return photos
+    print(f"{len(broken)} files that were broken have changed: the run goes on with them")
+    return replace(photos, digest=before)
 
 
 class PhotoData:
     """Training data whose views are rendered in the workers, and sent to `device` as uint8. As views.TensorData."""
 
-    labelled = True
+    labelled, from_files = True, True
 
     def __init__(
         self,
@@ -185,19 +184,19 @@ class PhotoTests:
         device: torch.device,
         decoder: str,
     ) -> None:
-        self.labels, self._files, self._workers = labels.to(device), files, workers
+        self.files, self.labels, self._workers = files, labels.to(device), workers
         self._device = device
         self._policy = PhotoViews("none", spec.size, 0, decoder, 0, spec.resized, spec.interpolation)
         self.name = self._policy.name
 
     def batches(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
         part, parts = share
-        first, last = (len(self._files) * k // parts for k in (part, part + 1))
+        first, last = (len(self.files) * k // parts for k in (part, part + 1))
         size = BATCH[self._device.type]
         starts = range(first, last, size)
         jobs = (np.arange(start, min(start + size, last)) for start in starts)
         rendered = self._workers.render(
-            self._policy, (Job([self._files[i] for i in job.tolist()], job, np.zeros_like(job)) for job in jobs)
+            self._policy, (Job([self.files[i] for i in job.tolist()], job, np.zeros_like(job)) for job in jobs)
         )
         for start, images in zip(starts, rendered, strict=True):
             yield to_device(images, self._device), self.labels[start : start + len(images)]

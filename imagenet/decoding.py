@@ -5,11 +5,9 @@ libraries: torchvision.io and simplejpeg are libjpeg-turbo, Pillow reads every f
 """
 
 import importlib
-import io
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +17,11 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from distill.errors import UserError
+from distill.pixels import is_dim, is_turned, open_image, to_rgb
 
 LARGEST = 64_000_000  # pixels of a file, or of it resized; more is a mistake or a decompression bomb
 
-
-class BrokenImage(UserError):
-    """A file that cannot be decoded: its message names the file and the cause."""
+Result = TypeVar("Result")
 
 
 class Box(NamedTuple):
@@ -62,19 +59,29 @@ def read_centre(file: str, resized: int, size: int, interpolation: str, decoder:
 
     Sizes and offsets are rounded as torchvision's Resize and CenterCrop do. Raises BrokenImage.
     """
+    return _open(file, lambda image, content: _centre(image, content, resized, size, interpolation, decoder))
 
-    def centre(image: Image.Image, content: bytes) -> Tensor:
-        pixels = _decode(image, content, decoder, 1)
-        height, width = pixels.shape[1:]
-        short = min(height, width)
-        shape = (int(resized * height / short), int(resized * width / short))
-        if shape[0] * shape[1] > LARGEST:
-            raise ValueError(f"{width}x{height} pixels, too thin to be resized to {resized} on the short side")
-        found = resize(pixels, shape, interpolation)
-        top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
-        return found[:, top : top + size, left : left + size]
 
-    return _open(file, centre)
+def examine(file: str, decoder: str) -> tuple[bool, bool]:
+    """Decode the whole photo: (EXIF would turn it, it has 16 bits and is nearly black). Raises BrokenImage."""
+
+    def look(image: Image.Image, content: bytes) -> tuple[bool, bool]:
+        _centre(image, content, 32, 32, "bilinear", decoder)
+        return is_turned(image), is_dim(image)
+
+    return _open(file, look)
+
+
+def _centre(image: Image.Image, content: bytes, resized: int, size: int, interpolation: str, decoder: str) -> Tensor:
+    pixels = _decode(image, content, decoder, 1)
+    height, width = pixels.shape[1:]
+    short = min(height, width)
+    shape = (int(resized * height / short), int(resized * width / short))
+    if shape[0] * shape[1] > LARGEST:
+        raise ValueError(f"{width}x{height} pixels, too thin to be resized to {resized} on the short side")
+    found = resize(pixels, shape, interpolation)
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
+    return found[:, top : top + size, left : left + size]
 
 
 def resize(pixels: Tensor, shape: tuple[int, int], interpolation: str) -> Tensor:
@@ -82,21 +89,15 @@ def resize(pixels: Tensor, shape: tuple[int, int], interpolation: str) -> Tensor
     return F.interpolate(pixels.unsqueeze(0), shape, mode=interpolation, antialias=True).squeeze(0)
 
 
-def _open(file: str, work: Callable[[Image.Image, bytes], Tensor]) -> Tensor:
-    try:
-        content = Path(file).read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, which are refused here, and of odd metadata
-            with Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > LARGEST:
-                    raise ValueError(f"{image.width}x{image.height} pixels, more than {LARGEST:,}")
-                return work(image, content)
-    except Exception as error:  # decoders raise nearly anything on damaged input
-        raise BrokenImage(f"cannot decode {file}: {type(error).__name__}: {str(error)[:120]}") from None
+def _open(file: str, work: Callable[[Image.Image, bytes], Result]) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images, which are refused here, and of odd metadata
+        with open_image(file, LARGEST) as (image, content):
+            return work(image, content)
 
 
 def _decode(image: Image.Image, content: bytes, decoder: str, factor: int) -> Tensor:
-    """uint8 (3, H, W); CMYK, palettes, grey, 16 bits and transparency become RGB."""
+    """uint8 (3, H, W), RGB."""
     library = simplejpeg() if decoder == "simplejpeg" else None
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     if plain and factor == 1 and decoder != "pillow":
@@ -108,9 +109,7 @@ def _decode(image: Image.Image, content: bytes, decoder: str, factor: int) -> Te
             pass  # Pillow reads some files that others refuse, and says what is wrong with the rest
     if plain and factor > 1:
         image.draft("RGB", (image.width // factor, image.height // factor))
-    if image.mode.startswith("I"):  # 16 bits: Pillow would clip them instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return _channels_first(np.array(image.convert("RGB")))
+    return _channels_first(np.array(to_rgb(image)))
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:  # type: ignore[type-arg]

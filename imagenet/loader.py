@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.errors import UserError
+from distill.errors import BrokenImage, UserError
 from imagenet.augment import PhotoViews
-from imagenet.decoding import BrokenImage, read_centre
+from imagenet.decoding import examine
 
 AHEAD = 3, 1024  # batches in the making at least, and photos
 PART = 16  # photos of a task, at most
@@ -48,6 +48,18 @@ class Job:
     views: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What there is to say of files, of which each was decoded once."""
+
+    broken: dict[str, str] = field(default_factory=dict)  # file -> why it cannot be decoded
+    turned: int = 0  # files that EXIF would turn
+    dim: list[str] = field(default_factory=list)  # files of 16 bits that are nearly black
+
+    def __add__(self, other: "Findings") -> "Findings":
+        return Findings(self.broken | other.broken, self.turned + other.turned, self.dim + other.dim)
+
+
 class Workers:
     """`count` processes; with 0 of them this one renders. They start when they are first needed."""
 
@@ -58,7 +70,8 @@ class Workers:
     def render(self, policy: PhotoViews, jobs: Iterator[Job]) -> Iterator[Tensor]:
         """uint8 (B, S, S, 3) for each job, in order; those that follow are in the making meanwhile.
 
-        Raises BrokenImage for a file that cannot be decoded, LoaderError if a worker dies or is late.
+        Raises BrokenImage, with all files among those in the making that cannot be decoded, LoaderError if a worker
+        dies or is late.
         """
         if not self.count:
             yield from (_render_all(policy, job) for job in jobs)
@@ -75,22 +88,24 @@ class Workers:
                 waiting.append((file, array, self._submit(policy, job, path, shape)))
             while waiting:
                 yield self._finished(*waiting.popleft())
+        except BrokenImage as error:
+            others = self._broken([future for _, _, futures in waiting for future in futures])
+            raise BrokenImage(error.files | others) from None
         finally:
             for file, _, futures in waiting:
                 for future in futures:
                     future.cancel()
                 file.close()
 
-    def find_broken(self, files: Sequence[str], decoder: str) -> Iterator[list[tuple[int, str]]]:
-        """Decode every file; for each part of them, in order, the numbers of those that cannot be, and why."""
-        starts = range(0, len(files), PART)
-        parts = ((list(files[start : start + PART]), start, decoder) for start in starts)
+    def examine(self, files: Sequence[str], decoder: str) -> Iterator[Findings]:
+        """Decode every file; of each part of them, in order, what was found."""
+        parts = ((list(files[start : start + PART]), decoder) for start in range(0, len(files), PART))
         if not self.count:
-            yield from (_broken(*part) for part in parts)
+            yield from (_examine(*part) for part in parts)
             return
-        waiting: deque[Future[list[tuple[int, str]]]] = deque()
+        waiting: deque[Future[Findings]] = deque()
         for part in parts:
-            waiting.append(self._submitted(_broken, *part))
+            waiting.append(self._submitted(_examine, *part))
             if len(waiting) > 4 * self.count:
                 yield self._result(waiting.popleft())
         while waiting:
@@ -138,9 +153,19 @@ class Workers:
 
     def _finished(self, file: Any, array: NDArray[np.uint8], futures: "list[Future[None]]") -> Tensor:
         with file:
-            for future in futures:
-                self._result(future)
+            if broken := self._broken(futures):
+                raise BrokenImage(broken)
         return torch.from_numpy(array)  # the memory lives as long as the tensor
+
+    def _broken(self, futures: "list[Future[None]]") -> dict[str, str]:
+        """The files that could not be decoded in these parts, when all of them are done."""
+        found: dict[str, str] = {}
+        for future in futures:
+            try:
+                self._result(future)
+            except BrokenImage as error:
+                found |= error.files
+        return found
 
     def _result(self, future: "Future[Any]") -> Any:
         try:
@@ -182,8 +207,9 @@ def _begin() -> None:
 
 
 def _render_all(policy: PhotoViews, job: Job) -> Tensor:
-    rows = zip(job.files, job.indices.tolist(), job.views.tolist(), strict=True)
-    return torch.stack([policy.render(*row) for row in rows])
+    images = torch.empty((len(job.files), policy.size, policy.size, 3), dtype=torch.uint8)
+    _render_into(images, policy, job)
+    return images
 
 
 def _render_part(
@@ -196,16 +222,30 @@ def _render_part(
         if [status.st_dev, status.st_ino] != same:
             return  # nobody waits for it any more, and the path is that of another file by now
         array = torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=shape))
-    for row, (name, index, view) in enumerate(zip(part.files, part.indices.tolist(), part.views.tolist(), strict=True)):
-        array[start + row] = policy.render(name, index, view)
+    _render_into(array[start : start + len(part.files)], policy, part)
 
 
-def _broken(files: list[str], start: int, decoder: str) -> list[tuple[int, str]]:
-    """The numbers, from `start` on, of the files that cannot be decoded, and why."""
-    found = []
-    for number, file in enumerate(files, start):
+def _render_into(images: Tensor, policy: PhotoViews, part: Job) -> None:
+    """Make each image its view. Raises BrokenImage, with all the files that cannot be decoded."""
+    broken: dict[str, str] = {}
+    for image, *row in zip(images, part.files, part.indices.tolist(), part.views.tolist(), strict=True):
         try:
-            read_centre(file, 32, 32, "bilinear", decoder)
+            image.copy_(policy.render(*row))
         except BrokenImage as error:
-            found.append((number, str(error)))
-    return found
+            broken |= error.files
+    if broken:
+        raise BrokenImage(broken)
+
+
+def _examine(files: list[str], decoder: str) -> Findings:
+    broken: dict[str, str] = {}
+    turned, dim = 0, []
+    for file in files:
+        try:
+            is_turned, is_dim = examine(file, decoder)
+        except BrokenImage as error:
+            broken |= error.files
+            continue
+        turned += is_turned
+        dim += [file] if is_dim else []
+    return Findings(broken, turned, dim)

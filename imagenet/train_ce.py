@@ -43,9 +43,10 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     from distill.objectives import CrossEntropy
     from distill.parallel import shares, start
     from distill.run_dir import open_run
-    from imagenet.data import load_data, prepare
+    from imagenet.data import known_to, load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
+    from imagenet.survey import survey
 
     device = start(options.device, deterministic=options.deterministic)
     recipe = replace(recipe, arch=find(recipe.arch, recipe.weights).arch)
@@ -54,13 +55,15 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         print(photos)
         student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
         training, tests = prepare(photos, recipe, student.spec, None, workers, device)
-        facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
-        facts["world_size"] = shares(options.device)
         if options.evaluate:
             return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
         with open_run(options, recipe, photos.name) as run:
-            if summary := run.claim(recipe, facts, device, extend=options.extend):
+            photos = known_to(run, photos)
+            facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
+            facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
+            if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
+            survey(training, tests, workers)
             objective = CrossEntropy(recipe.label_smoothing)
             fitted = fit(
                 run, recipe, options, student=student, objective=objective, data=training, tests=tests, facts=facts

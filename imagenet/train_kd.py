@@ -46,9 +46,10 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     from distill.parallel import shares, start
     from distill.run_dir import open_run
     from distill.teacher import agreement
-    from imagenet.data import load_data, prepare
+    from imagenet.data import known_to, load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
+    from imagenet.survey import survey
     from imagenet.teachers import check_places, find_teacher, load_teacher, show_features
 
     device = start(options.device, deterministic=options.deterministic)
@@ -67,14 +68,16 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             show_features(recipe, options, known_teacher, student, len(photos.classes))
             return None
         check_places(recipe, known_teacher, student, len(photos.classes))
-        facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
-        facts["world_size"] = shares(options.device)
         with open_run(options, recipe, photos.name) as run:
-            run.check(recipe, facts, extend=options.extend)
+            photos = known_to(run, photos)
+            facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
+            facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
+            run.check(recipe, facts, **options.allowed)
+            survey(training, tests, workers)
             precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
             teacher, known = load_teacher(recipe, options, known_teacher, photos, workers, device, precision)
             facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
-            if summary := run.claim(recipe, facts, device, extend=options.extend):
+            if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
             answers = training if recipe.method == "none" else answered(recipe, options, photos, training, teacher)
             error = measure_top_k(recipe, student, tests["test"], known)

@@ -62,7 +62,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where runs land by default."""
-    for module in ("distill.run_dir", "cifar10.teachers", "cifar10.data", "imagenet.teachers", "imagenet.data"):
+    for module in ("distill.run_dir", "cifar10.teachers", "cifar10.folder", "imagenet.teachers", "imagenet.survey"):
         monkeypatch.setattr(f"{module}.CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr("cifar10.teachers.CACHE", tmp_path / "checkpoints" / "cache")
     monkeypatch.setattr("distill.answers.STORES", tmp_path / "checkpoints" / "stores")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar10 import data as module
+from cifar10 import data as data_module
+from cifar10 import folder
 from cifar10.data import CLASSES, load_data
 from distill.errors import UserError
 
@@ -46,7 +47,7 @@ def test_sample_is_balanced_real_cifar10() -> None:
     assert data.train_labels.bincount().tolist() == [200] * 10
     assert data.test_labels.bincount().tolist() == [100] * 10
     assert data.digest == "575c659e57c23ecde6e8d9ac37e6f15aadfcfd60a34dca4c39fdd60a2b7e3cd3"
-    assert 4_000_000 < module.SAMPLE.stat().st_size < 6_000_000
+    assert 4_000_000 < data_module.SAMPLE.stat().st_size < 6_000_000
     mean = data.train_images.double().mean((0, 1, 2)) / 255
     assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.015)
 
@@ -95,9 +96,9 @@ def test_unsigned_labels(tmp_path: Path) -> None:
         ({"classes": np.array(["a", "b"])}, "2 classes, labels up to 2"),
         ({"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)}, "1 classes"),
         ({"test_labels": np.array([0, 1, 3])}, "class 3 is in test_labels but not in train_labels"),
-        ({"classes": np.array(3)}, "no list of classes"),
+        ({"classes": np.array(3)}, "classes is no list of names"),
         ({"train_labels": np.array([0, 1, 2, 0, 1, 10**10])}, "labels up to 10000000000 for 6 images"),
-        ({"classes": np.array(["a", "b", {"c": 1}], dtype=object)}, "no .npz file of plain arrays"),
+        ({"classes": np.array(["a", "b", {"c": 1}], dtype=object)}, "classes is no list of names"),
     ],
 )
 def test_wrong_npz(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -137,10 +138,10 @@ def test_folder_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert first.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     expected = np.asarray(Image.open(root / "train" / "dög" / "001.png"))
     assert np.array_equal(first.train_images[4].numpy(), expected)
-    decode = module._decode
-    monkeypatch.setattr(module, "_decode", lambda *_: pytest.fail("decoded again"))
+    decode = folder._decode
+    monkeypatch.setattr(folder, "_decode", lambda *_: pytest.fail("decoded again"))
     assert load_data(str(root)).digest == first.digest
-    monkeypatch.setattr(module, "_decode", decode)
+    monkeypatch.setattr(folder, "_decode", decode)
     Image.fromarray(255 - expected).save(root / "train" / "dög" / "001.png")
     assert load_data(str(root)).digest != first.digest
 
@@ -149,7 +150,7 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     root = make_folder(tmp_path / "pets", count=100)
     digests = set()
     for workers in (0, 1, 4):
-        monkeypatch.setattr(module, "CHECKPOINTS", tmp_path / str(workers))
+        monkeypatch.setattr(folder, "CHECKPOINTS", tmp_path / str(workers))
         digests.add(load_data(str(root), workers=workers).digest)
     assert len(digests) == 1
 
@@ -157,7 +158,7 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_damaged_cache_is_named_and_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "CHECKPOINTS", tmp_path / "cache of test")
+    monkeypatch.setattr(folder, "CHECKPOINTS", tmp_path / "cache of test")
     root = make_folder(tmp_path / "pets")
     digest = load_data(str(root)).digest
     (cache,) = (tmp_path / "cache of test" / "cache").iterdir()

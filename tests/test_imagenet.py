@@ -27,14 +27,14 @@ from torch import nn
 from torchvision import transforms
 
 from distill import downloads
-from distill.errors import UserError
+from distill.errors import BrokenImage, UserError
 from distill.registry import Classifier, InputSpec
 from distill.teacher import _block
 from distill.views import uniforms, uniforms_of
 from imagenet import models, train_ce, train_kd
 from imagenet.augment import DRAWS, PhotoViews, random_box
 from imagenet.data import PhotoTests, load_data, prepare
-from imagenet.decoding import Box, BrokenImage, read_box, read_centre
+from imagenet.decoding import Box, read_box, read_centre
 from imagenet.loader import Job, LoaderError, Workers
 from imagenet.recipes import RECIPES, STANDARD
 from scripts import precompute, sweep

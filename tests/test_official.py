@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def batch(name: str, count: int = 4) -> dict[bytes, Any]:
 
 
 def members() -> dict[str, Any]:
-    names = [name for names in official.BATCHES.values() for name in names]
+    names = (*official.CIFAR10.train, official.CIFAR10.test)
     return {**{name: batch(name) for name in names}, "batches.meta": {b"label_names": [b"cat", b"dog", b"frog"]}}
 
 
@@ -55,10 +56,14 @@ def forge(contents: dict[str, Any], prefix: str = "cifar-10-batches-py/") -> byt
     return buffer.getvalue()
 
 
+def change(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    monkeypatch.setattr(official, "CIFAR10", replace(official.CIFAR10, **values))
+
+
 def place(directory: Path, archive: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
-    (directory / official.ARCHIVE).write_bytes(archive)
-    monkeypatch.setattr(official, "SHA256", hashlib.sha256(archive).hexdigest())
+    (directory / official.CIFAR10.archive).write_bytes(archive)
+    change(monkeypatch, sha256=hashlib.sha256(archive).hexdigest())
     return directory
 
 
@@ -70,16 +75,16 @@ def test_archive_and_unpacked_batches_give_the_same(tmp_path: Path, monkeypatch:
     first = batch("data_batch_1")[b"data"][0]
     assert packed.train_images[0, 0, 1].tolist() == [first[1], first[1024 + 1], first[2048 + 1]]
     assert packed.train_images[0, 1, 0, 0] == first[32]
-    for folder in (tmp_path / "unpacked" / official.FOLDER, tmp_path / "flat"):
+    for folder in (tmp_path / "unpacked" / official.CIFAR10.folder, tmp_path / "flat"):
         folder.mkdir(parents=True)
         for name, content in members().items():
             (folder / name).write_bytes(pickled(content))
-        root = folder.parent if folder.name == official.FOLDER else folder
+        root = folder.parent if folder.name == official.CIFAR10.folder else folder
         assert load_data(str(root)).digest == packed.digest
 
 
 def test_wrong_digest(tmp_path: Path) -> None:
-    (tmp_path / official.ARCHIVE).write_bytes(forge(members()))
+    (tmp_path / official.CIFAR10.archive).write_bytes(forge(members()))
     with pytest.raises(UserError, match=r"has sha256 .* instead of 6d958be0.*fetch it again"):
         load_data(str(tmp_path))
 
@@ -131,7 +136,7 @@ def test_nothing_leaves_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     contents = {"../outside": b"x", "/tmp/distill-absolute": b"x", **members(), "extra": b"x"}
     path = place(tmp_path / "data", forge(contents), monkeypatch)
     load_data(str(path))
-    assert sorted(p.name for p in tmp_path.rglob("*")) == [official.ARCHIVE, "data"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [official.CIFAR10.archive, "data"]
     assert not Path("/tmp/distill-absolute").exists()
 
 
@@ -169,8 +174,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     archive = forge(members())
-    monkeypatch.setattr(official, "URL", f"http://127.0.0.1:{server.server_port}/{official.ARCHIVE}")
-    monkeypatch.setattr(official, "SHA256", hashlib.sha256(archive).hexdigest())
+    url = f"http://127.0.0.1:{server.server_port}/{official.CIFAR10.archive}"
+    change(monkeypatch, url=url, sha256=hashlib.sha256(archive).hexdigest())
     monkeypatch.setattr(downloads, "WAITS", (0, 0, 0))
     monkeypatch.setattr(module, "DEFAULT", tmp_path / "home" / "data" / "cifar10")
     server.answers = [(archive, len(archive))]
@@ -184,7 +189,7 @@ def test_the_default_directory_is_filled(server: Server) -> None:
     assert len(load_data(None).train_images) == 20
     assert len(load_data(None).train_images) == 20
     assert server.requests == 1
-    assert [p.name for p in module.DEFAULT.iterdir()] == [official.ARCHIVE]
+    assert [p.name for p in module.DEFAULT.iterdir()] == [official.CIFAR10.archive]
 
 
 def test_only_the_default_directory_is_filled(server: Server, tmp_path: Path) -> None:
@@ -203,7 +208,7 @@ def test_a_cut_download_is_tried_again(server: Server) -> None:
 @pytest.mark.parametrize("answer", [(b"another file", 12), (b"<html>sign in</html>", 20), (b"", 0)])
 def test_a_download_that_never_fits(server: Server, answer: tuple[bytes, int]) -> None:
     server.answers = [answer]
-    with pytest.raises(UserError, match=rf"put {official.ARCHIVE} from http.* into .*data/cifar10") as error:
+    with pytest.raises(UserError, match=rf"put {official.CIFAR10.archive} from http.* into .*data/cifar10") as error:
         load_data(None)
     assert "\n" not in str(error.value)
     assert server.requests == 3
@@ -211,12 +216,12 @@ def test_a_download_that_never_fits(server: Server, answer: tuple[bytes, int]) -
 
 
 def test_no_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    works = official.URL
-    monkeypatch.setattr(official, "URL", "http://127.0.0.1:9/nothing")
+    works = official.CIFAR10.url
+    change(monkeypatch, url="http://127.0.0.1:9/nothing")
     for _ in range(2):
         with pytest.raises(UserError, match=r"could not download CIFAR-10 \(.*refused"):
             load_data(None)
     assert server.requests == 0
-    (module.DEFAULT / f"{official.ARCHIVE}.0123.partial").write_bytes(b"of a download that was killed")
-    monkeypatch.setattr(official, "URL", works)
+    (module.DEFAULT / f"{official.CIFAR10.archive}.0123.partial").write_bytes(b"of a download that was killed")
+    change(monkeypatch, url=works)
     assert len(load_data(None).train_images) == 20

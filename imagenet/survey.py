@@ -1,0 +1,80 @@
+"""What there is to say of photos before the first step: each is decoded once, and what was found is remembered."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from tqdm import tqdm
+
+from distill import checkpoint
+from distill.errors import BrokenImage, UserError
+from distill.folders import Labelled
+from distill.parallel import first_here
+from distill.pixels import FIRST, say_dim, say_turned
+from distill.run_dir import CHECKPOINTS
+from imagenet.loader import PART, Findings, Workers
+
+
+class Photos(Protocol):
+    """What is known of photos here."""
+
+    @property
+    def files(self) -> Sequence[str]: ...
+
+
+def survey(training: Photos, tests: Mapping[str, Photos], workers: Workers) -> None:
+    """Decode all photos of `tests` and the first 1,000 of `training`, say what is odd about them, and raise BrokenImage
+    with all that cannot be decoded. Of several processes on a machine one decodes."""
+    start = list(training.files[:FIRST])
+    with first_here():
+        evaluated = look([file for test in tests.values() for file in test.files], "photos to evaluate on", workers)
+        trained = look(start, "training photos", workers)
+    if broken := evaluated.broken | trained.broken:
+        raise BrokenImage(broken)
+    say_turned(trained.turned, len(start))
+    say_dim(evaluated.dim + trained.dim)
+
+
+def look(files: list[str], what: str, workers: Workers) -> Findings:
+    """What is to be said of files; remembered as long as none of them changes."""
+    cache = CHECKPOINTS / "cache" / f"survey-{_stamp(files)}.pt"
+    if cache.exists():
+        try:
+            found = checkpoint.load(cache)
+            return Findings(found["broken"], found["turned"], found["dim"])
+        except checkpoint.CheckpointError as error:
+            print(f"{error}; looking at all photos again")
+    start = time.perf_counter()
+    parts = tqdm(workers.examine(files, "torchvision"), f"decoding {what}", -(-len(files) // PART), disable=None)
+    findings = sum(parts, Findings())
+    print(f"{len(files)} {what} decoded once, in {time.perf_counter() - start:.1f} s")
+    checkpoint.save_cache(cache, {"broken": findings.broken, "turned": findings.turned, "dim": findings.dim})
+    return findings
+
+
+def without_broken(listed: dict[str, Labelled], workers: Workers) -> dict[str, Labelled]:
+    """The photos that can be decoded, of both splits; the others are named. Raises UserError if they are many."""
+    kept = {}
+    for split, pairs in listed.items():
+        broken = look([file for file, _ in pairs], f"{split} photos", workers).broken
+        if len(broken) > max(1, len(pairs) // 1000):
+            counts = f"{len(broken)} of {len(pairs)} {split} photos are broken, more than 0.1 %"
+            raise UserError(f"{counts}: {BrokenImage(broken).causes}")
+        for file, cause in broken.items():
+            print(f"left out: cannot decode {file}: {cause}")
+        kept[split] = [(file, label) for file, label in pairs if file not in broken]
+    return kept
+
+
+def _stamp(files: list[str]) -> str:
+    """Digest of where files lie, of their sizes and times."""
+    known: list[object] = []
+    for file in files:
+        try:
+            status = os.stat(file)
+        except OSError:  # decoding says what is wrong
+            known.append(os.path.abspath(file))
+        else:
+            known += [os.path.abspath(file), status.st_size, status.st_mtime_ns]
+    return checkpoint.digest(known)[:32]
