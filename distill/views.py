@@ -237,6 +237,15 @@ class EpochPlan:
         return self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
 
 
+def check_cutout(cutout: int, side: int) -> None:
+    """Raises UserError where a square of `cutout` pixels, wherever its centre lies, covers an image of `side` pixels.
+
+    Its first row is at most side - 1 - cutout // 2, and its last one at least cutout - 1 - cutout // 2.
+    """
+    if cutout >= 2 * side - 1:
+        raise UserError(f"--cutout {cutout} blots out every image of {side} pixels: it takes {2 * side - 2} at most")
+
+
 def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(training indices, validation indices), each ascending. The same split for every seed and network, so that a
     teacher can be trained on images that no student of it validates on."""
