@@ -52,6 +52,18 @@ def permutation(seed: int, purpose: str, counter: int, count: int) -> NDArray[np
     return np.argsort(raw_draws(seed, purpose, counter, count), kind="stable")
 
 
+class Images(Protocol):
+    """What runs and stores have to know of the images they are about: they are told apart by `digest`; `name` is for
+    people."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+
 # -------------------------------------------------------------------------------------------------------------- views
 class Views(Protocol):
     """How view v of image i looks, as far as the order of the views and the key of a store have to know."""

@@ -57,8 +57,8 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
         facts["world_size"] = shares(options.device)
         if options.evaluate:
-            return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
-        with open_run(options, recipe, photos.name) as run:
+            return evaluate_checkpoint(student, tests["test"], options, recipe, photos)
+        with open_run(options, recipe, photos) as run:
             if summary := run.claim(recipe, facts, device, extend=options.extend):
                 return summary
             objective = CrossEntropy(recipe.label_smoothing)

@@ -62,14 +62,14 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
         training, tests = prepare(photos, recipe, student.spec, known_teacher.spec, workers, device)
         if options.evaluate:
-            return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
+            return evaluate_checkpoint(student, tests["test"], options, recipe, photos)
         if options.show_features:
             show_features(recipe, options, known_teacher, student, len(photos.classes))
             return None
         check_places(recipe, known_teacher, student, len(photos.classes))
         facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "init_digest": init_digest}
         facts["world_size"] = shares(options.device)
-        with open_run(options, recipe, photos.name) as run:
+        with open_run(options, recipe, photos) as run:
             run.check(recipe, facts, extend=options.extend)
             precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
             teacher, known = load_teacher(recipe, options, known_teacher, photos, workers, device, precision)
