@@ -23,7 +23,7 @@ from distill.methods import METHODS
 from distill.parallel import first_here, share
 from distill.recipe import Recipe
 from distill.run_dir import ROOT
-from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewOrder, split_validation
+from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewOrder, check_cutout, split_validation
 
 SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
 DEFAULT = ROOT / "data" / "cifar10"
@@ -120,6 +120,7 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
             raise UserError(
                 "the training images have no labels: they take trainKD.sh --w 1 (or --ce-weight 0), and no --val-split"
             )
+    check_cutout(recipe.cutout, SIZE)
     policy = build_policy(recipe)
     count = len(data.train_images)
     if count - recipe.val_split < recipe.batch_size:

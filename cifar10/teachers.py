@@ -19,7 +19,7 @@ from distill.overhaul import FeatureLoss
 from distill.parallel import choose_precision, choose_teacher_precision, on_main
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
-from distill.run_dir import CHECKPOINTS, ROOT, RunDirectory, differing, next_free
+from distill.run_dir import CHECKPOINTS, ROOT, RunDirectory, differing, next_free, runs_on
 from distill.teacher import Known, Teacher, introduce
 from distill.views import EvaluationSet
 
@@ -98,7 +98,7 @@ def show_features(recipe: Recipe, options: Options, student: Classifier, data: I
     arch, classes = recipe.teacher_arch or "", len(data.classes)
     path = named(arch, options)
     if not path and data.labelled:
-        run, own = _find_run(CHECKPOINTS / data.name / arch, _expected(recipe), data.digest)
+        run, own = _find_run(_expected(recipe), data.name, data.digest)
         path = run / checkpoint.LAST if RunDirectory(run).finished(own) else None
     teacher = _build(recipe, path, classes, "float32", student.mean.device, "cpu")
     weights = path or "random weights (--teacher-checkpoint FILE shows the margins of others)"
@@ -113,8 +113,10 @@ def _trained(
     if not data.labelled:
         raise UserError("the training images have no labels to train a teacher with: give --teacher-checkpoint FILE")
     expected = _expected(recipe)
-    path, own = _find_run(CHECKPOINTS / data.name / recipe.teacher_arch, expected, data.digest)
+    path, own = _find_run(expected, data.name, data.digest)
     run = RunDirectory(path)
+    if path.parent.parent.name != data.name:
+        print(f"note: {path} is on these images, under another name of theirs")
     other = differing(expected.to_dict(), own.to_dict())
     if other:
         what = ", ".join(f"{flag(key)} {getattr(own, key)} for {getattr(expected, key)}" for key in other)
@@ -146,19 +148,16 @@ def _expected(recipe: Recipe) -> Recipe:
 
 
 @on_main
-def _find_run(directory: Path, expected: Recipe, data_digest: str) -> tuple[Path, Recipe]:
-    """Directory and recipe of the teacher's CE run on this data: a finished one, else one that was begun, else new."""
-    found = []
-    for path in sorted(directory.glob("ce-*")):
-        run = RunDirectory(path)
-        config = run.read_config()
-        if config and run.has_begun() and config["facts"].get("data_digest") == data_digest:
-            found.append((run, Recipe.from_dict(config["recipe"])))
+def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path, Recipe]:
+    """Directory and recipe of the teacher's CE run on this data, under any name of it: a finished one, else one that
+    was begun, else new."""
+    configs = runs_on(data_digest, expected.arch, "ce-*", data_name)
+    found = [(run, Recipe.from_dict(config["recipe"])) for run, config in configs if run.has_begun()]
     finished = [pair for pair in found if pair[0].finished(pair[1])]
     if finished or found:
         run, own = (finished or found)[0]
         return run.path, own
-    path = directory / expected.run_name
+    path = CHECKPOINTS / data_name / expected.arch / expected.run_name
     return next_free(path) if RunDirectory(path).has_begun() else path, expected
 
 

@@ -54,8 +54,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
     facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
     if options.evaluate:
-        return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
-    with open_run(options, recipe, data.name) as run:
+        return evaluate_checkpoint(student, tests["test"], options, recipe, data)
+    with open_run(options, recipe, data) as run:
         if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary
         fitted = fit(

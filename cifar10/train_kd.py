@@ -58,14 +58,14 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     training, tests = prepare(data, recipe, device)
     student, init_digest = build_student(recipe, len(data.classes), options.init, device, training.examples())
     if options.evaluate:
-        return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
+        return evaluate_checkpoint(student, tests["test"], options, recipe, data)
     if options.show_features:
         show_features(recipe, options, student, data)
         return None
     check_places(recipe, student, len(data.classes))
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
     facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
-    with open_run(options, recipe, data.name) as run:
+    with open_run(options, recipe, data) as run:
         run.check(recipe, facts, **options.allowed)  # before hours of a teacher's training
         if not options.teacher_checkpoint and (summary := run.report(recipe)):
             return summary

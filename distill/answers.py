@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +17,10 @@ from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS
 from distill.teacher import COMPARED, Known, Teacher
-from distill.views import Batch, TestData, ViewedData
+from distill.views import Batch, Images, TestData, ViewedData
 
 STORES = CHECKPOINTS / "stores"
 FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
-
-
-class Images(Protocol):
-    """What a store has to know of the images it is about."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
 
 
 def answered(recipe: Recipe, options: Options, data: Images, training: ViewedData, teacher: Teacher) -> "AnsweredData":

@@ -370,7 +370,7 @@ def fit(
     Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
     image file cannot be decoded (2).
     """
-    if len({repr(other) for other in gather(facts)}) > 1:
+    if any(differing(facts, other) for other in gather(facts)):
         raise UserError("the processes of this run do not have the same data, teacher or initial weights")
     # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.
     seed_generators(recipe.seed, options.device)

@@ -17,7 +17,7 @@ from distill.parallel import any_of, gather, on_main, rank, reduce, share, share
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import open_run
-from distill.views import TestData
+from distill.views import Images, TestData
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
 
 
 def evaluate_checkpoint(
-    student: Classifier, test: TestData, options: Options, recipe: Recipe, data_name: str
+    student: Classifier, test: TestData, options: Options, recipe: Recipe, data: Images
 ) -> dict[str, Any]:
     """--evaluate: the accuracy of --resume, --init or the run's last checkpoint on the test images, printed."""
     named = options.resume or options.init
-    path = Path(named) if named else open_run(options, recipe, data_name).path / checkpoint.LAST
+    path = Path(named) if named else open_run(options, recipe, data).path / checkpoint.LAST
     checkpoint.apply_weights(student.network, on_main(checkpoint.load_weights)(path), str(path))
     found = evaluate(student, test)
     print(found)

@@ -1,12 +1,15 @@
 """Losses of distillation on logits: pure functions of tensors. All compute in float32 and are means over the images, in
 nats; the gradient goes to the student alone; shapes that do not fit raise ValueError."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+EXACT_ABOVE = 10.0  # temperature from which on a difference of logarithms, times T^2, would be rounding noise
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -18,10 +21,53 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     _check(student_logits, teacher_logits, temperature)
-    student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    student, teacher = student_logits.float() / temperature, teacher_logits.detach().float() / temperature
+    return temperature**2 * _divergence(student, teacher, temperature)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) of logits (B, C) that are divided by T, mean over the images."""
+    known = F.log_softmax(teacher, dim=1)
+    if temperature > EXACT_ABOVE:
+        return _divergence_of_gap(student - teacher, known)
     # batchmean: the default 'mean' would divide by the number of classes as well.
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return F.kl_div(F.log_softmax(student, dim=1), known, reduction="batchmean", log_target=True)
+
+
+def _divergence_of_gap(gap: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) for q = softmax(log p + gap), both (B, C), mean over the images: to 1e-5 of its value however alike
+    p and q are.
+
+    It is sum p (q/p - 1 - log(q/p)), as the first two terms add up to nothing: no term is negative, none cancels
+    another, and none is larger than max(1, |gap|). The gradient towards the gap is q - p.
+    """
+    with torch.no_grad():
+        ratio, p = gap - _log_mean_exp(gap, log_p).unsqueeze(1), log_p.exp()  # log(q / p)
+        q = torch.exp(log_p + ratio)
+        near = ratio.abs() < 0.5
+        x = ratio.clamp(-0.5, 0.5)
+        series = 1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))  # of e^x - 1 - x
+        value = torch.where(near, p * x * x / 2 * series, q - p - p * ratio).sum(1)
+        slope = torch.where(near, p * torch.expm1(x), q - p)
+    return _with_slope(value, slope, gap).mean()
+
+
+def _log_mean_exp(gap: Tensor, log_p: Tensor) -> Tensor:
+    """log sum p e^gap, (B, C), (B, C) -> (B,): also where the gap is so small that the sum rounds to 1."""
+    with torch.no_grad():
+        p = log_p.exp()
+        mean = (p * gap).sum(1, keepdim=True) / p.sum(1, keepdim=True)
+        centred = gap - mean
+        small = torch.log1p((p * torch.expm1(centred)).sum(1))
+        excess = torch.where(centred.amax(1) < 1, small, torch.logsumexp(log_p + centred, dim=1))
+        slope = F.softmax(log_p + centred, dim=1)
+    return _with_slope(mean.squeeze(1) + excess, slope, gap)
+
+
+def _with_slope(value: Tensor, slope: Tensor, argument: Tensor) -> Tensor:
+    """`value` (B,), with the gradient `slope` (B, C) towards `argument` (B, C)."""
+    term = (slope * argument).sum(1)
+    return value + (term - term.detach())
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float, labels: Tensor | None = None) -> None:
@@ -46,12 +92,20 @@ def dkd(
     """
     _check(student_logits, teacher_logits, temperature, labels)
     student, teacher = student_logits.float() / temperature, teacher_logits.detach().float() / temperature
-    binary = F.kl_div(
-        _label_or_not(student, labels), _label_or_not(teacher, labels), reduction="batchmean", log_target=True
-    )
-    own, known = (F.log_softmax(_others(logits, labels), dim=1) for logits in (student, teacher))
-    rest = F.kl_div(own, known, reduction="batchmean", log_target=True)
+    binary = _label_divergence(student, teacher, labels, temperature)
+    rest = _divergence(_others(student, labels), _others(teacher, labels), temperature)
     return temperature**2 * (alpha * binary + beta * rest)
+
+
+def _label_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """KL(b_t || b_s) of logits (B, C) that are divided by T, mean over the images, b the distribution over (label, not
+    label)."""
+    known = _label_or_not(teacher, labels)
+    if temperature <= EXACT_ABOVE:
+        return F.kl_div(_label_or_not(student, labels), known, reduction="batchmean", log_target=True)
+    gap = student - teacher
+    others = _log_mean_exp(_others(gap, labels), F.log_softmax(_others(teacher, labels), dim=1))
+    return _divergence_of_gap(torch.stack([gap.gather(1, labels.view(-1, 1)).squeeze(1), others], dim=1), known)
 
 
 def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma: float, temperature: float) -> Tensor:
@@ -74,8 +128,13 @@ def _nkd_label(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -
 
 
 def _nkd_others(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    known = F.softmax(_others(teacher_logits.detach().float(), labels) / temperature, dim=1)
-    rest = known * F.log_softmax(_others(student_logits.float(), labels) / temperature, dim=1)
+    logits = (student_logits.float(), teacher_logits.detach().float())
+    student, teacher = (_others(some, labels) / temperature for some in logits)
+    known = F.softmax(teacher, dim=1)
+    if temperature > EXACT_ABOVE:
+        entropy = torch.special.entr(known).sum(1).mean()
+        return temperature**2 * (entropy + _divergence(student, teacher, temperature))
+    rest = known * F.log_softmax(student, dim=1)
     return -(temperature**2) * rest.sum(1).mean()
 
 
@@ -88,10 +147,18 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, gamma: 
     Source: Huang et al. 2022, arXiv:2205.10536.
     """
     _check(student_logits, teacher_logits, tau)
-    student = F.softmax(student_logits.float() / tau, dim=1)
-    teacher = F.softmax(teacher_logits.detach().float() / tau, dim=1)
-    between, within = _correlation(student, teacher), _correlation(student.T, teacher.T)
-    return tau**2 * (beta * (1 - between.mean()) + gamma * (1 - within.mean()))
+    student, teacher = (_shares(logits.float(), tau) for logits in (student_logits, teacher_logits.detach()))
+    between, within = _uncorrelated(student, teacher, tau), _uncorrelated(student.T, teacher.T, tau)
+    return tau**2 * (beta * between + gamma * within)
+
+
+def _shares(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / T), (B, C); at a high T less 1 / C, beside which what differs would be rounded away."""
+    scaled, classes = logits / temperature, logits.shape[1]
+    if temperature <= EXACT_ABOVE:
+        return F.softmax(scaled, dim=1)
+    uniform = torch.full_like(scaled, -math.log(classes))
+    return torch.expm1(scaled - _log_mean_exp(scaled, uniform).unsqueeze(1)) / classes
 
 
 def standardize(logits: Tensor) -> Tensor:
@@ -117,10 +184,14 @@ def _label_or_not(logits: Tensor, labels: Tensor) -> Tensor:
     return F.log_softmax(torch.cat([label, others], dim=1), dim=1)
 
 
-def _correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson's, of each row: (N, M), (N, M) -> (N,). A row without variance has none: 0."""
+def _uncorrelated(one: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """1 - Pearson's correlation of each row, (N, M), (N, M), mean over the rows. A row without variance has none: 1."""
     one, other = (rows - rows.mean(1, keepdim=True) for rows in (one, other))
-    return (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1) + 1e-8)
+    lengths = one.norm(dim=1) * other.norm(dim=1)
+    if temperature <= EXACT_ABOVE:
+        return 1 - ((one * other).sum(1) / (lengths + 1e-8)).mean()
+    apart = (F.normalize(one) - F.normalize(other)).square().sum(1) / 2  # 1 - cos, where 1 less a cosine is rounding
+    return ((lengths * apart + 1e-8) / (lengths + 1e-8)).mean()
 
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)  # at which a top-k answer knows what the other classes have

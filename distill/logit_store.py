@@ -80,8 +80,12 @@ class LogitStore:
     def __init__(self, root: Path, key: dict[str, Any]) -> None:
         self.key, self.images = {"format": FORMAT, **key}, key["images"]
         self.encoding = Encoding(key["classes"], key.get("top_k", 0))
-        self.digest = checkpoint.digest(self.key)
-        self.path = root / f"{key['data']}-{key['teacher']}-{self.digest[:16]}"
+        self.digest = checkpoint.digest(_nameless(self.key))
+        self.path = root / f"{key['teacher']}-{self.digest[:16]}"
+        if not self.path.exists() and (old := _of_the_old_form(root, self.key)):
+            self.path, self.key = old
+            self.digest = checkpoint.digest(self.key)
+            print(f"store: {self.path} is of the old form, which has the images' name in its key: it is used as it is")
         self._writes = True
 
     def column(self, slot: int, device: torch.device) -> Column:
@@ -144,6 +148,26 @@ class LogitStore:
         return {slot: int(self.column(slot, torch.device("cpu")).answered.sum()) for slot in slots}
 
 
+def _nameless(key: dict[str, Any]) -> dict[str, Any]:
+    """What of a key tells stores apart: all but what the images are called."""
+    return {name: value for name, value in key.items() if name != "data"}
+
+
+def _of_the_old_form(root: Path, key: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """Path and key of the store that has the most answers of those that `key` describes but for the images' name, and
+    whose digests cover that name as well; None if there is none."""
+    found = []
+    for file in sorted(root.glob(f"*/{KEY}")):
+        try:
+            theirs = json.loads(file.read_text())
+        except (OSError, ValueError):  # no store that can be told
+            continue
+        alike = isinstance(theirs, dict) and _nameless(theirs) == _nameless(key)
+        if alike and file.parent.name.endswith(checkpoint.digest(theirs)[:16]):
+            found.append((sum(path.stat().st_size for path in file.parent.glob("*.pt")), file.parent, theirs))
+    return max(found, key=lambda store: store[0])[1:] if found else None
+
+
 def store_key(
     data: ViewedData,
     teacher: Teacher,
@@ -155,7 +179,7 @@ def store_key(
     view_seed: int,
     top_k: int = 0,
 ) -> dict[str, Any]:
-    """What an answer depends on, and how it is kept. `name`, `digest`: of the images."""
+    """What an answer depends on, and how it is kept. `name`, `digest`: of the images; the name is for reading alone."""
     spec, network = teacher.network.spec, teacher.network
     key: dict[str, Any] = {"data": name, "data_digest": digest, "images": data.image_count, "classes": classes}
     key |= {"teacher": teacher_arch}

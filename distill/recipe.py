@@ -42,7 +42,7 @@ class Recipe:
         least=16,
         most=2048,
     )
-    T: float | None = knob(None, "temperature of both softmaxes", group="distillation", above=0, most=1e4)
+    T: float | None = knob(None, "temperature of both softmaxes", group="distillation", least=1e-4, most=1e4)
     w: float | None = knob(None, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
     method: str | None = knob(
         None,
@@ -62,7 +62,7 @@ class Recipe:
     gamma: float | None = knob(
         None, "of nkd: weight of the other classes; of dist: of the images' correlation", group="distillation", least=0
     )
-    tau: float | None = knob(None, "temperature of dkd, nkd, dist", group="distillation", above=0, most=1e4)
+    tau: float | None = knob(None, "temperature of dkd, nkd, dist", group="distillation", least=1e-4, most=1e4)
     ramp: float | None = knob(
         None, "of dkd, nkd, dist: epochs over which the weight rises, 1/N in the first", group="distillation", least=0
     )

@@ -1,30 +1,31 @@
 """One run, one directory: who holds it, what it is, what it has measured."""
 
 import fcntl
+import glob
 import json
 import os
-import platform
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from distill import checkpoint
+from distill import checkpoint, provenance
 from distill.errors import UserError
 from distill.knobs import flag
 from distill.parallel import describe_device, on_main, rank
+from distill.provenance import commit, machine, versions
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier, count_parameters
+from distill.views import Images
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = provenance.ROOT
 CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
 CONFIG, METRICS, SUMMARY, LOCK = "config.json", "metrics.jsonl", "summary.json", "lock"
-FOR_READING = ("images",)  # facts that are no part of a run's identity
+FOR_READING = ("data", "images")  # facts that are no part of a run: what a directory of images is called, their count
 
 
 class RunDirectory:
@@ -113,6 +114,13 @@ class RunDirectory:
         """Whether anything was saved: a run that was refused or failed before that leaves its directory to another."""
         names = (checkpoint.LAST, checkpoint.PREVIOUS, f"{checkpoint.LAST}.damaged", SUMMARY)
         return any(os.path.lexists(self.path / name) for name in names)
+
+    def progress(self) -> int:
+        """How many epochs are recorded."""
+        try:
+            return len((self.path / METRICS).read_bytes().splitlines())
+        except OSError:
+            return 0
 
     @on_main
     def report(self, recipe: Recipe) -> dict[str, Any] | None:
@@ -250,15 +258,60 @@ def tell(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str
     return ", ".join(f"{flag(k) if k in known else k} was {shown[0][k]}, is {shown[1][k]}" for k in changed)
 
 
-def open_run(options: Options, recipe: Recipe, data_name: str) -> RunDirectory:
-    """The directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free."""
-    path = Path(options.output) if options.output else CHECKPOINTS / data_name / recipe.arch / recipe.run_name
+def open_run(options: Options, recipe: Recipe, data: Images) -> RunDirectory:
+    """The directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free.
+
+    Where DATA has no such run yet, one of this recipe on the same images under another DATA is it: a job finds its run
+    wherever its images are staged.
+    """
+    return RunDirectory(_place(options, recipe, data.name, data.digest))
+
+
+@on_main
+def _place(options: Options, recipe: Recipe, data_name: str, data_digest: str) -> Path:
+    own = CHECKPOINTS / data_name / recipe.arch / recipe.run_name
+    path = Path(options.output) if options.output else own
     if options.fresh and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise UserError("--fresh would start over at each restart: name a new --output in place of it")
-    if options.fresh and on_main(path.exists)():
-        path = on_main(next_free)(path)
+    if options.fresh and path.exists():
+        path = next_free(path)
         print(f"starting over in {path}; to continue it, --output {path} in place of --fresh")
-    return RunDirectory(path)
+    if options.fresh or options.output:
+        return path
+    known = runs_on(data_digest, recipe.arch, glob.escape(recipe.run_name), data_name)
+    found = [run for run, config in known if _is_of(config, recipe, options.extend)]
+    if found:  # of several under other names the one that is furthest
+        path = max(found, key=lambda run: (run.has_begun(), run.path == own, run.progress())).path
+    if path != own:
+        print(f"note: {path} is the run of this recipe on these images, under another name of theirs")
+    return path
+
+
+def _is_of(config: dict[str, Any], recipe: Recipe, extend: bool) -> bool:
+    """Whether config.json is of `recipe`; `extend`: or of fewer epochs of it."""
+    try:
+        before = type(recipe).from_dict(config["recipe"])
+    except (UserError, TypeError):  # of another version, or of another kind of images
+        return False
+    changed = differing(before.to_dict(), recipe.to_dict())
+    return not changed or (extend and changed == ["epochs"] and before.epochs < recipe.epochs)
+
+
+def runs_on(data_digest: str, arch: str, pattern: str, data_name: str) -> Iterator[tuple[RunDirectory, dict[str, Any]]]:
+    """The runs of `arch` in directories called `pattern` on images of this digest, under any name of theirs, that of
+    `data_name` first: each with its config.json. Raises UserError for one of that name that cannot be read."""
+    places = [path for path in CHECKPOINTS.iterdir() if path.is_dir()] if CHECKPOINTS.is_dir() else []
+    for place in sorted(places, key=lambda place: (place.name != data_name, place.name)):
+        for path in sorted((place / arch).glob(pattern)):
+            run = RunDirectory(path)
+            try:
+                config = run.read_config()
+            except UserError:
+                if place.name == data_name:
+                    raise
+                continue
+            if config and config["facts"].get("data_digest") == data_digest:
+                yield run, config
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -281,23 +334,6 @@ def next_free(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-
-
-def commit() -> str | None:
-    """The commit of this repository, with `-dirty` where tracked files differ from it; None outside of git."""
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    return {"host": socket.gethostname(), "system": platform.platform(), "device": describe_device(device)}
 
 
 def _now() -> str:

@@ -52,6 +52,18 @@ def permutation(seed: int, purpose: str, counter: int, count: int) -> NDArray[np
     return np.argsort(raw_draws(seed, purpose, counter, count), kind="stable")
 
 
+class Images(Protocol):
+    """What runs and stores have to know of the images they are about: they are told apart by `digest`; `name` is for
+    people."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+
 # -------------------------------------------------------------------------------------------------------------- views
 class Views(Protocol):
     """How view v of image i looks, as far as the order of the views and the key of a store have to know."""
@@ -256,6 +268,15 @@ class EpochPlan:
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
         return self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
+
+
+def check_cutout(cutout: int, side: int) -> None:
+    """Raises UserError where a square of `cutout` pixels, wherever its centre lies, covers an image of `side` pixels.
+
+    Its first row is at most side - 1 - cutout // 2, and its last one at least cutout - 1 - cutout // 2.
+    """
+    if cutout >= 2 * side - 1:
+        raise UserError(f"--cutout {cutout} blots out every image of {side} pixels: it takes {2 * side - 2} at most")
 
 
 def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

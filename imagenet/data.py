@@ -18,7 +18,7 @@ from distill.folders import Labelled, list_images
 from distill.parallel import first_here, share
 from distill.registry import InputSpec
 from distill.run_dir import RunDirectory
-from distill.views import Batch, EpochPlan, Mixture, ViewOrder, mix, split_validation, uniforms_of
+from distill.views import Batch, EpochPlan, Mixture, ViewOrder, check_cutout, mix, split_validation, uniforms_of
 from imagenet.augment import PhotoViews
 from imagenet.loader import Job, Workers
 from imagenet.recipes import ImageNetRecipe
@@ -222,6 +222,7 @@ def prepare(
         held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""
         raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training photos{held_out_too}")
     size = recipe.render_size or (teacher_spec or spec).size
+    check_cutout(recipe.cutout, size)
     policy = PhotoViews(
         recipe.augment,
         size,

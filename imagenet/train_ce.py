@@ -56,8 +56,8 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
         training, tests = prepare(photos, recipe, student.spec, None, workers, device)
         if options.evaluate:
-            return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
-        with open_run(options, recipe, photos.name) as run:
+            return evaluate_checkpoint(student, tests["test"], options, recipe, photos)
+        with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
             facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
             facts |= {"init_digest": init_digest, "world_size": shares(options.device)}

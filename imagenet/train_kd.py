@@ -63,12 +63,12 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
         training, tests = prepare(photos, recipe, student.spec, known_teacher.spec, workers, device)
         if options.evaluate:
-            return evaluate_checkpoint(student, tests["test"], options, recipe, photos.name)
+            return evaluate_checkpoint(student, tests["test"], options, recipe, photos)
         if options.show_features:
             show_features(recipe, options, known_teacher, student, len(photos.classes))
             return None
         check_places(recipe, known_teacher, student, len(photos.classes))
-        with open_run(options, recipe, photos.name) as run:
+        with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
             facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
             facts |= {"init_digest": init_digest, "world_size": shares(options.device)}

@@ -204,7 +204,7 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
 # fmt: off
 MISTAKES = [  # command, arguments, what the line must name
     *[("kd", f"--{name} {value}", f"--{name} must be {allowed}") for name, allowed, values in (
-        ("T", "a number, above 0", ("0", "-1", "nan", "inf", "x", "''")),
+        ("T", "a number, at least 0.0001, at most 10000", ("0", "-1", "1e-40", "1e5", "nan", "inf", "x", "''")),
         ("w", "a number, at least 0, at most 1", ("-0.1", "1.1", "nan", "x")),
         ("epochs", "an integer, at least 1", ("0", "-3", "1.5", "many", "1e3")),
         ("batch-size", "an integer, at least 1", ("0", "-1", "1.5", "x")),
@@ -251,7 +251,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--method dist --top-k 5", "--top-k is for --method kd"),
     ("kd", "--standardize --top-k 5", "--top-k is for --method kd"),
     ("kd", "--method none", "--method none is for --overhaul"),
-    ("kd", "--method dkd --tau 0", "--tau must be a number, above 0"),
+    ("kd", "--method dkd --tau 0", "--tau must be a number, at least 0.0001"),
     ("kd", "--feature-weight 1", "belong to --overhaul"),
     ("kd", "--teacher-bn batch", "belong to --overhaul"),
     ("kd", "--overhaul --ce-weight 0", "leave the last layer untaught: add --method kd --w 1"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill import kd_loss
 from distill.kd_loss import TopKLogits, dist, dkd, kd, kd_top_k, nkd, standardize, top_k_error, top_k_logits
 from distill.methods import METHODS
 from distill.objectives import logit_loss
@@ -65,6 +66,72 @@ def test_dkd_of_a_sure_student() -> None:
     """A gap of 300: 1 - p would be 0, its logarithm infinite."""
     student = torch.zeros(2, 5).index_fill_(1, torch.tensor([1]), 300.0).requires_grad_()
     loss = dkd(student, torch.randn(2, 5), torch.tensor([1, 1]), alpha=1, beta=8, temperature=1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+def exact(method: str, student: Tensor, teacher: Tensor, labels: Tensor, T: float) -> Tensor:
+    """The loss of a method by its formula, in float64, with the weights of test_high_temperatures."""
+    log_s, log_t = (student / T).log_softmax(1), (teacher / T).log_softmax(1)
+    s, t, column = log_s.exp(), log_t.exp(), labels.view(-1, 1)
+    if method == "dist":
+        pairs = [[rows - rows.mean(1, keepdim=True) for rows in pair] for pair in ((s, t), (s.T, t.T))]
+        found = [((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean() for a, b in pairs]
+        return T**2 * (2 - found[0] - found[1])
+    if method == "kd":
+        return T**2 * (t * (log_t - log_s)).sum(1).mean()
+    here = torch.zeros_like(s, dtype=torch.bool).scatter(1, column, True)
+    others = [(logits.masked_fill(here, -torch.inf) / T).log_softmax(1) for logits in (student, teacher)]
+    q, log_q, log_own = others[1].exp(), others[1].masked_fill(here, 0), others[0].masked_fill(here, 0)
+    if method == "nkd":
+        label = -(teacher.softmax(1).gather(1, column) * student.log_softmax(1).gather(1, column)).mean()
+        return label - 2 * T**2 * (q * log_own).sum(1).mean()
+    b_s, b_t = (
+        torch.cat([logs.gather(1, column), logs.masked_fill(here, -torch.inf).logsumexp(1, keepdim=True)], 1)
+        for logs in (log_s, log_t)
+    )
+    binary = (b_t.exp() * (b_t - b_s)).sum(1).mean()
+    return T**2 * (binary + 3 * (q * (log_q - log_own)).sum(1).mean())
+
+
+@pytest.mark.parametrize("temperature", [1, 4, 10.5, 100, 1e4])
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+def test_high_temperatures(method: str, classes: int, temperature: float) -> None:
+    """Value and gradient to 1e-3 of those in float64, a student like its teacher or not, by a constant beside it, and
+    with gaps of hundreds."""
+    labels = torch.arange(32) % classes
+    weights = {"kd": {}, "dkd": {"alpha": 1, "beta": 3}, "nkd": {"gamma": 2}, "dist": {"beta": 1, "gamma": 1}}[method]
+    given = {"tau" if method == "dist" else "temperature": temperature, **weights}
+    named = (labels,) if METHODS[method].labels else ()
+    for size, apart, constant in ((4, 1, 0), (4, 0.1, 5), (120, 1, 0), (12 * temperature, 1, 0)):
+        teacher = size * torch.randn(32, classes)
+        student = (teacher + constant + apart * size * torch.randn(32, classes)).requires_grad_()
+        wide = student.detach().double().requires_grad_()
+        expected = exact(method, wide, teacher.double(), labels, temperature)
+        found = getattr(kd_loss, method)(student, teacher, *named, **given)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+        (gradient,), (right,) = torch.autograd.grad(found, student), torch.autograd.grad(expected, wide)
+        assert (gradient - right).norm() < 1e-3 * right.norm()
+
+
+def test_usual_temperatures_keep_their_bits() -> None:
+    """Results are recorded with T 1 to 4: there the loss is torch's kl_div of two log_softmaxes."""
+    student, teacher = 5 * torch.randn(64, 10), 5 * torch.randn(64, 10)
+    for T in (1, 2, 3, 4, kd_loss.EXACT_ABOVE):
+        logs = [(logits / T).log_softmax(1) for logits in (student, teacher)]
+        expected = T**2 * torch.nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
+        assert torch.equal(kd(student, teacher, temperature=T), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("temperature", [1e-4, 1e4])
+def test_finite_at_the_ends_of_the_temperatures(name: str, temperature: float) -> None:
+    recipe = replace(LOSSES[name], **{"T" if LOSSES[name].T else "tau": temperature})
+    student = (60_000 * torch.randn(8, 10).clamp(-1, 1)).requires_grad_()
+    loss = logit_loss(recipe)(student, 60_000 * torch.randn(8, 10).clamp(-1, 1), torch.arange(8))
     loss.backward()
     assert torch.isfinite(loss)
     assert student.grad is not None

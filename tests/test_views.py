@@ -18,6 +18,7 @@ from distill.views import (
     ViewDraws,
     ViewOrder,
     ViewPolicy,
+    check_cutout,
     permutation,
     raw_draws,
     split_validation,
@@ -264,6 +265,20 @@ def test_cutout_blots_out_one_square() -> None:
     centre = blotted.float().mean(0)
     assert centre[16, 16] == pytest.approx(1 / 4, abs=0.04)
     assert centre[0, 0] == pytest.approx(1 / 16 * 1.13, abs=0.03)
+
+
+@pytest.mark.parametrize("side", [8, 9])
+def test_a_cutout_that_leaves_nothing_is_refused_and_one_less_leaves_some(side: int) -> None:
+    images, indices = torch.full((2000, side, side, 3), 255, dtype=torch.uint8), torch.arange(2000)
+    for size in (2 * side - 2, 2 * side - 1):
+        rendered = Cutout(NoChange(), size, 0).render(images, indices, indices * 0)
+        assert bool((rendered == 255).any()) == (size < 2 * side - 1)
+    check_cutout(2 * side - 2, side)
+    for size in (2 * side - 1, 2 * side, 1000):
+        with pytest.raises(
+            UserError, match=f"--cutout {size} blots out every image of {side} pixels: .* {2 * side - 2} "
+        ):
+            check_cutout(size, side)
 
 
 def test_view_seeds_differ() -> None:
