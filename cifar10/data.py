@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from cifar10 import official
 from cifar10.augment import build_policy
+from cifar10.classes import CLASSES
 from distill import checkpoint
 from distill.errors import UserError
 from distill.folders import UNLABELLED, list_images
@@ -31,7 +32,6 @@ from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewO
 SIZE = 32
 SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
 DEFAULT = ROOT / "data" / "cifar10"
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LARGEST = 30_000_000  # pixels of one image file; more is a mistake or a decompression bomb
 
 Pixels = NDArray[np.uint8]

