@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cifar10 import official
 from cifar10.augment import build_policy
+from cifar10.classes import CLASSES
 from cifar10.folder import SIZE, Pixels, fit, read_folder
 from cifar10.npz import read_npz
 from distill import checkpoint
@@ -27,7 +28,6 @@ from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewO
 
 SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
 DEFAULT = ROOT / "data" / "cifar10"
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 Arrays = dict[str, NDArray[Any]]
 

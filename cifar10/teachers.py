@@ -1,32 +1,43 @@
 """Where the teacher of a CIFAR run comes from: a file, an earlier CE run, or a CE run made now."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cifar10.classes import class_names
 from cifar10.data import ImageData
-from cifar10.models import MODELS, find, find_trained
+from cifar10.models import CIFAR_INPUT, MODELS, find, find_trained
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
-from distill import checkpoint
+from distill import checkpoint, weights
 from distill.errors import UserError
-from distill.evaluation import seconds_per_image
+from distill.evaluation import evaluate, seconds_per_image
 from distill.features import find_places
 from distill.knobs import flag
+from distill.networks import kind_of, load_into
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_precision, choose_teacher_precision, on_main
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, ROOT, RunDirectory, differing, next_free, runs_on
-from distill.teacher import Known, Teacher, introduce
+from distill.teacher import COMPARED, Known, Teacher, introduce
 from distill.views import EvaluationSet
+from distill.weights import Weights
 
 # Options that are the student's alone, as they are when the teacher is trained.
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
 CACHE = CHECKPOINTS / "cache" / "teachers"
 PUBLISHED = ROOT / "checkpoints" / "published"  # by scripts/publish.py
+WEAK = 80.0  # percent, below which a teacher whose normalisation is not known is shown others
+NORMALISATIONS = {  # (mean, std)
+    "pytorch-cifar's": (CIFAR_INPUT.mean, CIFAR_INPUT.std),
+    "CIFAR-10's": (CIFAR_INPUT.mean, (0.2470, 0.2435, 0.2616)),
+    "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "0.5 and 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 CHEAP = ("airbench94", "densenet_cifar")  # suggested in place of a big teacher
 
 
@@ -48,16 +59,41 @@ def load_teacher(
     device = test.images.device
     path = named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train)
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
-    teacher = _build(recipe, path, len(data.classes), precision, device, options.device)
+    teacher, given = _build(recipe, path, data.classes, precision, device, options)
     if options.teacher_checkpoint == "published":
         taught = on_main(checkpoint.load)(path)
         if taught["data_content"] != data.content:
             print(
                 f"note: the published {recipe.teacher_arch} was trained on {taught['data']['name']}, not on {data.name}"
             )
+    digest = checkpoint.digest([data.digest, str(teacher.network.spec)])
     size = teacher.network.spec.size
     enlarged = f", at {size} pixels" if size != test.images.shape[1] else ""
-    return teacher, introduce(teacher, test, data.digest, f"{recipe.teacher_arch} from {path}{enlarged}", CACHE)
+    known = introduce(teacher, test, digest, f"{recipe.teacher_arch} from {path}{enlarged}", CACHE)
+    if given and not given.spec and known.accuracy < WEAK:
+        print(f"teacher: {compare_normalisations(teacher.network, test, '--teacher-mean', '--teacher-std')}")
+    return teacher, known
+
+
+def compare_normalisations(network: Classifier, test: EvaluationSet, *flags: str) -> str:
+    """A line with the accuracy of `network` on some test images under the usual normalisations, and the `flags` for the
+    best of them."""
+    step = -(-len(test.labels) // COMPARED)  # images may come class by class
+    some, own = EvaluationSet(test.images[::step], test.labels[::step]), network.spec
+    looks = {title: replace(own, mean=mean, std=std) for title, (mean, std) in NORMALISATIONS.items()}
+    ours = next((title for title, look in looks.items() if look == own), "the one that it has")
+    found = {}
+    for title, look in {ours: own, **looks}.items():
+        network.look(look)
+        found[title] = evaluate(network, some).accuracy
+    network.look(own)
+    best = max(found, key=found.__getitem__)  # of equals the one that it has
+    listed = ", ".join(f"{title} {accuracy:.1f} %" for title, accuracy in found.items())
+    line = f"the file does not tell its normalisation, {ours} is taken; on {len(some.labels)} test images {listed}"
+    if best == ours:
+        return f"{line}: none is better"
+    values = [",".join(f"{value:g}" for value in side) for side in NORMALISATIONS[best]]
+    return f"{line}: {flags[0]} {values[0]} {flags[1]} {values[1]} takes the best"
 
 
 def named(arch: str, options: Options) -> Path | None:
@@ -72,14 +108,17 @@ def named(arch: str, options: Options) -> Path | None:
 
 
 def _build(
-    recipe: Recipe, path: Path | None, classes: int, precision: str, device: torch.device, device_name: str
-) -> Teacher:
-    known = find_trained(recipe.teacher_arch or "", path, recipe.teacher_image_size)
-    network = known.build(classes)
-    if path:
-        checkpoint.apply_weights(network, known.adapt(on_main(checkpoint.load_weights)(path)), str(path))
-    classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device))
-    return Teacher(classifier.to(device), device_name)
+    recipe: Recipe, path: Path | None, classes: Sequence[str], precision: str, device: torch.device, options: Options
+) -> tuple[Teacher, Weights | None]:
+    """The teacher with the weights in `path`, with random ones where there is none; and what the file holds."""
+    given = on_main(weights.load)(path, kind_of(recipe.teacher_weights), "--teacher-weights") if path else None
+    known = find_trained(recipe.teacher_arch or "", given, recipe.teacher_image_size)
+    known = known.shown(None, recipe.teacher_mean, recipe.teacher_std)
+    precision_type = choose_teacher_precision(precision, device)
+    classifier = Classifier(known.build(num_classes=len(classes)), known.spec, precision_type, classes)
+    if given:
+        load_into(classifier, given, known, class_names(classes, options.class_order))
+    return Teacher(classifier.to(device), options.device), given
 
 
 def check_places(recipe: Recipe, student: Classifier, classes: int) -> None:
@@ -95,14 +134,14 @@ def check_places(recipe: Recipe, student: Classifier, classes: int) -> None:
 def show_features(recipe: Recipe, options: Options, student: Classifier, data: ImageData) -> None:
     """Print where --overhaul takes the features of `student` and of the teacher, and the margins of the weights that a
     run would take, of random ones where it would have to train them first."""
-    arch, classes = recipe.teacher_arch or "", len(data.classes)
+    arch = recipe.teacher_arch or ""
     path = named(arch, options)
     if not path and data.labelled:
         run, own = _find_run(_expected(recipe), data.name, data.digest)
         path = run / checkpoint.LAST if RunDirectory(run).finished(own) else None
-    teacher = _build(recipe, path, classes, "float32", student.mean.device, "cpu")
-    weights = path or "random weights (--teacher-checkpoint FILE shows the margins of others)"
-    print(f"{arch}: {weights}\n{FeatureLoss(student, teacher, (recipe.arch, arch))}")
+    teacher, _ = _build(recipe, path, data.classes, "float32", student.mean.device, replace(options, device="cpu"))
+    source = path or "random weights (--teacher-checkpoint FILE shows the margins of others)"
+    print(f"{arch}: {source}\n{FeatureLoss(student, teacher, (recipe.arch, arch))}")
 
 
 def _trained(
@@ -136,10 +175,13 @@ def _expected(recipe: Recipe) -> Recipe:
         usual, batch_size = PRETRAINED_TEACHER, min(PRETRAINED_TEACHER.batch_size, recipe.batch_size)
         lr = usual.lr * batch_size / usual.batch_size
         own: dict[str, Any] = {"arch": arch, "image_size": recipe.teacher_image_size, "val_split": recipe.val_split}
+        own |= {"mean": recipe.teacher_mean, "std": recipe.teacher_std}
         return replace(usual, **own, batch_size=batch_size, lr=lr)
     return replace(
         TEACHER,
         arch=arch,
+        mean=recipe.teacher_mean,
+        std=recipe.teacher_std,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         lr=TEACHER.lr * recipe.batch_size / TEACHER.batch_size,

@@ -40,7 +40,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.data import load_data, prepare
     from cifar10.models import build_student, resolve
     from distill.engine import fit
-    from distill.evaluation import evaluate_checkpoint
+    from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import CrossEntropy
     from distill.parallel import shares, start
     from distill.run_dir import open_run
@@ -50,11 +50,12 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)
-    student, init_digest = build_student(recipe, len(data.classes), options.init, device, training.examples())
+    options = to_evaluate(options, recipe, data)
+    student, init_digest = build_student(recipe, data.classes, options, device, training.examples())
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
     facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
     if options.evaluate:
-        return evaluate_checkpoint(student, tests["test"], options, recipe, data)
+        return evaluate_student(student, tests["test"])
     with open_run(options, recipe, data) as run:
         if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary

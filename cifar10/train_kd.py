@@ -44,7 +44,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.teachers import check_places, load_teacher, show_features
     from distill.answers import answered, measure_top_k, tell
     from distill.engine import fit
-    from distill.evaluation import evaluate_checkpoint
+    from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import objective
     from distill.parallel import shares, start
     from distill.run_dir import open_run
@@ -56,9 +56,10 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)
-    student, init_digest = build_student(recipe, len(data.classes), options.init, device, training.examples())
+    options = to_evaluate(options, recipe, data)
+    student, init_digest = build_student(recipe, data.classes, options, device, training.examples())
     if options.evaluate:
-        return evaluate_checkpoint(student, tests["test"], options, recipe, data)
+        return evaluate_student(student, tests["test"])
     if options.show_features:
         show_features(recipe, options, student, data)
         return None

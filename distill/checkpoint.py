@@ -1,19 +1,13 @@
-"""Files that survive: atomic save, verified load, and the weights of others.
+"""Files that survive: atomic save, verified load; weights into a network.
 
 A save goes to a temporary file in the same directory, is flushed, fsynced and renamed, and the directory is fsynced:
-a kill at any instant leaves the old file or the new one. A load never executes anything (weights_only) and never
-trusts a file: kind, size, checksums and content are verified before any of it is used.
+a kill at any instant leaves the old file or the new one. How a file is read, and never trusted: reading.py.
 """
 
 import hashlib
 import io
 import os
-import pickle
-import re
 import shutil
-import stat
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,23 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.errors import UserError
+from distill.errors import CheckpointError as CheckpointError  # under this name to others too
+from distill.reading import read
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-WRAPPERS = (
-    "average",
-    "student",
-    "net",
-    "state_dict",
-    "model_state_dict",
-    "model",
-)  # ours (with --ema the average), then others'
-PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 TEMPORARY = ".partial"
-
-
-class CheckpointError(UserError):
-    """A file that cannot be read or written as a checkpoint: names the path, the cause and what to do."""
 
 
 # ------------------------------------------------------------------------------------------------------------- digests
@@ -165,28 +147,6 @@ def _save_error(path: Path, temporary: Path, error: OSError) -> CheckpointError:
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
-def read(path: Path) -> Any:
-    """What torch.save or safetensors wrote in a file, on the CPU. Raises CheckpointError, executes nothing."""
-    size = _check_kind(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of unusual pickles that it then refuses or reads
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise CheckpointError(f"{path} refused: it asks for {refused[1]}, which is no plain weight") from None
-        raise CheckpointError(f"{path} is damaged or no checkpoint") from None
-    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} is damaged or no checkpoint") from None  # torch's text proposes the unsafe way
-    except (MemoryError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_brief(error)})") from None
-    _check_tensors(path, content, size)
-    return content
-
-
 def load(path: Path) -> dict[str, Any]:
     """The payload of a file that `save` wrote, its digest verified. Raises CheckpointError."""
     payload = read(path)
@@ -227,119 +187,7 @@ def load_latest(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, []
 
 
-def _check_kind(path: Path) -> int:
-    """The size of a regular, readable, plausible file; zip archives with matching checksums."""
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for ever
-            raise CheckpointError(f"{path} is not a file")
-        with open(path, "rb") as file:
-            head = file.read(256)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    if not head:
-        raise CheckpointError(f"{path} is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not a checkpoint; download the file itself")
-    if head.startswith(b"PK"):
-        _check_zip(path, status.st_size)
-    return status.st_size
-
-
-def _check_zip(path: Path, size: int) -> None:
-    """A plain torch.load does not compare checksums: a flipped bit would load silently."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise CheckpointError(f"{path} refused: compressed archives are not read")
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is damaged or cut short ({_brief(error)})") from None
-    if broken:
-        raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
-
-
-def _check_tensors(path: Path, content: Any, size: int) -> None:
-    """No tensor is larger than the file it came from, and nothing is nested without end: nothing expands later."""
-    level, depth = [content], 0
-    while level:
-        deeper: list[Any] = []
-        for value in level:
-            _check_size(path, value, size)
-            if isinstance(value, Mapping):
-                deeper += value.values()
-            elif isinstance(value, (list, tuple)):
-                deeper += value
-        level, depth = deeper, depth + 1
-        # Lists that hold one another multiply from level to level, or never end.
-        if depth > 50 or len(level) > max(size, 1000):
-            raise CheckpointError(f"{path} refused: its content is nested {depth} deep with {len(level)} entries")
-
-
-def _check_size(path: Path, value: Any, size: int) -> None:
-    if isinstance(value, Tensor):
-        plain = value.layout == torch.strided and value.device.type == "cpu"
-        if not plain or value.numel() * value.element_size() > size:
-            raise CheckpointError(
-                f"{path} refused: it claims a tensor {tuple(value.shape)}, more than its {size} bytes"
-            )
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except Exception as error:  # its own error class is not importable on every version
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({_brief(error)})") from None
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
-
-
-# --------------------------------------------------------------------------------------------------- weights of others
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a checkpoint of ours or of others, bare, wrapped or prefixed. Raises CheckpointError."""
-    content = read(path)
-    if isinstance(content, dict) and "digest" in content:
-        content = load(path)
-    for key in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} holds no weights (neither a state_dict nor one under {', '.join(WRAPPERS)})")
-    weights = {}
-    for key, value in content.items():
-        while str(key).startswith(PREFIXES):
-            key = str(key).split(".", 1)[1]
-        weights[str(key)] = value
-    return weights
-
-
-def load_arch(path: Path) -> str | None:
-    """The architecture that a checkpoint of ours names; None in one of others."""
-    content = read(path)
-    recipe = content.get("recipe", content) if isinstance(content, dict) else {}
-    arch = recipe.get("arch") if isinstance(recipe, dict) else None
-    return arch if isinstance(arch, str) else None
-
-
-def load_recipe(path: Path) -> dict[str, Any]:
-    """The recipe that a checkpoint of ours was trained by; {} for other files. Raises CheckpointError."""
-    content = read(path)
-    recipe = content.get("recipe") if isinstance(content, dict) else None
-    return recipe if isinstance(recipe, dict) else {}
-
-
+# ------------------------------------------------------------------------------------------------ weights into networks
 def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load `weights` into `network`, every key and shape as it must be. Raises CheckpointError naming what differs.
 

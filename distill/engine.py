@@ -114,6 +114,7 @@ class Trainer:
             "format": 1,
             "recipe": self.recipe.to_dict(),
             "facts": self.facts,
+            **self.student.described(),
             "student": self.student.network.state_dict(),
             "average": self.average.network.network.state_dict() if self.average else None,
             "connectors": self.objective.learner.connectors.state_dict() if self.objective.learner else None,
@@ -328,7 +329,7 @@ class Trainer:
         if "val" in tests and tests["val"].accuracy > best:
             network = self.average.network if self.average else self.student
             weights = {"student": network.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
-            on_main(checkpoint.save)(self.run.path / "best.pt", weights)
+            on_main(checkpoint.save)(self.run.path / "best.pt", {**weights, **self.student.described()})
         state.records.append(record)
         state.epoch, state.step = state.epoch + 1, 0
         state.tally.sums.zero_()

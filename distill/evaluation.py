@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,13 @@ from torch import Tensor
 from distill import checkpoint
 from distill.errors import BrokenImage
 from distill.metrics import Tally
-from distill.parallel import any_of, gather, on_main, rank, reduce, share, share_buffers
+from distill.parallel import any_of, gather, rank, reduce, share, share_buffers
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import open_run
 from distill.views import Images, TestData
+
+Settings = TypeVar("Settings", bound=Options)
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,16 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
     return Evaluation(found["loss"], found["accuracy"], found["top5"], int(found["images"]), seconds, everything)
 
 
-def evaluate_checkpoint(
-    student: Classifier, test: TestData, options: Options, recipe: Recipe, data: Images
-) -> dict[str, Any]:
-    """--evaluate: the accuracy of --resume, --init or the run's last checkpoint on the test images, printed."""
+def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
+    """With --evaluate the student starts from what is evaluated: --resume, --init or the run's last checkpoint."""
+    if not options.evaluate:
+        return options
     named = options.resume or options.init
-    path = Path(named) if named else open_run(options, recipe, data).path / checkpoint.LAST
-    checkpoint.apply_weights(student.network, on_main(checkpoint.load_weights)(path), str(path))
+    return replace(options, init=named or str(open_run(options, recipe, data).path / checkpoint.LAST))
+
+
+def evaluate_student(student: Classifier, test: TestData) -> dict[str, Any]:
+    """--evaluate: the accuracy of `student` on the test images, printed."""
     found = evaluate(student, test)
     print(found)
     return found.to_dict()

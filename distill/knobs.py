@@ -76,3 +76,27 @@ def check(owner: type, known: "Field[Any]", value: Any) -> None:
         fits = fits and limits["above"] < value < limits["below"]
     if not fits:
         raise UserError(f"{flag(known.name)} must be {allowed(known, kind)}, got {value!r}")
+
+
+def channels(text: str) -> tuple[float, float, float]:
+    """`0.5` or `0.49,0.48,0.45` -> a number for each of red, green and blue. Raises ValueError."""
+    numbers = [float(part) for part in text.split(",")]
+    red, green, blue = numbers * 3 if len(numbers) == 1 else numbers
+    return red, green, blue
+
+
+def check_normalisation(settings: Any, mean: str, std: str) -> None:
+    """Raises UserError unless both of two fields are given, or none, with numbers for pixels in [0, 1]."""
+    given = {name: getattr(settings, name) for name in (mean, std)}
+    if None in given.values():
+        if set(given.values()) != {None}:
+            raise UserError(f"{flag(mean)} and {flag(std)} belong together: give both or none")
+        return
+    for name, text in given.items():
+        try:
+            fits = all(0 <= value <= 1 and (value or name == mean) for value in channels(text))
+        except ValueError:
+            fits = False
+        if not fits:
+            hint = "one number or three with commas, for pixels in [0, 1] (a value of 255 is 1 there)"
+            raise UserError(f"{flag(name)} must be {hint}, got {text!r}")

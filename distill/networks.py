@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill import checkpoint
+from distill import checkpoint, weights
+from distill.class_order import ClassNames
 from distill.errors import UserError
 from distill.parallel import choose_precision, first_here, on_main
-from distill.recipe import Recipe
+from distill.recipe import Options, Recipe
 from distill.registry import Classifier, InputSpec
+from distill.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -47,57 +49,68 @@ class Network:
         resized = round(self.spec.resized * size / self.spec.size)
         return replace(self, spec=replace(self.spec, size=size, resized=resized), build=build)
 
+    def shown(self, told: Weights | None, mean: str | None = None, std: str | None = None) -> "Network":
+        """The same with the normalisation that a file tells, or that is given."""
+        return replace(self, spec=self.spec.as_told(told.spec if told else None).normalised(mean, std))
+
 
 def build_student(
     network: Network,
     recipe: Recipe,
-    num_classes: int,
-    init: str | None,
+    classes: Callable[[Weights], ClassNames],
+    options: Options,
     device: torch.device,
     examples: Tensor | None = None,
 ) -> tuple[Classifier, str | None]:
-    """The network of `recipe`, initialised from its seed, from the file `init` or, if `pretrained`, from its published
-    weights; and the digest of those weights. Where they are of other classes the network's last layer is fresh.
+    """The network of `recipe`, initialised from its seed, from the file --init or, if `pretrained`, from its published
+    weights; and the digest of those weights. Where they are of another number of classes the last layer is fresh.
 
+    classes: those of the data, as they are compared with the weights that are given.
     examples: training images uint8 (N, H, W, 3), for a network that starts from their statistics: one with a method
     `initialise(images)` that takes them normalised, float32 (N, 3, H, W).
     """
+    told = on_main(weights.load)(Path(options.init), kind_of(recipe.weights)) if options.init else None
+    network = network.shown(told, recipe.mean, recipe.std)
+    names = classes(told or Weights("", {})).names
     torch.manual_seed(recipe.seed)
     given = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect}
     try:
-        built = network.build(num_classes, **{key: value for key, value in given.items() if value is not None})
+        built = network.build(num_classes=len(names), **{k: value for k, value in given.items() if value is not None})
     except TypeError:
         raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given") from None
     for module in built.modules():
         if isinstance(module, _BatchNorm) and recipe.bn_momentum is not None:
             module.momentum = recipe.bn_momentum
-    init_digest = None
-    if init or recipe.pretrained:
-        source = init or f"the published {network.arch}"
-        by_hand = "or name them by --init FILE"
-        weights = network.adapt(on_main(checkpoint.load_weights)(Path(init)) if init else fetch(network, by_hand))
-        checkpoint.apply_weights(built, _with_own_head(built, weights, source), source)
-        init_digest = checkpoint.digest(built.state_dict())
-    student = Classifier(built, network.spec, choose_precision(recipe.precision, device))
+    student = Classifier(built, network.spec, choose_precision(recipe.precision, device), names)
+    if told or recipe.pretrained:
+        told = told or fetch(network, "or name them by --init FILE")
+        load_into(student, told, network, classes(told), new_head=not options.evaluate)
+        return student.to(device), checkpoint.digest(built.state_dict())
     initialise: Callable[[Tensor], None] | None = getattr(built, "initialise", None)
-    if initialise and init_digest is None and examples is not None:
+    if initialise and examples is not None:
         initialise(student.normalise(examples.cpu()))
-    return student.to(device), init_digest
+    return student.to(device), None
 
 
-def fetch(network: Network, by_hand: str) -> Mapping[str, Tensor]:
+def load_into(
+    classifier: Classifier, told: Weights, network: Network, classes: ClassNames, *, new_head: bool = False
+) -> None:
+    """weights.give to the network that `network` has built, under the names that it has today."""
+    adapted = replace(told, state=network.adapt(told.state))
+    weights.give(classifier, adapted, classes, lambda count: network.build(num_classes=count), new_head=new_head)
+
+
+def fetch(network: Network, by_hand: str) -> Weights:
     """The published weights of `network`: of several processes on a machine one downloads. Raises UserError."""
     with first_here():
-        return network.fetch(by_hand)
+        return Weights(f"the published {network.arch}", network.fetch(by_hand), published=True)
 
 
-def _with_own_head(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """`weights`, with the network's own last layer where that has another number of classes."""
-    own = network.state_dict()
-    shared = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-    heads = [key for key in shared if weights[key].dim() and weights[key].shape[1:] == own[key].shape[1:]]
-    if heads:
-        classes = sorted({len(weights[key]) for key in heads})
-        new = f"{', '.join(heads)} are new"
-        print(f"note: {source} knows {classes[0]} classes, the data has {len(own[heads[0]])}: {new}")
-    return {**weights, **{key: own[key] for key in heads}}
+def kind_of(flag: str | None) -> str | None:
+    """`raw` or `ema`, if --weights asks for one of the sets of weights in a file."""
+    return flag if flag in weights.WHICH else None
+
+
+def theirs(flag: str | None) -> str | None:
+    """The name of torchvision's weights, if --weights has one."""
+    return None if flag in weights.WHICH else flag

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from distill.errors import UserError
-from distill.knobs import knob, validate
+from distill.knobs import check_normalisation, knob, validate
 from distill.methods import FEATURE_WEIGHT, FEATURES_SOURCE, METHODS, SETTINGS, STANDARDIZED, settle
 
 Self = TypeVar("Self", bound="Recipe")
@@ -32,9 +32,6 @@ class Recipe:
         most=2048,
     )
     pretrained: bool = knob(False, "the student starts from its published ImageNet weights", group="networks")
-    weights: str | None = knob(
-        None, "which of torchvision's weights --pretrained takes (default: IMAGENET1K_V1)", group="networks"
-    )
     image_size: int | None = knob(
         None,
         "pixels that the student sees (default: its own; of ImageNet's networks on small images 96)",
@@ -159,6 +156,24 @@ class Recipe:
         group="training",
         choices=("auto", "float32", "bfloat16"),
     )
+    mean: str | None = knob(
+        None,
+        "of pixels in [0, 1] that the student subtracts, one number or three with commas (default: that of --init FILE "
+        "where it tells, else the network's)",
+        group="networks",
+    )
+    std: str | None = knob(None, "that it divides by then", group="networks")
+    teacher_mean: str | None = knob(
+        None, "the same of the teacher (default: of its file where that tells, else the network's)", group="networks"
+    )
+    teacher_std: str | None = knob(None, "that it divides by then", group="networks")
+    weights: str | None = knob(
+        None,
+        "of --init FILE: raw or ema, where it holds weights and their average (default: of ours the average); with "
+        "--pretrained: which of torchvision's (default: IMAGENET1K_V1)",
+        group="networks",
+    )
+    teacher_weights: str | None = knob(None, "the same of the teacher's file", group="networks")
     teacher_precision: str = knob(
         "auto",
         "of the teacher: auto is bfloat16 where the hardware has it, else float32",
@@ -201,6 +216,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         validate(self)
+        check_normalisation(self, "mean", "std")
+        check_normalisation(self, "teacher_mean", "teacher_std")
         given = {name: getattr(self, name) for name in SETTINGS}
         wanted = {"T", "w", "kd_weight"} & {name for name, value in given.items() if value is not None}
         method = self.method or ("kd" if wanted or not self.overhaul else "none")
@@ -377,6 +394,12 @@ class Options:
     store: bool = knob(True, "keep the teacher's answers for other runs", group="data and files")
     store_limit: float = knob(
         50.0, "gigabytes that a store may take; where it would take more there is none", group="data and files", least=0
+    )
+    class_order: str = knob(
+        "names",
+        "whether names of classes in files of weights (--teacher-checkpoint, --init) decide which output is which",
+        group="data and files",
+        choices=("names", "ignore"),
     )
     init: str | None = knob(None, "weights the student starts from (default: from scratch)", group="data and files")
     output: str | None = knob(

@@ -1,14 +1,16 @@
 """Networks by name, and the normalisation each of them carries along."""
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.knobs import channels
 
 Builder = Callable[[int], nn.Module]
 
@@ -63,28 +65,48 @@ class InputSpec:
     resized: int = 0  # 0 where images come as squares of `size`
     interpolation: str = "bilinear"
 
+    def normalised(self, mean: str | None, std: str | None) -> "InputSpec":
+        """With the values of --mean and --std, where they are given."""
+        return replace(self, mean=channels(mean), std=channels(std)) if mean and std else self
+
+    def as_told(self, other: "InputSpec | None") -> "InputSpec":
+        """With the normalisation of `other`, which a checkpoint may tell of."""
+        return replace(self, mean=other.mean, std=other.std) if other else self
+
 
 class Classifier(nn.Module):
     """A network that takes images as they travel, uint8 (B, H, W, 3) in [0, 255], and normalises them itself.
 
     Teacher and student may thus differ in normalisation, and a copy to the device is a quarter of the bytes. The
     normalisation is not in the state_dict of `network`, which therefore keeps the keys of the bare architecture.
-    `precision`: of convolutions and matrix products. It is chosen in here since DataParallel's threads would run an
-    autocast of their caller in float16, whatever its type is. `training_size`: pixels that the images are resized to in
-    training mode alone, None for the network's own size.
+    `classes`: what the outputs stand for, () where nobody says. `precision`: of convolutions and matrix products. It is
+    chosen in here since DataParallel's threads would run an autocast of their caller in float16, whatever its type is.
+    `training_size`: pixels that the images are resized to in training mode alone, None for the network's own size.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, network: nn.Module, spec: InputSpec, precision: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        spec: InputSpec,
+        precision: torch.dtype = torch.float32,
+        classes: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.precision = precision
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.spec = spec
+        self.precision, self.classes = precision, tuple(classes)
         self.training_size: int | None = None
-        self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", 1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)), persistent=False)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.empty(1, 3, 1, 1), persistent=False)
+        self.look(spec)
+
+    def look(self, spec: InputSpec) -> None:
+        """See images as `spec` says from now on."""
+        self.spec = spec
+        self.mean.copy_(255 * torch.tensor(spec.mean).view(1, 3, 1, 1))
+        self.scale.copy_(1 / (255 * torch.tensor(spec.std).view(1, 3, 1, 1)))
 
     def forward(self, images: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3) -> logits float32 (B, C)."""
@@ -101,6 +123,11 @@ class Classifier(nn.Module):
         if images.shape[1] != size:
             pixels = F.interpolate(pixels, (size, size), mode=self.spec.interpolation, antialias=True).clamp(0, 255)
         return (pixels - self.mean) * self.scale
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint says of its network, so that it can be used without its run."""
+        spec = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.spec).items()}
+        return {"classes": list(self.classes), "input": spec}
 
 
 def count_parameters(network: nn.Module) -> int:

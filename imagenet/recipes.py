@@ -24,7 +24,9 @@ class ImageNetRecipe(Recipe):
         flags=("-a",),
     )
     teacher_weights: str | None = knob(
-        None, "which of torchvision's weights the teacher has (default: IMAGENET1K_V1)", group="networks"
+        None,
+        "which of torchvision's weights the teacher has (default: IMAGENET1K_V1); of its file: raw or ema",
+        group="networks",
     )
     augment: str = knob(
         "crop",

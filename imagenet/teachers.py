@@ -1,22 +1,23 @@
 """Where the teacher of a run on photos comes from: a file, or its published weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from distill import checkpoint
+from distill import checkpoint, weights
 from distill.errors import UserError
 from distill.features import find_places
-from distill.networks import Network, fetch
+from distill.networks import Network, fetch, kind_of, load_into
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_teacher_precision, on_main
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS
 from distill.teacher import Known, Teacher, introduce
+from distill.weights import Weights
 from imagenet.data import Photos, PhotoTests
 from imagenet.loader import Workers
-from imagenet.models import CLASSES, find_trained
+from imagenet.models import CLASSES, class_names, find_trained
 from imagenet.recipes import ImageNetOptions, ImageNetRecipe
 
 RANDOM = "none"  # --teacher-checkpoint none: no weights at all
@@ -24,8 +25,9 @@ RANDOM = "none"  # --teacher-checkpoint none: no weights at all
 
 def find_teacher(recipe: ImageNetRecipe, options: ImageNetOptions) -> Network:
     """The network of the teacher of `recipe`, as its weights want to see photos."""
-    named = options.teacher_checkpoint
-    return find_trained(recipe.teacher_arch or "", recipe.teacher_weights, None if named == RANDOM else named)
+    told = load_file(options.teacher_checkpoint, recipe.teacher_weights, "--teacher-weights")
+    known = find_trained(recipe.teacher_arch or "", recipe.teacher_weights, told)
+    return known.shown(None, recipe.teacher_mean, recipe.teacher_std)
 
 
 def load_teacher(
@@ -43,20 +45,26 @@ def load_teacher(
     not fit the architecture or the number of classes.
     """
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
-    teacher, source = _build(options, known, len(photos.classes), precision, device)
+    teacher, source = _build(recipe, options, known, photos.classes, precision, device)
     test = PhotoTests(photos.val_files, photos.val_labels, known.spec, workers, device, recipe.decoder)
     digest = checkpoint.digest([photos.digest, test.name, str(known.spec)])
     return teacher, introduce(teacher, test, digest, f"{known.arch} from {source}", CHECKPOINTS / "cache" / "teachers")
 
 
 def _build(
-    options: ImageNetOptions, known: Network, classes: int, precision: str, device: torch.device
+    recipe: ImageNetRecipe,
+    options: ImageNetOptions,
+    known: Network,
+    classes: Sequence[str],
+    precision: str,
+    device: torch.device,
 ) -> tuple[Teacher, str]:
     torch.manual_seed(0)  # of random weights
-    network = known.build(num_classes=classes)
-    source = load_weights(network, known, options.teacher_checkpoint, classes)
-    classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device)).to(device)
-    return Teacher(classifier, options.device), source
+    network = known.build(num_classes=len(classes))
+    classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device), classes)
+    told = load_file(options.teacher_checkpoint, recipe.teacher_weights, "--teacher-weights")
+    source = load_weights(classifier, known, options.teacher_checkpoint, told, options.class_order)
+    return Teacher(classifier.to(device), options.device), source
 
 
 def check_places(recipe: ImageNetRecipe, known: Network, student: Classifier, classes: int) -> None:
@@ -67,29 +75,35 @@ def check_places(recipe: ImageNetRecipe, known: Network, student: Classifier, cl
             find_places(Classifier(known.build(num_classes=classes), known.spec), known.arch)
 
 
-def show_features(
-    recipe: ImageNetRecipe, options: ImageNetOptions, known: Network, student: Classifier, classes: int
-) -> None:
+def show_features(recipe: ImageNetRecipe, options: ImageNetOptions, known: Network, student: Classifier) -> None:
     """Print where --overhaul takes the features of `student` and of the teacher `known`."""
-    teacher, source = _build(options, known, classes, "float32", student.mean.device)
+    teacher, source = _build(recipe, options, known, student.classes, "float32", student.mean.device)
     print(f"{known.arch}: {source}\n{FeatureLoss(student, teacher, (recipe.arch, known.arch))}")
 
 
+def load_file(named: str | None, which: str | None, flag: str = "--weights") -> Weights | None:
+    """What the file `named` holds, if a file is named. which: `raw` or `ema`, as `flag` says."""
+    return on_main(weights.load)(Path(named), kind_of(which), flag) if named and named != RANDOM else None
+
+
 def load_weights(
-    network: nn.Module, known: Network, named: str | None, classes: int, flag: str = "--teacher-checkpoint"
+    classifier: Classifier,
+    known: Network,
+    named: str | None,
+    told: Weights | None,
+    class_order: str,
+    flag: str = "--teacher-checkpoint",
 ) -> str:
-    """Load the file `named`, or the published weights. Returns what they are called. `flag`: that names a file."""
+    """Load what the file `named` holds, or the published weights. Returns what they are called. `flag`: names a
+    file."""
     if named == RANDOM:
         print(f"warning: {flag} {RANDOM}: {known.arch} has random weights, and knows nothing")
         return "random weights"
-    if named:
-        checkpoint.apply_weights(network, known.adapt(on_main(checkpoint.load_weights)(Path(named))), named)
-        return named
-    if classes != CLASSES:
+    if not told and len(classifier.classes) != CLASSES:
         raise UserError(
-            f"the published {known.arch} knows {CLASSES} classes, the data has {classes}: "
+            f"the published {known.arch} knows {CLASSES} classes, the data has {len(classifier.classes)}: "
             f"train one on it, and name that by {flag} FILE"
         )
-    weights = known.adapt(fetch(known, f"or name them by {flag} FILE"))
-    checkpoint.apply_weights(network, weights, f"the published {known.arch}")
-    return "its published weights"
+    told = told or fetch(known, f"or name them by {flag} FILE")
+    load_into(classifier, told, known, class_names(classifier.classes, class_order, told))
+    return "its published weights" if told.published else told.source

@@ -39,7 +39,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
     from distill.engine import fit
-    from distill.evaluation import evaluate_checkpoint
+    from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import CrossEntropy
     from distill.parallel import shares, start
     from distill.run_dir import open_run
@@ -53,10 +53,11 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     with Workers(options.workers, options.loader_minutes) as workers:
         photos = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
         print(photos)
-        student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
+        options = to_evaluate(options, recipe, photos)
+        student, init_digest = build_student(recipe, photos.classes, options, device)
         training, tests = prepare(photos, recipe, student.spec, None, workers, device)
         if options.evaluate:
-            return evaluate_checkpoint(student, tests["test"], options, recipe, photos)
+            return evaluate_student(student, tests["test"])
         with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
             facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}

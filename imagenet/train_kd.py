@@ -41,7 +41,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     # torch takes seconds to load: only now, after the flags were found right
     from distill.answers import answered, measure_top_k, tell
     from distill.engine import fit
-    from distill.evaluation import evaluate_checkpoint
+    from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import objective
     from distill.parallel import shares, start
     from distill.run_dir import open_run
@@ -60,12 +60,13 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     with Workers(options.workers, options.loader_minutes) as workers:
         photos = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
         print(photos)
-        student, init_digest = build_student(recipe, len(photos.classes), options.init, device)
+        options = to_evaluate(options, recipe, photos)
+        student, init_digest = build_student(recipe, photos.classes, options, device)
         training, tests = prepare(photos, recipe, student.spec, known_teacher.spec, workers, device)
         if options.evaluate:
-            return evaluate_checkpoint(student, tests["test"], options, recipe, photos)
+            return evaluate_student(student, tests["test"])
         if options.show_features:
-            show_features(recipe, options, known_teacher, student, len(photos.classes))
+            show_features(recipe, options, known_teacher, student)
             return None
         check_places(recipe, known_teacher, student, len(photos.classes))
         with open_run(options, recipe, photos) as run:

@@ -190,7 +190,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     data: TrainingData
     recipe = recipe.changed(METHODS.get(row, {}))
     data, _ = prepare(images, recipe, device)
-    student, _ = build_student(recipe, len(images.classes), None, device)
+    student, _ = build_student(recipe, images.classes, Options(), device)
     aim: Objective = CrossEntropy()
     with tempfile.TemporaryDirectory() as name:
         if row != "ce":

@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import knob, validate  # noqa: E402
+from distill.knobs import check_normalisation, knob, validate  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,22 @@ class Evaluate:
     checkpoint: str | None = knob(
         None, "its weights: last.pt of a run, or a file of others (imagenet: default the published ones)", group="what"
     )
-    weights: str | None = knob(None, "which of torchvision's weights, such as IMAGENET1K_V2", group="what")
+    weights: str | None = knob(
+        None,
+        "of --checkpoint: raw or ema, where it holds weights and their average; else which of torchvision's, such as "
+        "IMAGENET1K_V2",
+        group="what",
+    )
+    class_order: str = knob(
+        "names",
+        "whether names of classes in the file decide which output is which",
+        group="what",
+        choices=("names", "ignore"),
+    )
+    mean: str | None = knob(
+        None, "of pixels in [0, 1] that the network subtracts, one number or three with commas", group="what"
+    )
+    std: str | None = knob(None, "that it divides by then", group="what")
     data: str | None = knob(
         None, "'sample', a directory, or a .npz file (default: data/cifar10); imagenet: a directory", group="what"
     )
@@ -55,6 +70,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         validate(self)
+        check_normalisation(self, "mean", "std")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,61 +80,72 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--checkpoint is needed; --help shows an example")
     if options.split == ("test" if photos else "val"):
         raise UserError(f"--split {options.split}: {options.dataset} has {'val' if photos else 'test'} and train")
+    if options.weights and not photos and options.weights not in ("raw", "ema"):
+        raise UserError(f"--weights must be one of raw, ema for small images, got {options.weights!r}")
     cli.check_file(options.json)
-    from distill import checkpoint
+    from distill import checkpoint, weights
     from distill.evaluation import evaluate
-    from distill.parallel import choose_precision, start
-    from distill.registry import Classifier
+    from distill.parallel import start
 
     device = start(options.device)
-    arch = options.arch or (checkpoint.load_arch(Path(options.checkpoint)) if options.checkpoint else None)
-    if not arch:
-        of_file = f": {options.checkpoint} does not say what network it is of" if options.checkpoint else ""
+    kind = options.weights if options.weights in weights.WHICH else None
+    given = weights.load(Path(options.checkpoint), kind) if options.checkpoint else None
+    if not (arch := options.arch or (given.arch if given else None)):
+        of_file = f": {options.checkpoint} does not say what network it is of" if given else ""
         raise UserError(f"--arch is needed{of_file}")
     with ExitStack() as stack:
-        network, spec, test = (_photos if photos else _small)(options, arch, device, stack)
-        classifier = Classifier(network, spec, choose_precision(options.precision, device)).to(device)
+        classifier, test = (_photos if photos else _small)(options, arch, given, device, stack)
         found = evaluate(classifier, test)
+        if given and not given.spec and not photos:
+            from cifar10.teachers import WEAK, compare_normalisations
+
+            if found.accuracy < WEAK:
+                print(f"note: {compare_normalisations(classifier, test, '--mean', '--std')}")
     print(found)
     if options.json:
         checkpoint.write_atomically(Path(options.json), (json.dumps(found.to_dict()) + "\n").encode())
 
 
-def _small(options: Evaluate, arch: str, device: Any, _: ExitStack) -> tuple[Any, Any, Any]:
-    """The network of small images, what it wants to see, and the images."""
+def _small(options: Evaluate, arch: str, given: Any, device: Any, _: ExitStack) -> tuple[Any, Any]:
+    """The network of small images, with what the file holds, and the images."""
+    from cifar10.classes import class_names
     from cifar10.data import load_data
     from cifar10.models import find_trained, resolve
-    from distill import checkpoint
+    from distill.networks import load_into
+    from distill.parallel import choose_precision
+    from distill.registry import Classifier
     from distill.views import EvaluationSet
 
-    assert options.checkpoint
-    weights = checkpoint.load_weights(Path(options.checkpoint))
-    known = find_trained(resolve(arch), Path(options.checkpoint), options.image_size)
+    known = find_trained(resolve(arch), given, options.image_size).shown(None, options.mean, options.std)
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     if options.split == "train" and not data.labelled:
         raise UserError("the training images have no labels to evaluate on")
-    network = known.build(num_classes=len(data.classes))
-    checkpoint.apply_weights(network, known.adapt(weights), options.checkpoint)
+    network, precision = known.build(num_classes=len(data.classes)), choose_precision(options.precision, device)
+    classifier = Classifier(network, known.spec, precision, data.classes)
+    load_into(classifier, given, known, class_names(data.classes, options.class_order))
     train = options.split == "train"
     images, labels = (data.train_images, data.train_labels) if train else (data.test_images, data.test_labels)
-    return network, known.spec, EvaluationSet(images.to(device), labels.to(device), options.batch_size)
+    return classifier.to(device), EvaluationSet(images.to(device), labels.to(device), options.batch_size)
 
 
-def _photos(options: Evaluate, arch: str, device: Any, stack: ExitStack) -> tuple[Any, Any, Any]:
-    """The network of photos, what it wants to see, and the photos."""
+def _photos(options: Evaluate, arch: str, given: Any, device: Any, stack: ExitStack) -> tuple[Any, Any]:
+    """The network of photos, with what the file holds or its published weights, and the photos."""
+    from distill.parallel import choose_precision
+    from distill.registry import Classifier
     from imagenet.data import PhotoTests, load_data
     from imagenet.loader import Workers
     from imagenet.models import find_trained
     from imagenet.teachers import load_weights
 
-    known = find_trained(arch, options.weights, options.checkpoint)
+    known = find_trained(arch, options.weights, given).shown(None, options.mean, options.std)
     workers = stack.enter_context(Workers(options.workers))
     data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
     network = known.build(num_classes=len(data.classes))
-    load_weights(network, known, options.checkpoint, len(data.classes), flag="--checkpoint")
+    classifier = Classifier(network, known.spec, choose_precision(options.precision, device), data.classes)
+    load_weights(classifier, known, options.checkpoint, given, options.class_order, flag="--checkpoint")
     train = options.split == "train"
     files, labels = (data.train_files, data.train_labels) if train else (data.val_files, data.val_labels)
-    return network, known.spec, PhotoTests(files, labels, known.spec, workers, device, options.decoder)
+    return classifier.to(device), PhotoTests(files, labels, known.spec, workers, device, options.decoder)
 
 
 if __name__ == "__main__":

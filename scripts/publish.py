@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")  # the former file stays where this one cannot be measured
     try:
-        write(new, run, summary)
+        write(new, run, summary, data.classes)
         accuracy = measure(new, data, options.device)
         new.replace(path)
     finally:
@@ -72,33 +72,41 @@ def main(argv: Sequence[str]) -> None:
     print(line)
 
 
-def write(path: Path, run: Path, summary: dict[str, Any]) -> None:
-    """Write the weights that count (with --ema the average) in float16."""
-    from distill import checkpoint
+def write(path: Path, run: Path, summary: dict[str, Any], classes: Sequence[str]) -> None:
+    """Write the weights that count (with --ema the average) in float16, and what is needed to use them. `classes`: of
+    the data, in its order."""
+    from dataclasses import asdict
 
-    weights = checkpoint.load_weights(run / checkpoint.LAST)
-    half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-    recipe = checkpoint.load_recipe(run / checkpoint.LAST)
+    from cifar10.models import CIFAR_INPUT
+    from distill import checkpoint, weights
+
+    given = weights.load(run / checkpoint.LAST)
+    half = {key: value.half() if value.is_floating_point() else value for key, value in given.state.items()}
     known = {key: summary[key] for key in ("data", "data_content", "commit", "torch")}
-    checkpoint.save(path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **known})
+    told = {"classes": list(classes), "input": asdict(given.spec or CIFAR_INPUT)}
+    recipe = dict(given.recipe or {})
+    checkpoint.save(path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **told, **known})
 
 
 def measure(path: Path, data: "ImageData", device_name: str) -> float:
     """Percent of the test images that the network in `path` knows."""
+    from cifar10.classes import class_names
     from cifar10.models import find_trained
-    from distill import checkpoint
+    from distill import weights
     from distill.evaluation import evaluate
+    from distill.networks import load_into
     from distill.parallel import choose_precision, start
     from distill.registry import Classifier
     from distill.views import EvaluationSet
 
     device = start(device_name)
-    known = find_trained(checkpoint.load_arch(path) or "", path)
-    network = known.build(num_classes=len(data.classes))
-    checkpoint.apply_weights(network, checkpoint.load_weights(path), str(path))
+    given = weights.load(path)
+    known = find_trained(given.arch or "", given)
+    network, precision = known.build(num_classes=len(data.classes)), choose_precision("float32", device)
+    classifier = Classifier(network, known.spec, precision, data.classes)
+    load_into(classifier, given, known, class_names(data.classes, "names"))
     test = EvaluationSet(data.test_images.to(device), data.test_labels.to(device))
-    precision = choose_precision("float32", device)
-    return evaluate(Classifier(network, known.spec, precision).to(device), test).accuracy
+    return evaluate(classifier.to(device), test).accuracy
 
 
 def describe(path: Path, summary: dict[str, Any], accuracy: float, *, finetuned: bool) -> str:

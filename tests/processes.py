@@ -51,7 +51,7 @@ def evaluate_photos(source: str, directory: Path) -> None:
     with Workers(1) as workers:
         photos = load_data_of_photos(source, workers)
         recipe = replace(STANDARD, arch="resnet18", image_size=32)
-        student, _ = build_photo_student(recipe, len(photos.classes), None, torch.device("cpu"))
+        student, _ = build_photo_student(recipe, photos.classes, Options(), torch.device("cpu"))
         test = PhotoTests(photos.val_files, photos.val_labels, student.spec, workers, torch.device("cpu"), "pillow")
         found = evaluate(student, test)
     result = {"predictions": found.predictions, "found": found.to_dict()}
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     recipe = Recipe(epochs=2, batch_size=8, lr=0.01, warmup=0, dropout=0.0, accumulate=parts)
     data = load_data(npz)
     training, tests = prepare(data, recipe, device)
-    student, _ = build_student(recipe, len(data.classes), None, device)
+    student, _ = build_student(recipe, data.classes, Options(), device)
     aim: Objective = CrossEntropy() if case == "gradient" else Unlucky()
     if case == "overhaul":
         torch.manual_seed(5)

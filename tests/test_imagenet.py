@@ -28,6 +28,7 @@ from torchvision import transforms
 
 from distill import downloads
 from distill.errors import BrokenImage, UserError
+from distill.recipe import Options
 from distill.registry import Classifier, InputSpec
 from distill.teacher import _block
 from distill.views import uniforms, uniforms_of
@@ -41,6 +42,7 @@ from scripts import precompute, sweep
 
 CPU = torch.device("cpu")
 NONE = Workers(0)
+FIVE = ("a", "b", "c", "d", "e")
 
 
 def files_of(photos: Path, split: str = "train") -> list[str]:
@@ -399,12 +401,14 @@ def test_names_and_settings() -> None:
     with pytest.raises(UserError, match="torchvision's weights of resnet50 are IMAGENET1K_V1, IMAGENET1K_V2, not V3"):
         models.find("resnet50", "V3")
     assert models.find("resnet50", "imagenet1k_v2").spec.resized == 232
-    student, digest = models.build_student(replace(STANDARD, arch="resnet18", image_size=64), 5, None, CPU)
+    student, digest = models.build_student(replace(STANDARD, arch="resnet18", image_size=64), FIVE, Options(), CPU)
     assert (student.spec.size, student.spec.resized, digest) == (64, 73, None)
     assert student(torch.zeros(2, 80, 80, 3, dtype=torch.uint8)).shape == (2, 5)
     with pytest.raises(UserError, match="--dropout, --drop-connect: resnet18 does not have"):
-        models.build_student(replace(STANDARD, arch="resnet18", dropout=0.3), 5, None, CPU)
-    small, _ = models.build_student(replace(STANDARD, dropout=0.1, drop_connect=0.3, image_size=32), 5, None, CPU)
+        models.build_student(replace(STANDARD, arch="resnet18", dropout=0.3), FIVE, Options(), CPU)
+    small, _ = models.build_student(
+        replace(STANDARD, dropout=0.1, drop_connect=0.3, image_size=32), FIVE, Options(), CPU
+    )
     rates = small.network._global_params  # type: ignore[union-attr]
     assert (rates.dropout_rate, rates.drop_connect_rate) == (0.1, 0.3)  # type: ignore[union-attr]
 
@@ -422,14 +426,16 @@ def test_weights_as_they_were_published(name: str, today: str, published: Any, t
     renamed = {re.sub(today, published, key): value for key, value in network.state_dict().items()}
     assert (renamed.keys() == network.state_dict().keys()) == (name == "mnasnet0_5")
     torch.save(renamed, tmp_path / "published.pth")
-    student, _ = models.build_student(replace(STANDARD, arch=name), 3, str(tmp_path / "published.pth"), CPU)
+    student, _ = models.build_student(
+        replace(STANDARD, arch=name), FIVE[:3], Options(init=str(tmp_path / "published.pth")), CPU
+    )
     for key, value in student.network.state_dict().items():
         assert torch.equal(value, network.state_dict()[key])
 
 
 def test_sizes_that_cannot_be() -> None:
     with pytest.raises(UserError, match="vit_b_16 cannot be built for images of 100 pixels"):
-        models.build_student(replace(STANDARD, arch="vit_b_16", image_size=100), 3, None, CPU)
+        models.build_student(replace(STANDARD, arch="vit_b_16", image_size=100), FIVE[:3], Options(), CPU)
 
 
 def test_a_teacher_of_large_photos_sees_fewer_at_a_time() -> None:
@@ -447,7 +453,7 @@ def test_a_pretrained_student_gets_a_new_head(tmp_path: Path, capsys: pytest.Cap
     weights = models.find("mobilenet_v3_small").build(num_classes=1000).state_dict()
     torch.save(weights, tmp_path / "theirs.pth")
     recipe = replace(STANDARD, arch="mobilenet_v3_small")
-    student, digest = models.build_student(recipe, 4, str(tmp_path / "theirs.pth"), CPU)
+    student, digest = models.build_student(recipe, FIVE[:4], Options(init=str(tmp_path / "theirs.pth")), CPU)
     assert "theirs.pth knows 1000 classes, the data has 4: classifier.3.weight, classifier.3.bias are new" in (
         capsys.readouterr().out
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cifar10.data import load_data, prepare
-from distill import checkpoint
+from distill import checkpoint, weights
 from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.metrics import Tally
@@ -135,7 +135,7 @@ def test_the_average_is_what_counts(small_npz: Path, tmp_path: Path) -> None:
         assert evaluate(network, test).loss == fitted.records[-1][f"{name}_loss"]
     assert fitted.test.loss == fitted.records[-1]["test_loss"]
     assert fitted.to_dict()["raw_test_accuracy"] == fitted.records[-1]["raw_test_accuracy"]
-    loaded = checkpoint.load_weights(tmp_path / "run" / "last.pt")
+    loaded = weights.load(tmp_path / "run" / "last.pt").state
     assert checkpoint.digest(loaded) == checkpoint.digest(payload["average"])
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cifar10 import train_ce, train_kd
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
-from distill import checkpoint
+from distill import checkpoint, weights
 from distill.answers import AnsweredData
 from distill.engine import fit
 from distill.errors import UserError
@@ -380,8 +380,8 @@ def test_a_cut_run_continues_bit_by_bit_and_exports_the_student_alone(small_npz:
     for key in ("student", "connectors", "optimizer", "ranks"):
         assert checkpoint.digest(cut[key]) == checkpoint.digest(whole[key]), key
     assert whole["student"].keys() == MODELS.build("mobilenetv2", 4).state_dict().keys()
-    weights = checkpoint.load_weights(tmp_path / "whole" / "last.pt")
-    checkpoint.apply_weights(MODELS.build("mobilenetv2", 4), weights, "the exported student")
+    exported = weights.load(tmp_path / "whole" / "last.pt").state
+    checkpoint.apply_weights(MODELS.build("mobilenetv2", 4), exported, "the exported student")
     record = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert record["method"] == "kd"
     assert "feature_weight = 0.001" in record["formula"]

@@ -7,20 +7,22 @@ small images as well, and teach them: each of them enlarges the images to its ow
 
 import importlib
 import pkgutil
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cifar10.classes import class_names
 from cifar10.models.efficientnet import EfficientNet
 from cifar10.models.registry import CIFAR_INPUT, MODELS
-from distill import checkpoint, networks
+from distill import networks
+from distill.class_order import ClassNames
 from distill.errors import UserError
-from distill.networks import Network
-from distill.parallel import on_main
-from distill.recipe import Recipe
+from distill.networks import Network, theirs
+from distill.recipe import Options, Recipe
 from distill.registry import Classifier
+from distill.weights import Weights
 
 __all__ = ["CIFAR_INPUT", "MODELS", "build_student", "find", "find_trained", "resolve"]
 
@@ -71,20 +73,28 @@ def find(name: str, image_size: int | None = None, weights: str | None = None) -
     return Network(arch, CIFAR_INPUT, build, fetch)
 
 
-def find_trained(name: str, file: Path | None, image_size: int | None = None) -> Network:
-    """find(), at the size that the checkpoint `file` was trained for where it is one of ours that tells."""
-    recipe = on_main(checkpoint.load_recipe)(file) if file and name not in MODELS.names() else {}
-    return find(name, image_size or recipe.get("image_size"))
+def find_trained(name: str, told: Weights | None, image_size: int | None = None) -> Network:
+    """find(), at the size and with the look that `told` was trained for where it is of a checkpoint of ours."""
+    size = told.spec.size if told and told.spec and name not in MODELS.names() else None
+    return find(name, image_size or size).shown(told)
 
 
 def build_student(
-    recipe: Recipe, num_classes: int, init: str | None, device: torch.device, examples: Tensor | None = None
+    recipe: Recipe,
+    classes: Sequence[str],
+    options: Options,
+    device: torch.device,
+    examples: Tensor | None = None,
 ) -> tuple[Classifier, str | None]:
-    """networks.build_student of the network that `recipe` names, at its size."""
-    network = find(recipe.arch, recipe.image_size, recipe.weights)
+    """networks.build_student of the network that `recipe` names, at its size, for the data's `classes`."""
+    network = find(recipe.arch, recipe.image_size, theirs(recipe.weights))
     if network.spec != CIFAR_INPUT:
         print(f"{network.arch}: sees the images enlarged to {network.spec.size} pixels")
-    return networks.build_student(network, recipe, num_classes, init, device, examples)
+
+    def named(_: Weights) -> ClassNames:
+        return class_names(classes, options.class_order)
+
+    return networks.build_student(network, recipe, named, options, device, examples)
 
 
 def _find_photos(name: str, weights: str | None = None) -> tuple[str, Network] | None:
