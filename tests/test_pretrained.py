@@ -10,11 +10,12 @@ from torch import nn
 from cifar10 import train_ce, train_kd
 from cifar10.models import MODELS, build_student, find, resolve
 from cifar10.recipes import RECIPES
-from distill import checkpoint
+from distill import weights
 from distill.errors import UserError
 from distill.recipe import Options, Recipe
 from tests.runs import CPU
 
+TEN = tuple("abcdefghij")
 ARCH = "shufflenet_v2_x0_5"  # small, and torchvision's alone
 CE = Recipe(arch=ARCH, image_size=32, epochs=1, batch_size=8, lr=0.01, warmup=0)
 
@@ -59,25 +60,25 @@ def test_unknown_names(name: str, message: str) -> None:
 )
 def test_what_small_networks_do_not_have(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_student(replace(Recipe(arch="resnet18"), **changes), 10, None, CPU)
+        build_student(replace(Recipe(arch="resnet18"), **changes), TEN, Options(), CPU)
 
 
 def test_published_weights_under_a_new_last_layer() -> None:
     """Every weight but the last layer's is the package's; BatchNorm follows at the rate that is asked for."""
     recipe = replace(RECIPES["pretrained_teacher"], seed=3)
-    student, digest = build_student(recipe, 10, None, CPU)
+    student, digest = build_student(recipe, TEN, Options(), CPU)
     published = find(recipe.arch).fetch("")
     own = student.network.state_dict()
     assert own["_fc.weight"].shape == (10, 1280)
     assert all(torch.equal(own[key], value) for key, value in published.items() if not key.startswith("_fc"))
     assert student.spec.size == 96
     assert {m.momentum for m in student.network.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
-    assert digest == build_student(recipe, 10, None, CPU)[1]
-    assert digest != build_student(replace(recipe, seed=4), 10, None, CPU)[1]
+    assert digest == build_student(recipe, TEN, Options(), CPU)[1]
+    assert digest != build_student(replace(recipe, seed=4), TEN, Options(), CPU)[1]
 
 
 def test_small_images_are_enlarged_as_torch_resizes_them() -> None:
-    student, _ = build_student(replace(CE, image_size=48), 4, None, CPU)
+    student, _ = build_student(replace(CE, image_size=48), TEN[:4], Options(), CPU)
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     pixels = images.permute(0, 3, 1, 2).float()
     enlarged = nn.functional.interpolate(pixels, (48, 48), mode=student.spec.interpolation, antialias=True)
@@ -90,7 +91,7 @@ def test_it_is_trained_and_teaches(home: Path, small_npz: Path, capsys: pytest.C
     train_ce.train(replace(CE, image_size=40), Options(data=str(small_npz)))
     assert f"{ARCH}: sees the images enlarged to 40 pixels" in capsys.readouterr().out
     file = home / "small" / ARCH / "ce-seed0" / "last.pt"
-    assert checkpoint.load_recipe(file)["image_size"] == 40
+    assert weights.load(file).spec.size == 40
     taught = Recipe(arch="airbench94", teacher_arch=ARCH, epochs=2, batch_size=8, views=1)
     for size, expected in ((None, 40), (48, 48)):
         recipe = replace(taught, teacher_image_size=size, seed=size or 0)
