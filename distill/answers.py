@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.kd_loss import top_k_error
 from distill.logit_store import Column, Encoding, LogitStore, fits, store_key
 from distill.objectives import logit_loss
+from distill.parallel import gather
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS
@@ -51,9 +52,12 @@ def answered(recipe: Recipe, options: Options, data: Images, training: ViewedDat
 
 
 def tell(data: object) -> None:
-    """Print how much the teacher has worked for `data`, if it was asked at all."""
+    """Print how much the teacher has worked for `data` in this call, in all processes, if it was asked at all."""
     if isinstance(data, AnsweredData):
-        print(f"teacher: {data.answered:,} views answered, the others were in the store")
+        answered, known = map(sum, zip(*gather((data.answered, data.known)), strict=True))
+        print(
+            f"teacher: {answered:,} views answered, " + (f"{known:,} were in the store" if data.store else "no store")
+        )
 
 
 @torch.no_grad()
@@ -91,7 +95,7 @@ class AnsweredData:
         self.steps_per_epoch, self.labelled, self.from_files = data.steps_per_epoch, data.labelled, data.from_files
         share = data.plan.batch_size // data.plan.share[1]
         self._ahead = max(1, teacher.at_once // share)  # batches
-        self.answered = 0  # views that the teacher has answered in this process, the others came from the store
+        self.answered, self.known = 0, 0  # views of this process: that the teacher has answered, that it had before
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         slot = self.data.plan.order.slot(epoch)
@@ -166,6 +170,7 @@ class AnsweredData:
                 yield batch, self.encoding.decode(rows[end - len(indices) : end])
             return
         unknown = [np.flatnonzero(~column.answered[indices]) for _, indices in group]
+        self.known += sum(len(indices) for _, indices in group) - sum(map(len, unknown))
         if any(map(len, unknown)):
             pairs = list(zip(group, unknown, strict=True))
             indices = np.concatenate([indices[rows] for (_, indices), rows in pairs])

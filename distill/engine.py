@@ -19,6 +19,7 @@ from distill.evaluation import Evaluation, EvaluationStopped, evaluate, raise_br
 from distill.metrics import Tally
 from distill.objectives import Objective
 from distill.optim import WeightAverage, build_optimizer, learning_rate
+from distill.outcome import BEST, best_epoch, diverged, tell_divergence
 from distill.parallel import (
     any_of,
     gather,
@@ -51,16 +52,19 @@ class State:
     step: int = 0  # within the epoch
     records: list[dict[str, Any]] = field(default_factory=list)  # one an epoch: the lines of metrics.jsonl
     timings: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wall": 0.0, "epoch": 0.0})  # seconds
+    first_loss: float | None = None  # of the run's first step
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, and speeds."""
+    """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, speeds, and the loss in nats of
+    the first step, None in a run that was begun before that was kept."""
 
     records: list[dict[str, Any]]
     test: Evaluation
     images_per_second: float
     wall_seconds: float
+    first_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What a summary says of it. With a validation part also its best epoch (the first of equals, as best.pt)."""
@@ -68,12 +72,11 @@ class Fitted:
             "test_accuracy": self.test.accuracy,
             "test_top5": self.test.top5,
             "test_loss": self.test.loss,
+            "diverged": diverged(self.records, self.first_loss),
         }
         if "raw_test_accuracy" in self.records[-1]:
             named["raw_test_accuracy"] = self.records[-1]["raw_test_accuracy"]
-        validated = [record for record in self.records if "val_accuracy" in record]
-        if validated:
-            best = max(validated, key=lambda record: record["val_accuracy"])
+        if best := best_epoch(self.records):
             named["best_epoch"] = {key: best[key] for key in ("epoch", "val_accuracy", "test_accuracy")}
         return {**named, "train_images_per_second": self.images_per_second, "wall_seconds": self.wall_seconds}
 
@@ -124,6 +127,7 @@ class Trainer:
             "step": state.step,
             "records": state.records,
             "timings": state.timings,
+            "first_loss": state.first_loss,
         }
         on_main(checkpoint.save)(self.run.path / checkpoint.LAST, payload, keep_previous=True)
         self.last_save = time.monotonic()
@@ -156,6 +160,8 @@ class Trainer:
             payload, source = start, named
         if payload:
             self._check_same_run(payload, source)
+            if source == named and (best := best_epoch(payload["records"])):
+                self.run.take_best(Path(named).parent, best["epoch"])
         return payload, source
 
     def restore(self) -> None:
@@ -185,12 +191,18 @@ class Trainer:
             ):
                 raise ValueError(f"epoch {epoch}, step {step}, {len(records)} records")
             self.state.epoch, self.state.step, self.state.records = epoch, step, records
-            self.state.timings = payload["timings"]
+            self.state.timings, self.state.first_loss = payload["timings"], payload.get("first_loss")
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise checkpoint.CheckpointError(f"{source} does not hold a state of this run ({error!r:.160})") from None
-        self.run.write_metrics(self.state.records)  # a kill may have come between the checkpoint and this file
+        self._publish()  # a kill may have come between the checkpoint and these files
+
+    def _publish(self) -> None:
+        """Make metrics.jsonl, and TensorBoard's files, what the checkpoint's records are."""
+        self.run.write_metrics(self.state.records)
+        if self.board:
+            self.board.show(self.state.records)
 
     def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
         try:
@@ -225,6 +237,9 @@ class Trainer:
                 raise
             self.train_step(batch)
             state.step += 1
+            if state.epoch == 0 and state.step == 1:
+                images, loss = reduce(state.tally.sums[:2].clone()).tolist()
+                state.first_loss = loss / images
             bar.update()
             if self.steps_left is not None:
                 self.steps_left -= 1
@@ -325,22 +340,17 @@ class Trainer:
         for name, found in tests.items():
             record |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy, f"{name}_top5": found.top5}
         record |= {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
-        best = max((r["val_accuracy"] for r in state.records if "val_accuracy" in r), default=-1.0)
-        if "val" in tests and tests["val"].accuracy > best:
+        best = best_epoch(state.records)
+        if "val" in tests and (not best or tests["val"].accuracy > best["val_accuracy"]):
             network = self.average.network if self.average else self.student
             weights = {"student": network.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
-            on_main(checkpoint.save)(self.run.path / "best.pt", {**weights, **self.student.described()})
+            on_main(checkpoint.save)(self.run.path / BEST, {**weights, **self.student.described()})
         state.records.append(record)
         state.epoch, state.step = state.epoch + 1, 0
         state.tally.sums.zero_()
         state.timings["epoch"] = 0.0
         self.save()
-        self.run.write_metrics(state.records)
-        if self.board:
-            for name, value in record.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, record["epoch"])
-            self.board.flush()
+        self._publish()
         right = f"accuracy {record['train_accuracy']:.2f} %  " if self.data.labelled else ""
         measured = "  ".join(f"{name} {found.accuracy:.2f} %" for name, found in tests.items())
         print(
@@ -348,6 +358,8 @@ class Trainer:
             f"{right}{measured}  lr {record['lr']:.4g}  "
             f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
         )
+        if (astray := diverged(state.records, state.first_loss)) and astray["epoch"] == record["epoch"]:
+            print(f"warning: {tell_divergence(astray)}; try a lower --lr, or --clip-norm 1")
 
 
 def fit(
@@ -399,7 +411,8 @@ def fit(
             trainer.record_epoch(found)
     test = found["test"] if found else evaluate(result, tests["test"])
     images = state.epoch * data.steps_per_epoch * recipe.batch_size
-    return Fitted(state.records, test, images / max(state.timings["train"], 1e-9), state.timings["wall"])
+    speed, wall = images / max(state.timings["train"], 1e-9), state.timings["wall"]
+    return Fitted(state.records, test, speed, wall, state.first_loss)
 
 
 def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:

@@ -165,7 +165,7 @@ def standardize(logits: Tensor) -> Tensor:
     """(z - mean) / (deviation + 1e-7) for each image, over its classes, with the unbiased deviation: (B, C) -> float32.
 
     Applied to student and teacher before kd or dkd. Logits that are all alike have large gradients, as the deviation is
-    0 there: let a last layer start from random weights. Source: Sun et al. 2024, arXiv:2403.01427.
+    0 there: objectives.start_last_layer. Source: Sun et al. 2024, arXiv:2403.01427.
     """
     values = logits.float()
     return (values - values.mean(1, keepdim=True)) / (values.std(1, keepdim=True) + 1e-7)

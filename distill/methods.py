@@ -30,6 +30,7 @@ class Method:
     top_k: bool = False  # there is a function NAME_top_k for answers of which only the largest logits are kept
     standardized: Mapping[str, float] | None = None  # what --standardize changes of the defaults; None: not to be had
     zero_at_equality: bool = True  # else the least that it can be depends on the teacher
+    by_deviation: bool = False  # it divides by the deviation of the student's logits, as --standardize does
 
     def __post_init__(self) -> None:
         assert self.small.keys() == self.photos.keys(), "small and photos must have the same flags"
@@ -86,6 +87,7 @@ METHODS = {
         small={"beta": 1.0, "gamma": 1.0, "tau": 4.0, "kd_weight": 2.0},
         photos={"beta": 1.0, "gamma": 1.0, "tau": 1.0, "kd_weight": 2.0},
         note="r of softmax(s/tau) and softmax(t/tau)",
+        by_deviation=True,
     ),
     "none": Method("0", "", small={}, photos={}, weights={"ce_weight": 1.0}),  # with --overhaul
 }

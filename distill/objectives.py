@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -175,6 +176,8 @@ def objective(
     """What `recipe` minimises with `teacher`; printed with the values in force. data: where a margin is to be measured.
     Raises UserError."""
     print(recipe.formula)
+    if recipe.standardize or METHODS[recipe.method or "kd"].by_deviation:
+        start_last_layer(student, recipe)
     if not recipe.overhaul:
         return distillation(recipe, data.labelled)
     names = (recipe.arch, recipe.teacher_arch or "the teacher")
@@ -185,6 +188,22 @@ def objective(
     alone = recipe.method == "none"
     logits = CrossEntropy(recipe.label_smoothing) if alone else distillation(recipe, data.labelled)
     return Overhaul(features, recipe.feature_weight or 0.0, logits, recipe.ce_weight or 0.0)
+
+
+@torch.no_grad()
+def start_last_layer(student: Classifier, recipe: Recipe) -> None:
+    """Give a last layer of zeros, or of weights a hundredth of the usual, those that torch's layers start from, uniform
+    in +-1 / sqrt(inputs), drawn from the recipe's seed; it says so. Logits that are all alike have no deviation, and a
+    loss that divides by it a gradient of millions, which ends the run in its first steps."""
+    layers = [(k, m) for k, m in student.network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for name, layer in layers:
+        weight, bound = layer.weight, layer.weight[0].numel() ** -0.5
+        if len(weight) != len(layers[-1][1].weight) or weight.square().mean().sqrt() > 0.01 * bound:
+            continue
+        drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(recipe.seed))
+        weight.copy_(bound * (2 * drawn - 1))
+        what = "--standardize" if recipe.standardize else f"--method {recipe.method}"
+        print(f"note: {name} of {recipe.arch} starts from small random weights, not from zeros: {what} wants it")
 
 
 def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:

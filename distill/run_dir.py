@@ -14,8 +14,10 @@ from typing import Any, TextIO
 import torch
 
 from distill import checkpoint, provenance
+from distill.board import Board
 from distill.errors import UserError
 from distill.knobs import flag
+from distill.outcome import BEST, describe
 from distill.parallel import describe_device, on_main, rank
 from distill.provenance import commit, machine, versions
 from distill.recipe import Options, Recipe
@@ -36,8 +38,9 @@ class RunDirectory:
     reads and writes; the others get what it returns.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, tensorboard: bool = False) -> None:
+        """tensorboard: a run that turns out to be finished is shown there too."""
+        self.path, self.tensorboard = path, tensorboard
         self._lock: TextIO | None = None
 
     def __enter__(self) -> "RunDirectory":
@@ -115,12 +118,26 @@ class RunDirectory:
         names = (checkpoint.LAST, checkpoint.PREVIOUS, f"{checkpoint.LAST}.damaged", SUMMARY)
         return any(os.path.lexists(self.path / name) for name in names)
 
-    def progress(self) -> int:
-        """How many epochs are recorded."""
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, [] where it cannot be read."""
         try:
-            return len((self.path / METRICS).read_bytes().splitlines())
-        except OSError:
-            return 0
+            return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        except (OSError, ValueError):
+            return []
+
+    def best(self) -> int | None:
+        """The epoch whose weights are in best.pt, None where that does not load."""
+        try:
+            epoch: int | None = checkpoint.load(self.path / BEST).get("epoch")
+            return epoch
+        except checkpoint.CheckpointError:
+            return None
+
+    def take_best(self, directory: Path, epoch: int) -> None:
+        """Take over best.pt of another directory of the run, if it is of this epoch and there is none here."""
+        other = RunDirectory(directory)
+        if other.best() == epoch and self.best() is None:
+            checkpoint.save(self.path / BEST, checkpoint.load(other.path / BEST))
 
     @on_main
     def report(self, recipe: Recipe) -> dict[str, Any] | None:
@@ -130,7 +147,9 @@ class RunDirectory:
     def _report(self, recipe: Recipe) -> dict[str, Any] | None:
         summary = self.finished(recipe)
         if summary:
-            print(f"finished before: {self.path}\n{describe(summary)}")
+            print(f"finished before: {self.path}\n{describe(summary, self.best())}")
+            if self.tensorboard and (board := self.open_board()):
+                board.show(self.records())
         return summary
 
     @on_main
@@ -198,7 +217,9 @@ class RunDirectory:
     @on_main
     def finish(self, recipe: Recipe, facts: dict[str, Any], student: Classifier, **results: Any) -> dict[str, Any]:
         """Write and print summary.json: what the run is, `results` (percent, nats, seconds), and what computed it."""
-        taught = recipe.objective == "kd"
+        taught, kept = recipe.objective == "kd", self.best()
+        if best := results.get("best_epoch"):
+            best["weights"] = BEST if kept == best["epoch"] else None
         summary: dict[str, Any] = {
             "arch": recipe.arch,
             "teacher_arch": recipe.teacher_arch,
@@ -227,7 +248,7 @@ class RunDirectory:
         changes = [start["data_change"] for start in (config or {"starts": []})["starts"] if "data_change" in start]
         summary |= {"data_changes": changes} if changes else {}
         checkpoint.write_atomically(self.path / SUMMARY, _json(summary))
-        print(describe(summary))
+        print(describe(summary, kept))
         return summary
 
     @on_main
@@ -236,14 +257,9 @@ class RunDirectory:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         checkpoint.write_atomically(self.path / METRICS, lines.encode())
 
-    def open_board(self) -> Any:
-        """TensorBoard's SummaryWriter for tensorboard/ in this directory, in the process that writes files, else None.
-        Raises UserError if the package is absent."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-        return SummaryWriter(str(self.path / "tensorboard")) if rank() == 0 else None
+    def open_board(self) -> Board | None:
+        """TensorBoard's files in tensorboard/, in the process that writes files, else None. Raises UserError."""
+        return Board(self.path / "tensorboard") if rank() == 0 else None
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -264,7 +280,7 @@ def open_run(options: Options, recipe: Recipe, data: Images) -> RunDirectory:
     Where DATA has no such run yet, one of this recipe on the same images under another DATA is it: a job finds its run
     wherever its images are staged.
     """
-    return RunDirectory(_place(options, recipe, data.name, data.digest))
+    return RunDirectory(_place(options, recipe, data.name, data.digest), tensorboard=options.tensorboard)
 
 
 @on_main
@@ -281,7 +297,7 @@ def _place(options: Options, recipe: Recipe, data_name: str, data_digest: str) -
     known = runs_on(data_digest, recipe.arch, glob.escape(recipe.run_name), data_name)
     found = [run for run, config in known if _is_of(config, recipe, options.extend)]
     if found:  # of several under other names the one that is furthest
-        path = max(found, key=lambda run: (run.has_begun(), run.path == own, run.progress())).path
+        path = max(found, key=lambda run: (run.has_begun(), run.path == own, len(run.records()))).path
     if path != own:
         print(f"note: {path} is the run of this recipe on these images, under another name of theirs")
     return path
@@ -312,19 +328,6 @@ def runs_on(data_digest: str, arch: str, pattern: str, data_name: str) -> Iterat
                 continue
             if config and config["facts"].get("data_digest") == data_digest:
                 yield run, config
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """A run's result in a line."""
-    epochs = f"{summary['epochs']} epoch{'s' if summary['epochs'] > 1 else ''}"
-    line = f"{summary['arch']}: test accuracy {summary['test_accuracy']:.2f} % after {epochs}"
-    if best := summary.get("best_epoch"):
-        line += f" (best.pt, by {best['val_accuracy']:.2f} % on the validation part in epoch {best['epoch']}: "
-        line += f"{best['test_accuracy']:.2f} %)"
-    if summary["teacher_arch"]:
-        line += f", teacher {summary['teacher_arch']} {summary['teacher_accuracy']:.2f} %"
-        line += f", they agree on {summary['agreement']:.2f} %"
-    return f"{line}, {summary['train_images_per_second']:.0f} images/s"
 
 
 def next_free(path: Path) -> Path:

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
 from distill import checkpoint, engine, parallel
+from distill.board import Board
 from distill.errors import UserError
 from distill.evaluation import evaluate
 from distill.objectives import CrossEntropy, Step
+from distill.outcome import diverged
 from distill.recipe import Options
 from distill.registry import Classifier
+from distill.run_dir import RunDirectory
 from distill.stop import SIGNALS, Stopped, StopRequest
 from distill.views import Batch
 from tests.runs import CPU, RECIPE, small_network, state, taught, teaching, train
@@ -130,6 +133,91 @@ def test_tensorboard(small_npz: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="--tensorboard needs the package tensorboard: pip install tensorboard"):
         train(tmp_path / "other", small_npz, options=Options(tensorboard=True))
+
+
+def on_board(run: Path) -> list[tuple[int, float]]:
+    """(epoch, test accuracy) of each value on the board."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [(event.step, round(event.value, 3)) for event in board.Scalars("test_accuracy")]
+
+
+def test_tensorboard_gets_what_it_lacks(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs from before it was asked for, one whose end was killed after its checkpoint, those of a finished run."""
+    run, wanted = tmp_path / "run", Options(tensorboard=True)
+    with pytest.raises(Stopped):
+        train(run, small_npz, options=Options(steps=7))
+    show = Board.show
+    interrupted = lambda self, records: _interrupt() if len(records) > 1 else show(self, records)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(Board, "show", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, small_npz, options=wanted)
+    assert [epoch for epoch, _ in on_board(run)] == [1]
+    (events,) = (run / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes()[:-3])  # the kill cut a value, too
+    fitted = train(run, small_npz, options=wanted)
+    expected = [(r["epoch"], round(r["test_accuracy"], 3)) for r in fitted.records]
+    assert sorted(on_board(run)) == expected
+    train(run, small_npz, options=wanted)
+    assert len(on_board(run)) == 3
+    shutil.rmtree(run / "tensorboard")
+    facts = {"data": "x", "data_digest": "", "world_size": 1}
+    with RunDirectory(run, tensorboard=True) as directory:
+        directory.finish(RECIPE, facts, small_network(), **fitted.to_dict())
+        directory.report(RECIPE)
+    assert on_board(run) == expected
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class Exploding(CrossEntropy):
+    """A loss that is as usual for some steps, and then a hundred thousand times that."""
+
+    after, steps = 0, 0
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        type(self).steps += 1
+        step = super().__call__(student, batch)
+        factor = 1e5 if type(self).steps > self.after else 1.0
+        return step._replace(loss=step.loss + (factor - 1) * step.loss.detach())
+
+
+@pytest.mark.parametrize(("after", "epoch"), [(1, 1), (7, 2), (100, None)])
+def test_a_loss_that_goes_astray_is_told(
+    after: int,
+    epoch: int | None,
+    small_npz: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a warning, once, and in the summary; in the first epoch too, and in a run that was cut."""
+    monkeypatch.setattr(Exploding, "after", after)
+    monkeypatch.setattr(Exploding, "steps", 0)
+    with pytest.raises(Stopped):
+        train(tmp_path, small_npz, options=Options(steps=3), objective=Exploding())
+    fitted = train(tmp_path, small_npz, objective=Exploding())
+    with RunDirectory(tmp_path) as run:
+        facts = {"data": "x", "data_digest": "", "world_size": 1}
+        summary = run.finish(RECIPE, facts, small_network(), **fitted.to_dict())
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the loss of epoch")]
+    assert [line.split()[5] for line in warnings] == ([str(epoch)] if epoch else [])
+    assert (summary["diverged"] or {}).get("epoch") == epoch
+    if summary["diverged"]:
+        assert summary["diverged"]["train_loss"] > 1e4
+        assert 0.5 < summary["diverged"]["first_loss"] < 5
+
+
+def test_a_run_of_before_has_no_first_loss_to_compare_with() -> None:
+    records = [{"epoch": k + 1, "train_loss": loss} for k, loss in enumerate((2.0, 1.0, 3000.0))]
+    assert diverged(records, None) == {"epoch": 3, "train_loss": 3000.0, "first_loss": 2.0}
+    assert diverged(records, 4.0) == {"epoch": 3, "train_loss": 3000.0, "first_loss": 2.0}
+    assert diverged([{"epoch": 1, "train_loss": 0.5}], 1e-8) is None  # a student that starts as its teacher
+    assert diverged([], None) is None
 
 
 def test_time_between_checkpoints_does_not_matter(small_npz: Path, tmp_path: Path) -> None:
@@ -359,6 +447,35 @@ def test_validation_part_chooses_the_best_epoch(small_npz: Path, tmp_path: Path)
     assert kept["epoch"] == best["epoch"]
     train(tmp_path / "without", small_npz)
     assert not (tmp_path / "without" / "best.pt").exists()
+
+
+def test_a_best_epoch_whose_weights_are_not_there(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--resume into another directory takes best.pt along; one that is gone is not named."""
+    recipe = replace(RECIPE, epochs=6, val_split=8)
+    best = train(tmp_path / "run", small_npz, recipe).to_dict()["best_epoch"]["epoch"]
+    facts = {"data": "x", "data_digest": "", "world_size": 1}
+
+    def told(path: Path) -> tuple[str | None, str]:
+        source = str(tmp_path / "run" / "last.pt")
+        results = train(path, small_npz, recipe, Options(resume=source)).to_dict()
+        with RunDirectory(path) as run:
+            summary = run.finish(recipe, facts, small_network(), **results)
+            assert run.report(recipe) == summary
+        return summary["best_epoch"]["weights"], capsys.readouterr().out
+
+    weights, out = told(tmp_path / "other")
+    assert checkpoint.load(tmp_path / "other" / "best.pt")["epoch"] == best
+    assert weights == "best.pt"
+    assert out.count("(best.pt, by ") == 2
+    (tmp_path / "run" / "best.pt").unlink()
+    weights, out = told(tmp_path / "third")
+    assert weights is None
+    assert "(best.pt" not in out
+    assert out.count("(the best, whose weights are not in best.pt, by ") == 2
+    (tmp_path / "other" / "best.pt").write_bytes(b"damaged")
+    assert told(tmp_path / "other")[0] is None
 
 
 def test_held_out_images_are_not_trained_on(small_npz: Path) -> None:

@@ -3,16 +3,21 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 
-from distill import kd_loss
+from distill import checkpoint, kd_loss
 from distill.kd_loss import TopKLogits, dist, dkd, kd, kd_top_k, nkd, standardize, top_k_error, top_k_logits
 from distill.methods import METHODS
-from distill.objectives import logit_loss
+from distill.objectives import logit_loss, objective
 from distill.recipe import Recipe
+from distill.registry import Classifier
+from tests.runs import SPEC, small_network, teaching
 
 CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
 
@@ -180,6 +185,39 @@ def test_logits_that_are_all_alike(name: str) -> None:
     assert torch.isfinite(loss)
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "dist"}, {"standardize": True}, {"method": "dkd", "standardize": True}], ids=str
+)
+@pytest.mark.parametrize("size", [0.0, 0.001])
+def test_a_last_layer_of_zeros(given: dict[str, Any], size: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """As that of torchvision's vision transformers: a loss that divides by the logits' deviation wants some."""
+    recipe = Recipe(arch="vit", teacher_arch="teacher").changed(given)
+    gradients = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = torchvision.models.VisionTransformer(32, 8, 1, 2, 64, 64, num_classes=10)
+        nn.init.normal_(network.heads.head.weight, 0, size / 8)
+        student = Classifier(network, SPEC)
+        objective(recipe, student, teaching(), SimpleNamespace(labelled=True))  # type: ignore[arg-type]
+        images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+        logit_loss(recipe)(student(images), 3 * torch.randn(16, 10), torch.arange(16) % 10).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert gradients[0].norm() < 1000  # in place of millions
+    assert torch.equal(*gradients)
+    assert "heads.head of vit starts from small random weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [{"method": "dist"}, {}], ids=str)
+def test_last_layers_that_stay_as_they_are(given: dict[str, Any]) -> None:
+    """Usual weights, whatever the loss; and zeros, where nothing is divided by a deviation."""
+    student = small_network()
+    if not given:
+        nn.init.zeros_(student.network[-1].weight)  # type: ignore[index, arg-type]
+    before = checkpoint.digest(student.network.state_dict())
+    objective(Recipe(teacher_arch="teacher", **given), student, teaching(), SimpleNamespace(labelled=True))  # type: ignore[arg-type]
+    assert checkpoint.digest(student.network.state_dict()) == before
 
 
 @pytest.mark.parametrize("name", LOSSES)

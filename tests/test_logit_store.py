@@ -245,10 +245,11 @@ def test_train_kd_uses_the_store(small_npz: Path, tmp_path: Path, capsys: pytest
 
     without, said = state("without", store=False)
     assert "store:" not in said
+    assert "teacher: 80 views answered, no store" in said
     filling, said = state("filling")
-    assert "80 views answered" in said
+    assert "teacher: 80 views answered, 0 were in the store" in said
     full, said = state("full")
-    assert "0 views answered" in said
+    assert "teacher: 0 views answered, 80 were in the store" in said
     assert without == filling == full
     assert "0 views answered" in state("other", replace(KD, T=1.0, w=0.5, seed=3, epochs=1))[1]
     assert "store: off: 2 views of 40 images" in state("limit", store_limit=0)[1]

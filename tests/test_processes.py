@@ -171,6 +171,7 @@ def test_kd_trains_its_teacher_in_both_processes(small_npz: Path, tmp_path: Path
     assert code == 0, errors
     assert out.count("it is trained first by CE") == 1
     assert out.count("epoch 1/1") == 2
+    assert "teacher: 40 views answered, 0 were in the store" in out  # by both of them
     runs = {path.parent.name for path in tmp_path.rglob("summary.json")}
     assert runs == {"ce-seed0", "kd-densenet_cifar-T3-w0.8-seed0"}
 

@@ -5,14 +5,17 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from distill import provenance
 from distill.errors import UserError
 from distill.recipe import Options, Recipe
 from distill.run_dir import RunDirectory, next_free, open_run
@@ -60,6 +63,29 @@ def test_claim_records_what_the_run_is(tmp_path: Path) -> None:
     assert config["facts"] == FACTS
     assert len(config["starts"]) == 2
     assert set(config["starts"][0]) == {"time", "argv", "commit", "versions", "machine"}
+
+
+def test_the_commit_is_that_of_this_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a repository around it, nor of one that the environment names."""
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x")
+        found = subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "x")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.commit() == git("rev-parse", "HEAD")
+    for unpacked in (tmp_path / "unpacked", tmp_path / "deeper" / "unpacked"):
+        unpacked.mkdir(parents=True)
+        monkeypatch.setattr(provenance, "ROOT", unpacked)
+        assert provenance.commit() is None
+    git("worktree", "add", "--quiet", "tree")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "tree")
+    assert provenance.commit() == git("rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    assert provenance.commit() is not None
 
 
 def test_a_recipe_of_an_older_version_has_the_defaults_of_what_came_later(tmp_path: Path) -> None:
@@ -135,9 +161,10 @@ def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
 def test_names_and_fresh(tmp_path: Path) -> None:
     kd = replace(Recipe(), teacher_arch="resnet152", seed=2)
     assert kd.run_name == "kd-resnet152-T3-w0.8-seed2"
-    assert open_run(Options(), kd, "cifar10").path.parts[-3:] == ("cifar10", "efficientnet_b0", kd.run_name)
+    images = SimpleNamespace(name="cifar10", digest="1", classes=())
+    assert open_run(Options(), kd, images).path.parts[-3:] == ("cifar10", "efficientnet_b0", kd.run_name)
     for expected in ("run", "run-2", "run-3"):
-        path = open_run(Options(output=str(tmp_path / "run"), fresh=True), kd, "cifar10").path
+        path = open_run(Options(output=str(tmp_path / "run"), fresh=True), kd, images).path
         assert path == next_free(tmp_path / "run") == tmp_path / expected
         path.mkdir()
 
