@@ -5,6 +5,7 @@ a kill at any instant leaves the old file or the new one. A load never executes 
 trusts a file: kind, size, checksums and content are verified before any of it is used.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -35,6 +36,7 @@ WRAPPERS = (
 )  # ours (with --ema the average), then others'
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
 TEMPORARY = ".partial"
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # EBADF: CIFS
 
 
 class CheckpointError(UserError):
@@ -147,9 +149,13 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
+    """fsync, where the file system has it for directories: the file itself was synced in any case."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
