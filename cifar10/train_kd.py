@@ -46,7 +46,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from distill.engine import fit
     from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import objective
-    from distill.parallel import shares, start
+    from distill.parallel import check_batch_norm, shares, start
     from distill.run_dir import open_run
     from distill.teacher import agreement
 
@@ -64,6 +64,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         show_features(recipe, options, student, data)
         return None
     check_places(recipe, student, len(data.classes))
+    check_batch_norm(student, recipe.arch, recipe, options.device)  # before a teacher is trained
     facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
     facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
     with open_run(options, recipe, data) as run:

@@ -4,6 +4,7 @@ A save goes to a temporary file in the same directory, is flushed, fsynced and r
 a kill at any instant leaves the old file or the new one. How a file is read, and never trusted: reading.py.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -21,6 +22,7 @@ from distill.reading import read
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 TEMPORARY = ".partial"
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # EBADF: CIFS
 
 
 # ------------------------------------------------------------------------------------------------------------- digests
@@ -129,9 +131,13 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
+    """fsync, where the file system has it for directories: the file itself was synced in any case."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

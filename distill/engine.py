@@ -22,6 +22,7 @@ from distill.optim import WeightAverage, build_optimizer, learning_rate
 from distill.outcome import BEST, best_epoch, diverged, tell_divergence
 from distill.parallel import (
     any_of,
+    check_batch_norm,
     gather,
     generator_states,
     on_main,
@@ -98,6 +99,7 @@ class Trainer:
         self.student, self.objective, self.data = student, objective, data
         self.device = student.mean.device
         self.learner = objective.learner or student
+        check_batch_norm(self.learner, recipe.arch, recipe, options.device)
         self.spread = spread(self.learner, self.device, recipe, options.device)
         self.board = run.open_board() if options.tensorboard else None
         self.optimizer = build_optimizer(self.learner, recipe)

@@ -42,7 +42,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
             return place
         problems = [f"RANK is {place.rank}, LOCAL_RANK {place.local_rank}"]
     raise UserError(
-        f"WORLD_SIZE={given['WORLD_SIZE']} is set, but {', '.join(problems)}: `unset WORLD_SIZE` for "
+        f"WORLD_SIZE={given['WORLD_SIZE']} is in the environment, but {', '.join(problems)}: `unset WORLD_SIZE` for "
         "one process; for several leave these variables to NPROC=N bash scripts/..., or to torchrun"
     )
 

@@ -15,7 +15,7 @@ from distill.errors import UserError
 from distill.kd_loss import TopKLogits, standardize
 from distill.methods import METHODS
 from distill.overhaul import Connected, FeatureLoss
-from distill.parallel import world_size
+from distill.parallel import check_batch_norm, world_size
 from distill.recipe import Recipe
 from distill.registry import Classifier
 from distill.teacher import Teacher
@@ -183,6 +183,8 @@ def objective(
     names = (recipe.arch, recipe.teacher_arch or "the teacher")
     given: dict[str, Any] = {"seed": recipe.seed, "teacher_bn": recipe.teacher_bn, "device_name": device_name}
     features = FeatureLoss(student, teacher, names, **given)
+    if recipe.teacher_bn == "batch":
+        check_batch_norm(teacher.network, names[1], recipe, device_name, features.known_features)
     features.measure(data.batches(0))
     print(features)
     alone = recipe.method == "none"

@@ -5,7 +5,6 @@ share of the test images; gradients are averaged, counts summed. Files are the b
 With one process everything here does nothing.
 """
 
-import copy
 import ctypes
 import hashlib
 import os
@@ -26,7 +25,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from distill.errors import UserError
 from distill.machine import Place, announced, cores, find_place
 from distill.recipe import Recipe
-from distill.registry import Classifier
+from distill.trial import unreached, wants_two
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -152,20 +151,22 @@ def spread(network: nn.Module, device: torch.device, recipe: Recipe, device_name
     return step if recipe.compile else spread_inference(network, device, device_name)
 
 
-def unreached(network: nn.Module) -> list[nn.Parameter]:
-    """Parameters that get no gradient from any image (of EfficientNet's first block on small images). network: takes
-    uint8 images and has their size in the spec of a Classifier in it; it is left as it is."""
-    trial = copy.deepcopy(network).train()
-    classifier = next(module for module in trial.modules() if isinstance(module, Classifier))
-    size, device = classifier.spec.size, classifier.mean.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        found = trial(torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device))
-    logits, features = found if isinstance(found, tuple) else (found, [])
-    learned = [parameter for parameter in trial.parameters() if parameter.requires_grad]
-    total = torch.stack([part.sum() for part in (logits, *features)]).sum()
-    gradients = torch.autograd.grad(total, learned, allow_unused=True)
-    own = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [parameter for parameter, gradient in zip(own, gradients, strict=True) if gradient is None]
+def check_batch_norm(
+    network: nn.Module, arch: str, recipe: Recipe, device_name: str, work: Callable[[Tensor], Any] | None = None
+) -> None:
+    """Raises UserError if a BatchNorm of `network` gets one value a channel from the smallest part of a batch that is
+    computed at a time, by a process, by a GPU of DataParallel, or by --accumulate. work: as for trial.wants_two."""
+    parts = shares(device_name)
+    images = recipe.batch_size // recipe.accumulate
+    per_part = -(-images // parts)
+    smallest = images - (-(-images // per_part) - 1) * per_part  # DataParallel's last GPU gets what is left
+    if smallest > 1 or (recipe.sync_bn and world_size() > 1) or not wants_two(network, work):
+        return
+    split = [f"in {recipe.accumulate} parts of --accumulate"] * (recipe.accumulate > 1)
+    split += [f"over {parts} {'processes' if world_size() > 1 else 'GPUs'}"] * (parts > 1)
+    size = " ".join([f"--batch-size {recipe.batch_size}", " and ".join(split)]).strip()
+    least = f"--batch-size {2 * parts * recipe.accumulate} is the least"
+    raise UserError(f"{size} is one image at a time, of which a BatchNorm of {arch} has one value a channel: {least}")
 
 
 def _compile(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:

@@ -1,21 +1,20 @@
 """One run, one directory: who holds it, what it is, what it has measured."""
 
-import fcntl
 import glob
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from distill import checkpoint, provenance
 from distill.board import Board
 from distill.errors import UserError
+from distill.hold import Hold
 from distill.knobs import flag
 from distill.outcome import BEST, describe
 from distill.parallel import describe_device, on_main, rank
@@ -26,22 +25,21 @@ from distill.views import Images
 
 ROOT = provenance.ROOT
 CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
-CONFIG, METRICS, SUMMARY, LOCK = "config.json", "metrics.jsonl", "summary.json", "lock"
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 FOR_READING = ("data", "images")  # facts that are no part of a run: what a directory of images is called, their count
 
 
 class RunDirectory:
     """A directory with config.json, metrics.jsonl, checkpoints and summary.json, held by one process at a time.
 
-    Use as a context manager. Entering raises UserError, naming the holder, if another process holds it. The lock is
-    the kernel's (flock): it ends with its process, however that dies. Of several processes of one run rank 0 holds it,
-    reads and writes; the others get what it returns.
+    Use as a context manager. Entering raises UserError, naming the holder, if another process holds it (hold.py). Of
+    several processes of one run rank 0 holds it, reads and writes; the others get what it returns.
     """
 
     def __init__(self, path: Path, *, tensorboard: bool = False) -> None:
         """tensorboard: a run that turns out to be finished is shown there too."""
         self.path, self.tensorboard = path, tensorboard
-        self._lock: TextIO | None = None
+        self._lock: Hold | None = None
 
     def __enter__(self) -> "RunDirectory":
         self._hold()
@@ -51,30 +49,16 @@ class RunDirectory:
     def _hold(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / LOCK, "a+")  # noqa: SIM115 stays open as long as the run is held
+            self._lock = Hold(self.path)
         except OSError as error:
-            raise UserError(f"cannot use {self.path} as a run's directory: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
-            lock.flush()
-        except BlockingIOError:
-            time.sleep(0.1)  # the holder may have taken the lock a moment ago and not have written yet
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            raise UserError(f"{self.path} is in use by {holder}; wait for it, or choose another --output") from None
-        except OSError as error:
-            lock.close()
-            raise UserError(f"cannot lock {self.path / LOCK}: {error.strerror}; choose an --output elsewhere") from None
-        self._lock = lock
+            hint = "--output DIR, or DISTILL_CHECKPOINTS=DIR for all runs, is one elsewhere"
+            raise UserError(f"cannot use {self.path} as a run's directory: {error.strerror}; {hint}") from None
         for leftover in self.path.glob(f"*{checkpoint.TEMPORARY}"):  # of a process killed inside a save
             leftover.unlink(missing_ok=True)
 
     def __exit__(self, *exception: object) -> None:
         if self._lock:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     @on_main

@@ -43,7 +43,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     from distill.engine import fit
     from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import objective
-    from distill.parallel import shares, start
+    from distill.parallel import check_batch_norm, shares, start
     from distill.run_dir import open_run
     from distill.teacher import agreement
     from imagenet.data import known_to, load_data, prepare
@@ -69,6 +69,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             show_features(recipe, options, known_teacher, student)
             return None
         check_places(recipe, known_teacher, student, len(photos.classes))
+        check_batch_norm(student, recipe.arch, recipe, options.device)  # before a teacher is trained
         with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
             facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}

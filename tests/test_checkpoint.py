@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,25 @@ def test_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, code:
     payload, _ = checkpoint.load_latest(saved.parent)
     assert payload is not None
     assert payload["epoch"] == (4 if call == "directory" else 3)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_directory_without_fsync_is_passed_by(saved: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Some file systems have no fsync of directories; a file that is not synced stays an error."""
+    kinds, whole = {True}, os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) in kinds:
+            raise OSError(code, os.strerror(code))
+        whole(descriptor)
+
+    monkeypatch.setattr("distill.checkpoint.os.fsync", fsync)
+    checkpoint.save(saved, {"epoch": 4}, keep_previous=True)
+    checkpoint.write_atomically(saved.parent / "config.json", b"{}")
+    assert checkpoint.load(saved)["epoch"] == 4
+    kinds.add(False)
+    with pytest.raises(CheckpointError, match="bytes free"):
+        checkpoint.save(saved, {"epoch": 5}, keep_previous=True)
 
 
 def test_full_disk() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
-from distill import checkpoint, engine, parallel
+from distill import checkpoint, engine, parallel, trial
 from distill.board import Board
 from distill.errors import UserError
 from distill.evaluation import evaluate
@@ -561,14 +561,14 @@ def test_parameters_that_no_image_reaches() -> None:
     """DistributedDataParallel is not to wait for them; the network is as it was."""
     network = Classifier(MODELS.build("efficientnet_b0", 10), CIFAR_INPUT)
     before, drawn = checkpoint.digest(network.state_dict()), torch.get_rng_state()
-    idle = parallel.unreached(network)
+    idle = trial.unreached(network)
     assert checkpoint.digest(network.state_dict()) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(p.grad is None and p.requires_grad for p in network.parameters())
     network(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).sum().backward()
     assert idle
     assert {id(p) for p in idle} == {id(p) for p in network.parameters() if p.grad is None}
-    assert parallel.unreached(Classifier(MODELS.build("resnet18", 10), CIFAR_INPUT)) == []
+    assert trial.unreached(Classifier(MODELS.build("resnet18", 10), CIFAR_INPUT)) == []
 
 
 def test_a_second_signal_under_torchrun_is_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:

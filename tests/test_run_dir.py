@@ -110,8 +110,8 @@ def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_lock_that_cannot_be_had_for_another_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
-    with pytest.raises(UserError, match=r"cannot lock .*No locks available"), RunDirectory(tmp_path):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(UserError, match=r"cannot lock .*Input/output error"), RunDirectory(tmp_path):
         pass
 
 
