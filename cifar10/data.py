@@ -164,10 +164,15 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
             f"{source}: labels up to {highest} for {len(tensors['train_labels'])} images, or no list of classes"
         )
     classes = tuple(map(str, named)) if named is not None else tuple(map(str, range(highest + 1)))
+    lowest = int(min(labels.min() for key, labels in tensors.items() if key.endswith("labels")))
+    from_one = f"labels run from {lowest} to {highest}, none is 0: if {lowest} is the first class, subtract {lowest}"
     if highest >= len(classes) or len(classes) < 2:
+        hint = f"; {from_one}" if lowest > 0 else ""
         raise UserError(
-            f"{source}: {len(classes)} classes, labels up to {highest}; it takes a class for each label, and two"
+            f"{source}: {len(classes)} classes, labels up to {highest}; it takes a class for each label, and two{hint}"
         )
+    if lowest > 0:
+        print(f"note: {source}: class {classes[0]} has no images; {from_one}")
     return ImageData(name, classes, **tensors)
 
 

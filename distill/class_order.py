@@ -33,18 +33,20 @@ class ClassNames:
         """
         if self.mode == "ignore" or tuple(theirs) == self.names:
             return None
-        ours = self.names
+        ours: Sequence[str] = self.names
         if not theirs and _match(self.usual, ours, self.aliases) is None:
             print(f"classes: {source} does not name its classes: taken to be in the data's order, {shortened(ours)}")
             return None
         if not theirs:
             print(f"classes: {source} does not name its classes: taken to be in {self.usual_title}")
             return self._order(self.usual, ours, source)
-        if _numbers(theirs) != _numbers(ours):
-            which, other = (source, "the data") if _numbers(theirs) else ("the data", source)
-            print(f"classes: {which} has numbers for its classes, taken to be those of the names in {other}")
-            count = tuple(map(str, range(len(ours))))
-            theirs, ours = (theirs, count) if _numbers(theirs) else (count, ours)
+        count = [str(number) for number in range(len(ours))]  # names of classes that have none, on one side
+        if _match(count, theirs, {}) and not all(map(str.isdecimal, ours)):
+            print(f"classes: {source} has numbers for its classes, taken to be those of the names in the data")
+            ours = count
+        elif _match(count, ours, {}) and not all(map(str.isdecimal, theirs)):
+            print(f"classes: the data has numbers for its classes, taken to be those of the names in {source}")
+            theirs = count
         return self._order(theirs, ours, source)
 
     def _order(self, theirs: Sequence[str], ours: Sequence[str], source: str) -> list[int] | None:
@@ -73,12 +75,6 @@ def _usual_form(name: str, aliases: Mapping[str, str]) -> str:
     """Small letters, one blank for blanks and lines, numbers without leading zeros, no alias."""
     form = " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
     return str(int(form)) if re.fullmatch("[0-9]{1,9}", form) else aliases.get(form, form)
-
-
-def _numbers(names: Sequence[str]) -> bool:
-    """Whether the names are the numbers from 0 on, in any order."""
-    numbers = [int(name) for name in names if re.fullmatch("[0-9]{1,9}", name)]
-    return sorted(numbers) == list(range(len(names)))
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -73,6 +73,10 @@ class InputSpec:
         """With the normalisation of `other`, which a checkpoint may tell of."""
         return replace(self, mean=other.mean, std=other.std) if other else self
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
 
 class Classifier(nn.Module):
     """A network that takes images as they travel, uint8 (B, H, W, 3) in [0, 255], and normalises them itself.
@@ -126,8 +130,7 @@ class Classifier(nn.Module):
 
     def described(self) -> dict[str, Any]:
         """What a checkpoint says of its network, so that it can be used without its run."""
-        spec = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.spec).items()}
-        return {"classes": list(self.classes), "input": spec}
+        return {"classes": list(self.classes), "input": self.spec.to_dict()}
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -75,15 +75,13 @@ def main(argv: Sequence[str]) -> None:
 def write(path: Path, run: Path, summary: dict[str, Any], classes: Sequence[str]) -> None:
     """Write the weights that count (with --ema the average) in float16, and what is needed to use them. `classes`: of
     the data, in its order."""
-    from dataclasses import asdict
-
     from cifar10.models import CIFAR_INPUT
     from distill import checkpoint, weights
 
     given = weights.load(run / checkpoint.LAST)
     half = {key: value.half() if value.is_floating_point() else value for key, value in given.state.items()}
     known = {key: summary[key] for key in ("data", "data_content", "commit", "torch")}
-    told = {"classes": list(classes), "input": asdict(given.spec or CIFAR_INPUT)}
+    told = {"classes": list(classes), "input": (given.spec or CIFAR_INPUT).to_dict()}
     recipe = dict(given.recipe or {})
     checkpoint.save(path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **told, **known})
 
