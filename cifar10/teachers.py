@@ -12,6 +12,7 @@ from cifar10.data import ImageData
 from cifar10.models import CIFAR_INPUT, MODELS, find, find_trained
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill import checkpoint, weights
+from distill.ensemble import Ensemble, load_members
 from distill.errors import UserError
 from distill.evaluation import evaluate, seconds_per_image
 from distill.features import find_places
@@ -39,6 +40,24 @@ NORMALISATIONS = {  # (mean, std)
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 CHEAP = ("airbench94", "densenet_cifar")  # suggested in place of a big teacher
+
+
+def load_teachers(
+    recipe: Recipe,
+    options: Options,
+    data: ImageData,
+    test: EvaluationSet,
+    train: Callable[[Recipe, Options], Any],
+    auto_precision: str | None = None,
+) -> tuple[Ensemble, Known]:
+    """All teachers of `recipe` by `load_teacher`, and what they know together."""
+
+    def load(own: Recipe, files: Options) -> tuple[Teacher, Known]:
+        if len(recipe.teacher_archs) > 1 and own.teacher_arch in MODELS.names():
+            own = replace(own, teacher_image_size=None)  # that of the others
+        return load_teacher(own, files, data, test, train, auto_precision)
+
+    return load_members(recipe, options, load, test.labels)
 
 
 def load_teacher(

@@ -42,8 +42,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from distill.engine import fit
     from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import CrossEntropy
-    from distill.parallel import shares, start
-    from distill.run_dir import open_run
+    from distill.parallel import start
+    from distill.run_dir import identity, open_run
 
     device = start(options.device, deterministic=options.deterministic)
     recipe = replace(recipe, arch=resolve(recipe.arch))
@@ -52,8 +52,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     training, tests = prepare(data, recipe, device)
     options = to_evaluate(options, recipe, data)
     student, init_digest = build_student(recipe, data.classes, options, device, training.examples())
-    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
-    facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
+    facts = identity(data, init_digest, options.device)
     if options.evaluate:
         return evaluate_student(student, tests["test"])
     with open_run(options, recipe, data) as run:

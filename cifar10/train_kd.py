@@ -41,18 +41,18 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import build_student, resolve
-    from cifar10.teachers import check_places, load_teacher, show_features
+    from cifar10.teachers import check_places, load_teachers, show_features
     from distill.answers import answered, measure_top_k, tell
     from distill.engine import fit
     from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import objective
-    from distill.parallel import check_batch_norm, shares, start
-    from distill.run_dir import open_run
+    from distill.parallel import check_batch_norm, start
+    from distill.run_dir import identity, open_run
     from distill.teacher import agreement
 
     device = start(options.device, deterministic=options.deterministic)
     assert recipe.teacher_arch
-    recipe = replace(recipe, arch=resolve(recipe.arch), teacher_arch=resolve(recipe.teacher_arch))
+    recipe = replace(recipe, arch=resolve(recipe.arch), teacher_arch=",".join(map(resolve, recipe.teacher_archs)))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)
     training, tests = prepare(data, recipe, device)
@@ -65,22 +65,21 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         return None
     check_places(recipe, student, len(data.classes))
     check_batch_norm(student, recipe.arch, recipe, options.device)  # before a teacher is trained
-    facts: dict[str, Any] = {"data": data.name, "data_digest": data.digest, "images": data.counts}
-    facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
+    facts = identity(data, init_digest, options.device)
     with open_run(options, recipe, data) as run:
         run.check(recipe, facts, **options.allowed)  # before hours of a teacher's training
         if not options.teacher_checkpoint and (summary := run.report(recipe)):
             return summary
         precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
-        teacher, known = load_teacher(recipe, options, data, tests["test"], train_ce.train, precision)
-        facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
+        teachers, known = load_teachers(recipe, options, data, tests["test"], train_ce.train, precision)
+        facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
         if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary
-        answers = training if recipe.method == "none" else answered(recipe, options, data, training, teacher)
+        answers = training if recipe.method == "none" else answered(recipe, options, data, training, teachers)
         error = measure_top_k(recipe, student, tests["test"], known)
-        aim = objective(recipe, student, teacher, training, options.device)
+        aim = objective(recipe, student, teachers.first, training, options.device)
         fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
-        teacher.check_untouched()
+        teachers.check_untouched()
         tell(answers)
         return run.finish(
             recipe,

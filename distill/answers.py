@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.ensemble import Ensemble, add_to_mean
 from distill.kd_loss import top_k_error
 from distill.logit_store import Column, Encoding, LogitStore, fits, store_key
 from distill.objectives import logit_loss
@@ -24,17 +25,31 @@ STORES = CHECKPOINTS / "stores"
 FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
 
 
-def answered(recipe: Recipe, options: Options, data: Images, training: ViewedData, teacher: Teacher) -> "AnsweredData":
-    """The training data with the teacher's answers, from its store unless that is turned off or would be too large."""
-    assert recipe.teacher_arch
+def answered(
+    recipe: Recipe, options: Options, data: Images, training: ViewedData, teachers: Ensemble
+) -> "AnsweredData":
+    """The training data with the mean of the teachers' answers, each from its store unless that is turned off or would
+    be too large."""
+    found: Any = training
+    for number, (arch, teacher) in enumerate(zip(teachers.archs, teachers.members, strict=True), start=1):
+        store, encoding = _open_store(recipe, options, data, training, arch, teacher)
+        found = AnsweredData(found, teacher, store, encoding, Part(number, recipe.ensemble, recipe.temperature))
+    assert isinstance(found, AnsweredData)
+    return found
+
+
+def _open_store(
+    recipe: Recipe, options: Options, data: Images, training: ViewedData, arch: str, teacher: Teacher
+) -> tuple[LogitStore | None, Encoding]:
+    """The store of one teacher, None where it has none, and how answers are kept in it."""
     encoding = Encoding(len(data.classes), recipe.top_k)
     if not options.store:
-        return AnsweredData(training, teacher, None, encoding)
+        return None, encoding
     slots = min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
     key = store_key(
         training,
         teacher,
-        teacher_arch=recipe.teacher_arch,
+        teacher_arch=arch,
         name=data.name,
         digest=data.digest,
         classes=len(data.classes),
@@ -46,14 +61,15 @@ def answered(recipe: Recipe, options: Options, data: Images, training: ViewedDat
     fit, line = fits(slots, training.image_count, encoding, options.store_limit, STORES, present)
     if not fit:
         print(f"store: off: {line}")
-        return AnsweredData(training, teacher, None, encoding)
+        return None, encoding
     print(f"store: {store.path}, {line}")
-    return AnsweredData(training, teacher, store, encoding)
+    return store, encoding
 
 
 def tell(data: object) -> None:
     """Print how much the teacher has worked for `data` in this call, in all processes, if it was asked at all."""
     if isinstance(data, AnsweredData):
+        tell(data.data)  # of several teachers those before
         answered, known = map(sum, zip(*gather((data.answered, data.known)), strict=True))
         print(
             f"teacher: {answered:,} views answered, " + (f"{known:,} were in the store" if data.store else "no store")
@@ -82,17 +98,41 @@ def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Kn
     return error
 
 
+class Part(NamedTuple):
+    """A teacher's place among several: its number, from 1, and how their answers become one (ensemble.py)."""
+
+    number: int = 1
+    how: str = "logits"
+    temperature: float = 1.0
+
+    def join(self, before: Any, logits: Any) -> Any:
+        """The mean of all teachers' logits up to this one, from that of those before."""
+        if self.number == 1:
+            return logits
+        return add_to_mean(before, logits, self.number, self.how, self.temperature)
+
+
 class AnsweredData:
     """Training data whose batches bring the teacher's logits along, from the store where it has them.
 
     What it has not is answered ahead of the step, as many batches at a time as fill a block of the teacher, and
     stored. Each process answers its own share of the epoch, so that none is answered twice. For the store also the
     images that the epoch leaves out: another seed shows them one by one, each time for the price of a block.
+    It is data that a further teacher can answer: then its batches bring the mean of both.
     """
 
-    def __init__(self, data: ViewedData, teacher: Teacher, store: LogitStore | None, encoding: Encoding) -> None:
-        self.data, self.teacher, self.store, self.encoding = data, teacher, store, encoding
+    def __init__(
+        self,
+        data: ViewedData,
+        teacher: Teacher,
+        store: LogitStore | None,
+        encoding: Encoding,
+        part: Part = Part(),  # noqa: B008 it cannot change
+    ) -> None:
+        self.data, self.teacher, self.store, self.encoding, self.part = data, teacher, store, encoding, part
         self.steps_per_epoch, self.labelled, self.from_files = data.steps_per_epoch, data.labelled, data.from_files
+        self.plan, self.policy, self.mixup, self.show = data.plan, data.policy, data.mixup, data.show
+        self.image_count, self.device = data.image_count, data.device
         share = data.plan.batch_size // data.plan.share[1]
         self._ahead = max(1, teacher.at_once // share)  # batches
         self.answered, self.known = 0, 0  # views of this process: that the teacher has answered, that it had before
@@ -110,7 +150,7 @@ class AnsweredData:
                     list(self._answer([(batch, left_out)], column, fresh))
             for group in _grouped(zip(self.data.batches(epoch, first_step), chosen, strict=True), self._ahead):
                 for batch, logits in self._answer(group, column, fresh):
-                    yield replace(batch, teacher_logits=logits)
+                    yield replace(batch, teacher_logits=self.part.join(batch.teacher_logits, logits))
                 if time.monotonic() - flushed > FLUSH_SECONDS:
                     self._flush(slot, column, fresh)
                     flushed = time.monotonic()

@@ -24,7 +24,7 @@ LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, me
   T     temperature: higher shows more of what the teacher thinks of the wrong classes
   w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
 DISTILLATION_FIELDS = (
-    *("teacher_arch", "teacher_image_size", "teacher_checkpoint", "teacher_precision", "teacher_weights"),
+    *("teacher_arch", "ensemble", "teacher_image_size", "teacher_checkpoint", "teacher_precision", "teacher_weights"),
     *("teacher_mean", "teacher_std"),
     *("top_k", "store", "store_limit"),
     *(*SETTINGS, "method", "standardize", "overhaul", "feature_weight", "teacher_bn", "show_features"),

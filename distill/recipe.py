@@ -23,7 +23,13 @@ class Recipe:
     photos: ClassVar[bool] = False  # whose defaults a method takes
 
     arch: str = knob("efficientnet_b0", "the student (trainCE: the network)", group="networks", flags=("-a",))
-    teacher_arch: str | None = knob(None, "the teacher", group="networks")
+    teacher_arch: str | None = knob(None, "the teacher; of several, with commas, their mean teaches", group="networks")
+    ensemble: str = knob(
+        "logits",
+        "of several teachers: the mean of their logits, or of their probabilities at the loss's temperature",
+        group="distillation",
+        choices=("logits", "probabilities"),
+    )
     teacher_image_size: int | None = knob(
         None,
         "pixels that a teacher sees of small images, one of ImageNet's networks (default: as it was trained, else 96)",
@@ -248,6 +254,10 @@ class Recipe:
             raise UserError(f"--sizes {self.sizes} leaves none of {self.epochs} epochs at the student's own size")
         if self.overhaul and self.sizes:
             raise UserError("--overhaul compares features of one size: leave out --sizes")
+        if len(self.teacher_archs) > 1 and (self.overhaul or self.top_k):
+            raise UserError("--overhaul and --top-k take one teacher")
+        if len(self.teacher_archs) < 2 and self.ensemble != "logits":
+            raise UserError("--ensemble is for several teachers: --teacher-arch A,B")
         if self.overhaul and self.compile:
             raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
         if self.standardize and known.standardized is None:
@@ -305,13 +315,23 @@ class Recipe:
         return "kd" if self.teacher_arch else "ce"
 
     @property
+    def teacher_archs(self) -> tuple[str, ...]:
+        """The architectures of the teachers, in the order in which they are given."""
+        return tuple(name.strip() for name in self.teacher_arch.split(",")) if self.teacher_arch else ()
+
+    @property
+    def temperature(self) -> float:
+        """Of the term on logits; 1 where there is none."""
+        return self.T or self.tau or 1.0
+
+    @property
     def trained_by(self) -> str:
         """`CE`, `KD from resnet18`, `KD standardized from resnet18`, `DIST and features from resnet18`."""
         if self.objective == "ce":
             return "CE"
         words = [] if self.method == "none" else [f"{self.method}".upper() + " standardized" * self.standardize]
         words += ["features"] if self.overhaul else []
-        return f"{' and '.join(words)} from {self.teacher_arch}"
+        return f"{' and '.join(words)} from {' + '.join(self.teacher_archs)}"
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -351,7 +371,8 @@ class Recipe:
             return f"ce-seed{self.seed}"
         words = ["overhaul"] if self.overhaul else []
         words += [] if self.method == "none" else [f"{self.method}{'-standardized' if self.standardize else ''}"]
-        words.append(str(self.teacher_arch))
+        words.append("+".join(self.teacher_archs))
+        words += [self.ensemble] if self.ensemble != "logits" else []
         usual = {} if self.method == "kd" else METHODS[self.method or ""].defaults(self.photos, self.standardize)
         values = {name: value for name, value in self.settings.items() if usual.get(name) != value}
         if self.overhaul and self.feature_weight != FEATURE_WEIGHT[self.photos]:

@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.hold import Hold
 from distill.knobs import flag
 from distill.outcome import BEST, describe
-from distill.parallel import describe_device, on_main, rank
+from distill.parallel import describe_device, on_main, rank, shares
 from distill.provenance import commit, machine, versions
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier, count_parameters
@@ -244,6 +244,12 @@ class RunDirectory:
     def open_board(self) -> Board | None:
         """TensorBoard's files in tensorboard/, in the process that writes files, else None. Raises UserError."""
         return Board(self.path / "tensorboard") if rank() == 0 else None
+
+
+def identity(data: Images, init_digest: str | None, device_name: str) -> dict[str, Any]:
+    """The facts of a run that are known before its teacher is: its images, initial weights and parts of a batch."""
+    named = {"data": data.name, "data_digest": data.digest, "images": data.counts}
+    return {**named, "init_digest": init_digest, "world_size": shares(device_name)}
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

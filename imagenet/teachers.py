@@ -1,11 +1,13 @@
 """Where the teacher of a run on photos comes from: a file, or its published weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from distill import checkpoint, weights
+from distill.ensemble import Ensemble, load_members, member_files
 from distill.errors import UserError
 from distill.features import find_places
 from distill.networks import Network, fetch, kind_of, load_into
@@ -28,6 +30,31 @@ def find_teacher(recipe: ImageNetRecipe, options: ImageNetOptions) -> Network:
     told = load_file(options.teacher_checkpoint, recipe.teacher_weights, "--teacher-weights")
     known = find_trained(recipe.teacher_arch or "", recipe.teacher_weights, told)
     return known.shown(None, recipe.teacher_mean, recipe.teacher_std)
+
+
+def find_teachers(recipe: ImageNetRecipe, options: ImageNetOptions) -> list[Network]:
+    """find_teacher of each teacher of `recipe`; views are rendered for the one that sees the largest."""
+    pairs = zip(recipe.teacher_archs, member_files(recipe, options), strict=True)
+    return [
+        find_teacher(replace(recipe, teacher_arch=arch), replace(options, teacher_checkpoint=file))
+        for arch, file in pairs
+    ]
+
+
+def load_teachers(
+    recipe: ImageNetRecipe,
+    options: ImageNetOptions,
+    photos: Photos,
+    workers: Workers,
+    device: torch.device,
+    auto_precision: str | None = None,
+) -> tuple[Ensemble, Known]:
+    """All teachers of `recipe` by `load_teacher`, and what they know together."""
+
+    def load(own: ImageNetRecipe, files: ImageNetOptions) -> tuple[Teacher, Known]:
+        return load_teacher(own, files, find_teacher(own, files), photos, workers, device, auto_precision)
+
+    return load_members(recipe, options, load, photos.val_labels)
 
 
 def load_teacher(

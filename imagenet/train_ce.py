@@ -41,15 +41,15 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     from distill.engine import fit
     from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import CrossEntropy
-    from distill.parallel import shares, start
-    from distill.run_dir import open_run
+    from distill.parallel import start
+    from distill.run_dir import identity, open_run
     from imagenet.data import known_to, load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
     from imagenet.survey import survey
 
     device = start(options.device, deterministic=options.deterministic)
-    recipe = replace(recipe, arch=find(recipe.arch, recipe.weights).arch)
+    recipe = replace(recipe, arch=find(recipe.arch).arch)
     with Workers(options.workers, options.loader_minutes) as workers:
         photos = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
         print(photos)
@@ -60,8 +60,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             return evaluate_student(student, tests["test"])
         with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
-            facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
-            facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
+            facts = identity(photos, init_digest, options.device)
             if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
             survey(training, tests, workers)

@@ -43,18 +43,20 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     from distill.engine import fit
     from distill.evaluation import evaluate_student, to_evaluate
     from distill.objectives import objective
-    from distill.parallel import check_batch_norm, shares, start
-    from distill.run_dir import open_run
+    from distill.parallel import check_batch_norm, start
+    from distill.run_dir import identity, open_run
     from distill.teacher import agreement
     from imagenet.data import known_to, load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
     from imagenet.survey import survey
-    from imagenet.teachers import check_places, find_teacher, load_teacher, show_features
+    from imagenet.teachers import check_places, find_teachers, load_teachers, show_features
 
     device = start(options.device, deterministic=options.deterministic)
-    known_teacher = find_teacher(recipe, options)
-    recipe = replace(recipe, arch=find(recipe.arch, recipe.weights).arch, teacher_arch=known_teacher.arch)
+    known_teachers = find_teachers(recipe, options)
+    largest = max((teacher.spec for teacher in known_teachers), key=lambda spec: spec.size)
+    names = ",".join(teacher.arch for teacher in known_teachers)
+    recipe = replace(recipe, arch=find(recipe.arch).arch, teacher_arch=names)
     if not options.kd:
         print(f"--teacher-arch {recipe.teacher_arch}: it teaches, as with --kd")
     with Workers(options.workers, options.loader_minutes) as workers:
@@ -62,30 +64,29 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         print(photos)
         options = to_evaluate(options, recipe, photos)
         student, init_digest = build_student(recipe, photos.classes, options, device)
-        training, tests = prepare(photos, recipe, student.spec, known_teacher.spec, workers, device)
+        training, tests = prepare(photos, recipe, student.spec, largest, workers, device)
         if options.evaluate:
             return evaluate_student(student, tests["test"])
         if options.show_features:
-            show_features(recipe, options, known_teacher, student)
+            show_features(recipe, options, known_teachers[0], student)
             return None
-        check_places(recipe, known_teacher, student, len(photos.classes))
+        check_places(recipe, known_teachers[0], student, len(photos.classes))
         check_batch_norm(student, recipe.arch, recipe, options.device)  # before a teacher is trained
         with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
-            facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
-            facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
+            facts = identity(photos, init_digest, options.device)
             run.check(recipe, facts, **options.allowed)
             survey(training, tests, workers)
             precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
-            teacher, known = load_teacher(recipe, options, known_teacher, photos, workers, device, precision)
-            facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
+            teachers, known = load_teachers(recipe, options, photos, workers, device, precision)
+            facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
             if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
-            answers = training if recipe.method == "none" else answered(recipe, options, photos, training, teacher)
+            answers = training if recipe.method == "none" else answered(recipe, options, photos, training, teachers)
             error = measure_top_k(recipe, student, tests["test"], known)
-            aim = objective(recipe, student, teacher, training, options.device)
+            aim = objective(recipe, student, teachers.first, training, options.device)
             fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
-            teacher.check_untouched()
+            teachers.check_untouched()
             tell(answers)
             found = {"teacher_accuracy": known.accuracy, "teacher_precision": known.precision, "top_k_error": error}
             found["agreement"] = agreement(fitted.test.predictions, known.logits.argmax(1))

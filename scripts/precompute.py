@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
         return show()
     if options.prune:
         return prune(options.prune, options.yes)
+    if len(recipe.teacher_archs) > 1:
+        raise UserError("precompute.py fills the store of one teacher: call it for each of --teacher-arch")
     with ExitStack() as stack:
         return work(*(prepare_photos if dataset == "imagenet" else prepare_small)(recipe, options, stack), options)
 
@@ -148,9 +150,11 @@ def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -
     from tqdm import tqdm
 
     from distill.answers import answered
+    from distill.ensemble import Ensemble
 
+    teachers = Ensemble(recipe.teacher_archs, (teacher,))
     slots = training.plan.order.view_count or recipe.epochs
-    answers = answered(replace(recipe, epochs=slots), replace(options, store=True), data, training, teacher)
+    answers = answered(replace(recipe, epochs=slots), replace(options, store=True), data, training, teachers)
     if not answers.store:
         raise UserError("nothing was stored; --store-limit GB allows more, --views K takes less")
     if options.verify:
