@@ -32,7 +32,7 @@ def describe(summary: dict[str, Any], kept: int | None) -> str:
     epochs = f"{summary['epochs']} epoch{'s' if summary['epochs'] > 1 else ''}"
     line = f"{summary['arch']}: test accuracy {summary['test_accuracy']:.2f} % after {epochs}"
     if best := summary.get("best_epoch"):
-        file = BEST if kept == best["epoch"] else f"the best, whose weights are not in {BEST}"
+        file = BEST if kept == best["epoch"] else "the best epoch, whose weights are not here"
         line += f" ({file}, by {best['val_accuracy']:.2f} % on the validation part in epoch {best['epoch']}: "
         line += f"{best['test_accuracy']:.2f} %)"
     if summary["teacher_arch"]:

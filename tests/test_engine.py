@@ -160,8 +160,10 @@ def test_tensorboard_gets_what_it_lacks(small_npz: Path, tmp_path: Path, monkeyp
     fitted = train(run, small_npz, options=wanted)
     expected = [(r["epoch"], round(r["test_accuracy"], 3)) for r in fitted.records]
     assert sorted(on_board(run)) == expected
+    files = sorted((run / "tensorboard").iterdir())
     train(run, small_npz, options=wanted)
     assert len(on_board(run)) == 3
+    assert sorted((run / "tensorboard").iterdir()) == files
     shutil.rmtree(run / "tensorboard")
     facts = {"data": "x", "data_digest": "", "world_size": 1}
     with RunDirectory(run, tensorboard=True) as directory:
@@ -473,7 +475,7 @@ def test_a_best_epoch_whose_weights_are_not_there(
     weights, out = told(tmp_path / "third")
     assert weights is None
     assert "(best.pt" not in out
-    assert out.count("(the best, whose weights are not in best.pt, by ") == 2
+    assert out.count("(the best epoch, whose weights are not here, by ") == 2
     (tmp_path / "other" / "best.pt").write_bytes(b"damaged")
     assert told(tmp_path / "other")[0] is None
 
