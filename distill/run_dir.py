@@ -24,7 +24,7 @@ from distill.registry import Classifier, count_parameters
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
 CONFIG, METRICS, SUMMARY, LOCK = "config.json", "metrics.jsonl", "summary.json", "lock"
-FOR_READING = ("images",)  # facts that are no part of a run's identity
+NAMES = ("data", "images")  # facts that are for reading: what images are called and how many, not which
 
 
 class RunDirectory:
@@ -98,8 +98,9 @@ class RunDirectory:
         if changed:
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
             if "data_digest" in changed:
-                counts = f"{before.get('images')} then, {now.get('images')} now"
-                hint += f"--allow-data-change goes on with other images ({counts}), "
+                same = before.get("images") == now.get("images")
+                counts = "as many, but others" if same else f"{before.get('images')} then, {now.get('images')} now"
+                hint += f"--allow-data-change goes on with these images ({counts}), "
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
 
@@ -160,7 +161,7 @@ class RunDirectory:
         if before["data_digest"] == now["data_digest"]:
             return False
         start["data_change"] = {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
-        print(f"--allow-data-change: the run goes on with {now.get('images')}, {before.get('images')} before")
+        print(f"--allow-data-change: the run goes on with {now.get('images')} (before: {before.get('images')})")
         return True
 
     @on_main
@@ -240,7 +241,7 @@ class RunDirectory:
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The fields in which two runs (recipe and facts together) differ."""
-    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FOR_READING]
+    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in NAMES]
 
 
 def tell(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:

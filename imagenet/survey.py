@@ -42,7 +42,8 @@ def look(files: list[str], what: str, workers: Workers) -> Findings:
     if cache.exists():
         try:
             found = checkpoint.load(cache)
-            return Findings(found["broken"], found["turned"], found["dim"])
+            again = sum(workers.examine(list(found["broken"]), "torchvision"), Findings())  # a disk may have recovered
+            return Findings({}, found["turned"], found["dim"]) + again
         except checkpoint.CheckpointError as error:
             print(f"{error}; looking at all photos again")
     start = time.perf_counter()
@@ -76,5 +77,5 @@ def _stamp(files: list[str]) -> str:
         except OSError:  # decoding says what is wrong
             known.append(os.path.abspath(file))
         else:
-            known += [os.path.abspath(file), status.st_size, status.st_mtime_ns]
+            known += [os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     return checkpoint.digest(known)[:32]

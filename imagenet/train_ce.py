@@ -61,9 +61,9 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             photos = known_to(run, photos)
             facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
             facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
+            survey(training, tests, workers)
             if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
-            survey(training, tests, workers)
             objective = CrossEntropy(recipe.label_smoothing)
             fitted = fit(
                 run, recipe, options, student=student, objective=objective, data=training, tests=tests, facts=facts

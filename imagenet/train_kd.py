@@ -72,8 +72,8 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             photos = known_to(run, photos)
             facts: dict[str, Any] = {"data": photos.name, "data_digest": photos.digest, "images": photos.counts}
             facts |= {"init_digest": init_digest, "world_size": shares(options.device)}
-            run.check(recipe, facts, **options.allowed)
             survey(training, tests, workers)
+            run.check(recipe, facts, **options.allowed)
             precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
             teacher, known = load_teacher(recipe, options, known_teacher, photos, workers, device, precision)
             facts |= {"teacher_digest": teacher.digest, "teacher_precision": known.precision["precision"]}
