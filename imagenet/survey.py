@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from distill import checkpoint
 from distill.errors import BrokenImage, UserError
+from distill.evaluation import raise_broken
 from distill.folders import Labelled
 from distill.parallel import first_here
 from distill.pixels import FIRST, say_dim, say_turned
@@ -30,8 +31,7 @@ def survey(training: Photos, tests: Mapping[str, Photos], workers: Workers) -> N
     with first_here():
         evaluated = look([file for test in tests.values() for file in test.files], "photos to evaluate on", workers)
         trained = look(start, "training photos", workers)
-    if broken := evaluated.broken | trained.broken:
-        raise BrokenImage(broken)
+    raise_broken(evaluated.broken | trained.broken)
     say_turned(trained.turned, len(start))
     say_dim(evaluated.dim + trained.dim)
 

@@ -18,6 +18,7 @@ from imagenet.augment import PhotoViews
 from imagenet.data import load_data
 from imagenet.loader import Job, Workers
 from imagenet.models import find
+from tests.test_processes import processes
 
 SMALL = ["--arch", "mobilenet_v3_small", "--image-size", "32", "--batch-size", "8", "--epochs", "2", "--lr", "0.01"]
 SMALL += ["--workers", "0"]
@@ -164,13 +165,29 @@ def test_the_teacher_is_not_asked_again_after_a_file_was_mended(
     flags += ["--render-size", "32", "--teacher-checkpoint", str(tmp_path / "teacher.pth")]
     flags += ["--output", str(tmp_path / "run")]
     content = broken(own / "train" / "n2" / "02.JPEG")
-    with pytest.raises(Stopped, match="epoch 1, step [12] of 3.*cannot decode"):
+    with pytest.raises(Stopped, match=r"epoch 1, step [12] of 3.*cannot decode"):
         train_kd.main(flags)
     done = checkpoint.load(tmp_path / "run" / "last.pt")["step"]
     capsys.readouterr()
     (own / "train" / "n2" / "02.JPEG").write_bytes(content)
     train_kd.main(flags)
     assert f"teacher: {24 - 8 * done} views answered" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_and_saved(own: Path, tmp_path: Path) -> None:
+    """One of them meets the broken file; the other one is at the same step and ends with it."""
+    flags = [*SMALL, "--device", "cpu", "--output"]
+    content = broken(own / "train" / "n2" / "02.JPEG")
+    found = processes(2, "broken", own, *flags, tmp_path / "cut")
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.count("cannot decode") == 1
+    assert f"saved in {tmp_path / 'cut'}: cannot decode" in found.stderr
+    (own / "train" / "n2" / "02.JPEG").write_bytes(content)
+    for name in ("cut", "whole"):
+        found = processes(2, "broken", own, *flags, tmp_path / name)
+        assert found.returncode == 0, found.stderr
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
 # --------------------------------------------------------------------------------------------------- an unsorted val/
@@ -218,11 +235,8 @@ def test_a_flat_val_is_read_with_the_usual_files(kind: str, own: Path, flat: dic
     for name, content in maps(flat)[kind].items():
         (own / name).write_text(content)
     found = load_data(str(own), Workers(0))
-    classes = {
-        Path(file).name: found.classes[label]
-        for file, label in zip(found.val_files, found.val_labels.tolist(), strict=True)
-    }
-    assert classes == flat
+    pairs = zip(found.val_files, found.val_labels.tolist(), strict=True)
+    assert {Path(file).name: found.classes[label] for file, label in pairs} == flat
     for file, name in flat.items():  # sorted into folders it is the same data
         (own / "val" / name).mkdir(exist_ok=True)
         (own / "val" / file).rename(own / "val" / name / file)
