@@ -4,10 +4,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import distill.teacher
 from distill import checkpoint
@@ -59,6 +61,22 @@ def test_broken_photos_are_found_before_the_first_step(
     assert "8 photos to evaluate on decoded once" in capsys.readouterr().out
     train_ce.main([*flags, "--extend", "--epochs", "2"])
     assert "decoded once" not in capsys.readouterr().out  # it is remembered
+
+
+def test_what_is_odd_is_said_once(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for name in ("train/n0/04.JPEG", "train/n1/01.JPEG", "val/n1/25.JPEG"):
+        with Image.open(own / name) as image:
+            image.save(own / name, exif=exif)
+    Image.fromarray(np.full((40, 40), 4095, np.uint16)).save(own / "val" / "n0" / "dim.png")
+    photos = load_data(str(own), Workers(0))
+    training, tests = SimpleNamespace(files=photos.train_files), {"test": SimpleNamespace(files=photos.val_files)}
+    for _ in range(2):  # the second time it is remembered
+        survey.survey(training, tests, Workers(0))
+        said = capsys.readouterr().out
+        assert "note: 2 of the first 24 training files carry an EXIF orientation, which is ignored" in said
+        assert said.count("val/n0/dim.png: 16 bits, but no value from 4096 on") == 1
 
 
 def test_what_was_broken_is_looked_at_again(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
