@@ -99,7 +99,7 @@ class RunDirectory:
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
             if "data_digest" in changed:
                 same = before.get("images") == now.get("images")
-                counts = "as many, but others" if same else f"{before.get('images')} then, {now.get('images')} now"
+                counts = "as many, but others" if same else f"{before.get('images', 'unknown')} then, {now.get('images')} now"
                 hint += f"--allow-data-change goes on with these images ({counts}), "
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
@@ -161,7 +161,7 @@ class RunDirectory:
         if before["data_digest"] == now["data_digest"]:
             return False
         start["data_change"] = {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
-        print(f"--allow-data-change: the run goes on with {now.get('images')} (before: {before.get('images')})")
+        print(f"--allow-data-change: the run goes on with {now.get('images')} (before: {before.get('images', 'unknown')})")
         return True
 
     @on_main

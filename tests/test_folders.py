@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cifar10.data import load_data as load_small
-from distill.errors import UserError
-from distill.folders import list_images
+from distill.errors import BrokenImage, UserError
+from distill.folders import SUFFIXES, list_images
 from imagenet.data import load_data as load_photos
 from imagenet.loader import Workers
 
@@ -98,6 +99,20 @@ def test_hidden_folders_are_passed_by_at_every_depth(root: Path) -> None:
             (root / split / where).mkdir()
             Image.new("RGB", (32, 32)).save(root / split / where / "x.png")
     assert counts(root) == [{0: 2, 1: 2, 2: 2}] * 4
+
+
+def test_every_suffix_of_imagefolder_is_read() -> None:
+    assert set(IMG_EXTENSIONS) <= SUFFIXES
+
+
+def test_links_to_files_that_are_gone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test", "val"):
+        (root / split / "b" / "gone.png").symlink_to("nowhere")
+    for load in (load_small, lambda path, **skip: load_photos(path, Workers(0), **skip)):
+        with pytest.raises(BrokenImage, match=r"2 images are broken: .*b/gone\.png.*; .*b/gone\.png.*No such file"):
+            load(str(root))
+        load(str(root), skip_bad_images=True)
+        assert capsys.readouterr().out.count("left out: cannot decode") == 2
 
 
 def test_how_unlabelled_images_are_laid_out(root: Path) -> None:
