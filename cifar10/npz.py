@@ -1,6 +1,7 @@
 """.npz files of small images: as arrays of the one form that data.py takes, without unpickling anything."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import numpy as np
@@ -58,12 +59,19 @@ def _names(archive: NpzFile, path: Path) -> NDArray[Any]:
     if _is_objects(archive, "classes"):
         with _member(archive, "classes") as file:
             _header(file)
-            named = np.asarray(ArrayUnpickler(file).load(), dtype=object)
+            named = np.asarray(_unpickle(file, path), dtype=object)
     else:
         named = np.asarray(archive["classes"])
     if named.ndim != 1 or not all(isinstance(name, (str, bytes, int, np.generic)) for name in named):
         raise UserError(f"{path}: classes is no list of names: save np.array([...]) of strings, one for each class")
     return np.array([name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in named])
+
+
+def _unpickle(file: IO[bytes], path: Path) -> Any:
+    try:
+        return ArrayUnpickler(file).load()
+    except UnpicklingError as error:
+        raise UserError(f"{path}: classes are refused: {error}; save them again as an array of strings") from None
 
 
 def _is_objects(archive: NpzFile, key: str) -> bool:

@@ -163,6 +163,7 @@ def _assemble(known: Published, read: Callable[[str], bytes], source: str) -> di
         arrays[f"{split}_images"] = np.concatenate([images for images, _ in parts])
         arrays[f"{split}_labels"] = np.concatenate([labels for _, labels in parts])
     named = _unpickle(read(known.meta), f"{source}: {known.meta}", known).get(known.names)
+    named = named.tolist() if isinstance(named, np.ndarray) else named
     if not isinstance(named, list) or not all(isinstance(name, (bytes, str)) for name in named):
         raise UserError(f"{source}: {known.meta} does not name the classes")
     return {**arrays, "classes": np.array([_text(name) for name in named])}

@@ -428,8 +428,8 @@ def _broken(trainer: Trainer, error: BrokenImage) -> UserError:
     """What ends a run that has met broken images: as after a signal, everything up to there is saved."""
     if not trainer.state.epoch and not trainer.state.step:
         return error
-    trainer.save()
     trainer.run.record_broken(error.files)
+    trainer.save()
     message = f"{trainer.recipe.arch} stopped at {_where(trainer)}: {error.named}; mended, {_same_command(trainer)} "
     message += "continues; without them it does with --skip-bad-images --allow-data-change"
     return Stopped(message, 2, told=rank() > 0)

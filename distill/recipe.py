@@ -399,8 +399,8 @@ class Options:
 
     data: str | None = knob(
         None,
-        "'sample' (embedded), a directory with CIFAR-10's archive or batches or with train/CLASS/* and test/CLASS/* "
-        "images, or a .npz file (default: data/cifar10, downloaded if absent)",
+        "'sample' (embedded), a directory with the archive or batches of CIFAR-10 or CIFAR-100 or with train/CLASS/* "
+        "and test/CLASS/* images, or a .npz file (default: data/cifar10, downloaded if absent)",
         group="data and files",
     )
     workers: int = knob(

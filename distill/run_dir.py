@@ -86,8 +86,7 @@ class RunDirectory:
         if changed:
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
             if "data_digest" in changed:
-                counts = f"{before.get('images')} then, {now.get('images')} now"
-                hint += f"--allow-data-change goes on with other images ({counts}), "
+                hint += f"--allow-data-change goes on with {_counts(before, now)}, "
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
 
@@ -171,7 +170,7 @@ class RunDirectory:
         if before["data_digest"] == now["data_digest"]:
             return False
         start["data_change"] = {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
-        print(f"--allow-data-change: the run goes on with {now.get('images')}, {before.get('images')} before")
+        print(f"--allow-data-change: the run goes on with {_counts(before, now)}")
         return True
 
     @on_main
@@ -254,7 +253,13 @@ def identity(data: Images, init_digest: str | None, device_name: str) -> dict[st
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The fields in which two runs (recipe and facts together) differ."""
-    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FOR_READING]
+    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in NAMES]
+
+
+def _counts(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """`23 training, 8 test images (24 training, 8 test images before)`, of what facts say of the images."""
+    same = before.get("images") == now.get("images")
+    return f"{now.get('images')} ({'as many, but others,' if same else before.get('images')} before)"
 
 
 def tell(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from distill import checkpoint
 from distill.errors import BrokenImage, UserError
+from distill.evaluation import raise_broken
 from distill.folders import Labelled
 from distill.parallel import first_here
 from distill.pixels import FIRST, say_dim, say_turned
@@ -30,8 +31,7 @@ def survey(training: Photos, tests: Mapping[str, Photos], workers: Workers) -> N
     with first_here():
         evaluated = look([file for test in tests.values() for file in test.files], "photos to evaluate on", workers)
         trained = look(start, "training photos", workers)
-    if broken := evaluated.broken | trained.broken:
-        raise BrokenImage(broken)
+    raise_broken(evaluated.broken | trained.broken)
     say_turned(trained.turned, len(start))
     say_dim(evaluated.dim + trained.dim)
 
@@ -42,7 +42,8 @@ def look(files: list[str], what: str, workers: Workers) -> Findings:
     if cache.exists():
         try:
             found = checkpoint.load(cache)
-            return Findings(found["broken"], found["turned"], found["dim"])
+            again = sum(workers.examine(list(found["broken"]), "torchvision"), Findings())  # a disk may have recovered
+            return Findings({}, found["turned"], found["dim"]) + again
         except checkpoint.CheckpointError as error:
             print(f"{error}; looking at all photos again")
     start = time.perf_counter()
@@ -76,5 +77,5 @@ def _stamp(files: list[str]) -> str:
         except OSError:  # decoding says what is wrong
             known.append(os.path.abspath(file))
         else:
-            known += [os.path.abspath(file), status.st_size, status.st_mtime_ns]
+            known += [os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     return checkpoint.digest(known)[:32]

@@ -61,9 +61,9 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
             facts = identity(photos, init_digest, options.device)
+            survey(training, tests, workers)
             if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
-            survey(training, tests, workers)
             objective = CrossEntropy(recipe.label_smoothing)
             fitted = fit(
                 run, recipe, options, student=student, objective=objective, data=training, tests=tests, facts=facts

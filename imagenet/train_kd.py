@@ -75,8 +75,8 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)
             facts = identity(photos, init_digest, options.device)
-            run.check(recipe, facts, **options.allowed)
             survey(training, tests, workers)
+            run.check(recipe, facts, **options.allowed)
             precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
             teachers, known = load_teachers(recipe, options, photos, workers, device, precision)
             facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}

@@ -79,6 +79,59 @@ def test_unsigned_labels(tmp_path: Path) -> None:
     assert data.train_labels.tolist() == labels.tolist()
 
 
+GREY = np.arange(6 * 32 * 32, dtype=np.uint8).reshape(6, 32, 32)
+
+
+@pytest.mark.parametrize("images", [GREY, GREY[..., None]], ids=["(N, H, W)", "(N, H, W, 1)"])
+def test_grey_images_and_columns_of_labels(
+    images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the files of MedMNIST are, which hold a validation part too."""
+    labels = np.array([[0], [1], [2], [0], [1], [2]], np.uint8)
+    arrays = {"train_images": images, "train_labels": labels, "val_images": images, "val_labels": labels}
+    path = make_npz(tmp_path / "x.npz", **arrays, test_images=images[:3], test_labels=labels[:3])
+    data = load_data(str(path.rename(tmp_path / "mnist.NPZ")))
+    assert data.train_labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert data.train_images.shape == (6, 32, 32, 3)
+    for channel in range(3):
+        assert np.array_equal(data.train_images[..., channel].numpy(), GREY)
+    assert "note: val_images, val_labels of" in capsys.readouterr().out
+
+
+def test_grey_images_of_another_size(tmp_path: Path) -> None:
+    path = make_npz(tmp_path / "x.npz", train_images=np.full((6, 28, 28), 9, np.uint8))
+    assert (load_data(str(path)).train_images == 9).all()
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        np.array(["cat", "dög", "frog"], dtype=object),
+        np.array([b"cat", "dög".encode(), b"frog"], dtype=object),
+        np.array([b"cat", "dög".encode(), b"frog"]),
+        np.array(["cat", "dög", "frog"]),
+    ],
+    ids=["objects", "objects of bytes", "bytes", "strings"],
+)
+def test_class_names(classes: np.ndarray, tmp_path: Path) -> None:
+    assert load_data(str(make_npz(tmp_path / "x.npz", classes=classes))).classes == ("cat", "dög", "frog")
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/distill-npz-attack",)
+
+
+def test_nothing_in_a_npz_is_run(tmp_path: Path) -> None:
+    path = make_npz(tmp_path / "x.npz", classes=np.array(["a", "b", Attack()], dtype=object))
+    with pytest.raises(UserError, match=r"classes are refused: .*system.*; save them again as an array of strings"):
+        load_data(str(path))
+    path = make_npz(tmp_path / "x.npz", train_labels=np.array([0, 1, 2, 0, 1, 2], dtype=object))
+    with pytest.raises(UserError, match=r"train_labels are Python objects.*np\.array\(\.\.\., dtype=np\.int64\)"):
+        load_data(str(path))
+    assert not Path("/tmp/distill-npz-attack").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -96,6 +149,7 @@ def test_unsigned_labels(tmp_path: Path) -> None:
         ({"classes": np.array(["a", "b"])}, "2 classes, labels up to 2"),
         ({"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)}, "1 classes"),
         ({"test_labels": np.array([0, 1, 3])}, "class 3 is in test_labels but not in train_labels"),
+        ({"train_labels": np.zeros((6, 14), int)}, r"one for each of the 6 images, got int64 \(6, 14\)"),
         ({"classes": np.array(3)}, "classes is no list of names"),
         ({"train_labels": np.array([0, 1, 2, 0, 1, 10**10])}, "labels up to 10000000000 for 6 images"),
         ({"classes": np.array(["a", "b", {"c": 1}], dtype=object)}, "classes is no list of names"),

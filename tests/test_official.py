@@ -83,6 +83,66 @@ def test_archive_and_unpacked_batches_give_the_same(tmp_path: Path, monkeypatch:
         assert load_data(str(root)).digest == packed.digest
 
 
+def renamed(content: dict[bytes, Any]) -> dict[str, Any]:
+    """As Python 3 pickles it again: keys are strings."""
+    return {key.decode(): value for key, value in content.items()}
+
+
+LABELS = {
+    "list": list,
+    "array": np.array,
+    "uint8": lambda labels: np.array(labels, np.uint8),
+    "column": lambda labels: np.array(labels)[:, None],
+    "numbers of numpy": lambda labels: list(np.array(labels)),
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_batches_that_python_3_has_pickled_again(labels: Any, protocol: int, tmp_path: Path) -> None:
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        for name, content in members().items():
+            if folder == "new":
+                content = renamed(content)
+                content |= {"labels": labels(content["labels"])} if "labels" in content else {}
+                content |= {"label_names": np.array(["cat", "dog", "frog"])} if "label_names" in content else {}
+            (tmp_path / folder / name).write_bytes(pickle.dumps(content, protocol=protocol))
+    assert load_data(str(tmp_path / "new")).digest == load_data(str(tmp_path / "old")).digest
+
+
+def hundred() -> dict[str, Any]:
+    rows = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    part = {b"data": rows, b"fine_labels": [2, 0, 1, 2], b"coarse_labels": [0, 0, 0, 0]}
+    return {
+        "train": part,
+        "test": part,
+        "meta": {b"fine_label_names": [b"a", b"b", b"c"], b"coarse_label_names": [b"x"]},
+    }
+
+
+def test_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = forge(hundred(), prefix="cifar-100-python/")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / official.CIFAR100.archive).write_bytes(archive)
+    with pytest.raises(UserError, match="instead of 85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"):
+        load_data(str(tmp_path / "packed"))
+    digest = hashlib.sha256(archive).hexdigest()
+    monkeypatch.setattr(official, "CIFAR100", replace(official.CIFAR100, sha256=digest))
+    packed = load_data(str(tmp_path / "packed"))
+    assert "CIFAR-100, fine labels" in capsys.readouterr().out
+    assert (packed.train_labels.tolist(), packed.classes) == ([2, 0, 1, 2], ("a", "b", "c"))
+    for folder in (tmp_path / "root" / "cifar-100-python", tmp_path / "flat"):
+        folder.mkdir(parents=True)
+        for name, content in hundred().items():
+            (folder / name).write_bytes(pickled(content))
+        root = folder.parent if folder.name == "cifar-100-python" else folder
+        assert load_data(str(root)).digest == packed.digest
+    (tmp_path / "flat" / "test").write_bytes(pickled({b"data": hundred()["test"][b"data"], b"labels": [0, 1, 2, 0]}))
+    with pytest.raises(UserError, match="test does not hold rows of 3072 bytes with a label each"):
+        load_data(str(tmp_path / "flat"))
+
+
 def test_wrong_digest(tmp_path: Path) -> None:
     (tmp_path / official.CIFAR10.archive).write_bytes(forge(members()))
     with pytest.raises(UserError, match=r"has sha256 .* instead of 6d958be0.*fetch it again"):
