@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cifar10 import official
 from cifar10.augment import build_policy
 from distill import checkpoint
-from distill.errors import UserError
+from distill.errors import UserError, too_many_files
 from distill.folders import UNLABELLED, list_images
 from distill.methods import METHODS
 from distill.parallel import first_here, share
@@ -289,4 +289,6 @@ def _decode_file(file: str) -> tuple[Pixels, bool, str]:
                 rgb = image.convert("RGB")
             return _fit(rgb), rgb.size != (SIZE, SIZE), ""
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
+        if too_many_files(error):  # nothing is wrong with this one
+            raise
         return np.empty(0, dtype=np.uint8), False, f"cannot decode {file}: {type(error).__name__}: {str(error)[:120]}"

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from distill.errors import UserError
+from distill.errors import UserError, too_many_files
 
 LARGEST = 64_000_000  # pixels of a file, or of it resized; more is a mistake or a decompression bomb
 
@@ -92,6 +92,8 @@ def _open(file: str, work: Callable[[Image.Image, bytes], Tensor]) -> Tensor:
                     raise ValueError(f"{image.width}x{image.height} pixels, more than {LARGEST:,}")
                 return work(image, content)
     except Exception as error:  # decoders raise nearly anything on damaged input
+        if too_many_files(error):  # nothing is wrong with this one
+            raise
         raise BrokenImage(f"cannot decode {file}: {type(error).__name__}: {str(error)[:120]}") from None
 
 
