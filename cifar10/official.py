@@ -5,7 +5,9 @@ Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. Digest of 
 published md5 is c58f30108f718f92721af3b95e74349a).
 """
 
+import errno
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -141,5 +143,11 @@ def _images(batch: dict[bytes, Any], source: str) -> NDArray[np.uint8]:
 
 def download(directory: Path) -> None:
     """Fetch the archive into `directory`, verified by sha256. Raises UserError that says which file to put where."""
-    by_hand = f"put {ARCHIVE} from {URL} into {directory}, or try --data sample"
-    downloads.fetch("CIFAR-10", URL, directory / ARCHIVE, SHA256, by_hand)
+    elsewhere = f"put {ARCHIVE} from {URL} into a directory of yours and name that by --data, or try --data sample"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "it cannot be written to")
+    except OSError as error:
+        raise UserError(f"CIFAR-10 is not in {directory} ({error.strerror}): {elsewhere}") from None
+    downloads.fetch("CIFAR-10", URL, directory / ARCHIVE, SHA256, elsewhere.replace("of yours", f"such as {directory}"))

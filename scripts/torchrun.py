@@ -109,7 +109,7 @@ def start(words: Sequence[str], launch: Launch) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process tells its error itself
+    logging.disable(logging.ERROR)  # each process tells its error itself
     where = f"{launch.address or '127.0.0.1'}:{launch.port}"
     others = f"the {launch.nodes} machines of NNODES to meet at {where}; this is number {launch.node} by its NODE_RANK"
     try:
