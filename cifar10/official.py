@@ -5,7 +5,9 @@ Source: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. Digests of
 published md5 are c58f30108f718f92721af3b95e74349a and eb9058c3a382ffc7106e4002c42a8d85).
 """
 
+import errno
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -205,5 +207,13 @@ def _is_integer(value: Any) -> bool:
 def download(directory: Path) -> None:
     """Fetch CIFAR-10's archive into `directory`, verified by sha256. Raises UserError that says which file to put
     where."""
-    by_hand = f"put {CIFAR10.archive} from {CIFAR10.url} into {directory}, or try --data sample"
+    elsewhere = f"put {CIFAR10.archive} from {CIFAR10.url} into a directory of yours and name that by --data"
+    elsewhere += ", or try --data sample"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "it cannot be written to")
+    except OSError as error:
+        raise UserError(f"CIFAR-10 is not in {directory} ({error.strerror}): {elsewhere}") from None
+    by_hand = elsewhere.replace("of yours", f"such as {directory}")
     downloads.fetch(CIFAR10.name, CIFAR10.url, directory / CIFAR10.archive, CIFAR10.sha256, by_hand)

@@ -8,6 +8,7 @@ put aside, and its views are answered again.
 """
 
 import json
+import re
 import shutil
 import uuid
 from contextlib import suppress
@@ -27,6 +28,7 @@ from distill.teacher import Teacher
 from distill.views import ViewedData
 
 KEY, ASIDE = "key.json", ".damaged"
+SEGMENT = re.compile(r"\d{5,}-\d+-\w+\.pt")  # slot, answers, a name of its own
 FORMAT = 1  # of the segments, and of what the views of a policy look like: another number is another store
 
 
@@ -144,7 +146,9 @@ class LogitStore:
 
     def coverage(self) -> dict[int, int]:
         """Slot -> how many images are answered in it."""
-        slots = sorted({int(path.name[:5]) for path in self.path.glob("[0-9]*-*.pt")})
+        slots = sorted(
+            {int(path.name.split("-")[0]) for path in self.path.glob("*.pt") if SEGMENT.fullmatch(path.name)}
+        )
         return {slot: int(self.column(slot, torch.device("cpu")).answered.sum()) for slot in slots}
 
 
@@ -198,16 +202,28 @@ def store_key(
 
 def list_stores(root: Path) -> list[dict[str, Any]]:
     """Of each store below `root`: path, key, bytes on disk, views (slots) and answers that it has, from the names of
-    its segments; answers that two runs gave at once count twice."""
+    its segments; answers that two runs gave at once count twice. The key is a line that says why where it cannot be
+    read."""
     found = []
     for file in sorted(root.glob(f"*/{KEY}")):
-        segments = list(file.parent.glob("[0-9]*-*-*.pt"))
+        segments = [path for path in file.parent.glob("*.pt") if SEGMENT.fullmatch(path.name)]
         answers = sum(int(path.name.split("-")[1]) for path in segments)
         bytes_on_disk = sum(path.stat().st_size for path in segments)
-        views = len({path.name[:5] for path in segments})
-        key = json.loads(file.read_text())
-        found.append({"path": file.parent, "key": key, "bytes": bytes_on_disk, "views": views, "answers": answers})
+        views = len({path.name.split("-")[0] for path in segments})
+        found.append(
+            {"path": file.parent, "key": _read_key(file), "bytes": bytes_on_disk, "views": views, "answers": answers}
+        )
     return found
+
+
+def _read_key(file: Path) -> dict[str, Any] | str:
+    try:
+        key = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        key = str(getattr(error, "strerror", None) or error)
+    if isinstance(key, dict):
+        return key
+    return f"{file} is damaged ({key}): remove it, and the next run that adds an answer writes it again"
 
 
 def fits(

@@ -166,7 +166,10 @@ def check_batch_norm(
     split += [f"over {parts} {'processes' if world_size() > 1 else 'GPUs'}"] * (parts > 1)
     size = " ".join([f"--batch-size {recipe.batch_size}", " and ".join(split)]).strip()
     least = f"--batch-size {2 * parts * recipe.accumulate} is the least"
-    raise UserError(f"{size} is one image at a time, of which a BatchNorm of {arch} has one value a channel: {least}")
+    line = f"{size} is one image at a time, of which a BatchNorm of {arch} has one value a channel: {least}"
+    error = UserError(line)
+    error.told = rank() > 0
+    raise error
 
 
 def _compile(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:

@@ -253,7 +253,7 @@ def identity(data: Images, init_digest: str | None, device_name: str) -> dict[st
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The fields in which two runs (recipe and facts together) differ."""
-    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in NAMES]
+    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FOR_READING]
 
 
 def _counts(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -6,16 +6,17 @@ Signals to stop are this process's business: the workers have them blocked, and 
 
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.errors import BrokenImage, UserError
+from distill.errors import BrokenImage, UserError, too_many_files
 from imagenet.augment import PhotoViews
 from imagenet.decoding import examine
 
 AHEAD = 3, 1024  # batches in the making at least, and photos
+AT_MOST = 64  # batches in the making: each is an open file
+SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+LONGEST = 70  # bytes of a directory for sockets: of the 104 of a socket's path multiprocessing adds 33
 PART = 16  # photos of a task, at most
 # A scheduler may signal every process of a job.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -65,7 +69,7 @@ class Workers:
 
     def __init__(self, count: int, minutes: float = 5.0) -> None:
         self.count, self._seconds = count, 60 * minutes
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Executor | None = None
 
     def render(self, policy: PhotoViews, jobs: Iterator[Job]) -> Iterator[Tensor]:
         """uint8 (B, S, S, 3) for each job, in order; those that follow are in the making meanwhile.
@@ -76,16 +80,18 @@ class Workers:
         if not self.count:
             yield from (_render_all(policy, job) for job in jobs)
             return
-        waiting: deque[tuple[Any, NDArray[np.uint8], list[Future[None]]]] = deque()
+        waiting: deque[tuple[Any, Tensor, list[Future[None]]]] = deque()
         try:
             for job in jobs:
-                if len(waiting) >= max(AHEAD[0], AHEAD[1] // len(job.files)):
+                if len(waiting) >= min(max(AHEAD[0], AHEAD[1] // len(job.files)), AT_MOST):
                     yield self._finished(*waiting.popleft())
                 file, path = _memory()
                 shape = (len(job.files), policy.size, policy.size, 3)
-                os.truncate(file.fileno(), int(np.prod(shape)))
-                array = np.memmap(file, np.uint8, "r+", shape=shape)
-                waiting.append((file, array, self._submit(policy, job, path, shape)))
+                size = int(np.prod(shape))
+                os.truncate(file.fileno(), size)
+                # not by numpy, whose maps hold a file open each: a caller may keep any number of batches
+                images = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).view(shape)
+                waiting.append((file, images, self._submit(policy, job, path, shape)))
             while waiting:
                 yield self._finished(*waiting.popleft())
         except BrokenImage as error:
@@ -123,17 +129,31 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _started(self) -> Executor:
         if self._pool is None:
-            context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
-            context.set_forkserver_preload(["torch", "torchvision.transforms", "torchvision.io"])
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            _allow_files(256 + 4 * self.count)
+            _shorten_sockets()
+            try:
+                self._pool = self._processes()
+            except (OSError, ImportError, NotImplementedError) as error:  # e.g. no semaphores: /dev/shm is read only
+                if too_many_files(error):
+                    raise
+                why = getattr(error, "strerror", None) or error
+                print(f"warning: no loader processes can be had ({why}): threads decode, on fewer cores at a time")
+                self._pool = ThreadPoolExecutor(self.count)
+        return self._pool
+
+    def _processes(self) -> Executor:
+        context = multiprocessing.get_context("forkserver")  # a fork of this process would copy its threads' locks
+        context.set_forkserver_preload(["torch", "torchvision.transforms", "torchvision.io"])
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
             resource_tracker.ensure_running()  # unblocks some of them
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             forkserver.ensure_running()  # it and the workers inherit what is blocked
+        finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin)
-        return self._pool
+        return ProcessPoolExecutor(self.count, context, initializer=_begin)
 
     def _submit(self, policy: PhotoViews, job: Job, path: str, shape: tuple[int, ...]) -> "list[Future[None]]":
         size = min(PART, -(-len(job.files) // self.count))
@@ -151,11 +171,11 @@ class Workers:
         except BrokenProcessPool:
             raise self._dead() from None
 
-    def _finished(self, file: Any, array: NDArray[np.uint8], futures: "list[Future[None]]") -> Tensor:
+    def _finished(self, file: Any, images: Tensor, futures: "list[Future[None]]") -> Tensor:
         with file:
             if broken := self._broken(futures):
                 raise BrokenImage(broken)
-        return torch.from_numpy(array)  # the memory lives as long as the tensor
+        return images  # the memory lives as long as the tensor
 
     def _broken(self, futures: "list[Future[None]]") -> dict[str, str]:
         """The files that could not be decoded in these parts, when all of them are done."""
@@ -186,11 +206,35 @@ class Workers:
 
 def _memory() -> tuple[Any, str]:
     """A file in memory, where the system has such, and the path by which other processes open it."""
-    if hasattr(os, "memfd_create"):  # not /dev/shm, which is small in containers
+    try:  # not /dev/shm, which is small in containers
         file: Any = os.fdopen(os.memfd_create("views"), "r+b")
         return file, f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    except (AttributeError, OSError) as error:  # other systems, old kernels, containers that forbid it
+        if too_many_files(error):
+            raise
     named = tempfile.NamedTemporaryFile()  # noqa: SIM115 open until its batch is done
     return named, named.name
+
+
+def _allow_files(count: int) -> None:
+    """Raise the soft limit on open files to `count`, as far as the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _shorten_sockets() -> None:
+    """Let multiprocessing keep its sockets elsewhere where TMPDIR's path is too long for them."""
+    usual = tempfile.gettempdir()
+    short = [place for place in SHORT if os.access(place, os.W_OK | os.X_OK)]
+    if len(os.fsencode(usual)) <= LONGEST or not short:
+        return
+    tempfile.tempdir = short[0]
+    try:
+        util.get_temp_dir()  # chosen once for a process and those that it starts
+    finally:
+        tempfile.tempdir = usual
 
 
 # ------------------------------------------------------------------------------------------------------ in the workers

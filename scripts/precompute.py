@@ -81,7 +81,7 @@ def show() -> int:
 
     for name, store in stores().items():
         print(f"{name}: {size(store['bytes'])}, {store['views']} views, {store['answers']:,} answers")
-        print(f"  {json.dumps(store['key'])}")
+        print(f"  {json.dumps(store['key']) if isinstance(store['key'], dict) else store['key']}")
     if not stores():
         print("there are no stores")
     return 0

@@ -5,6 +5,7 @@ launch.sh, which says what the variables of the environment mean.
 """
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -108,14 +109,19 @@ def start(words: Sequence[str], launch: Launch) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
+    logging.disable(logging.ERROR)  # each process tells its error itself
     where = f"{launch.address or '127.0.0.1'}:{launch.port}"
     others = f"the {launch.nodes} machines of NNODES to meet at {where}; this is number {launch.node} by its NODE_RANK"
     try:
         with announced(others, unless=_has_children):
             torchrun(words)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code  # killed by signal N: -N here, 128 + N in a shell
+        number, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has told why
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        print(f"error: process {number} was ended by {name}; what was saved is kept", file=sys.stderr)
+        return 128 - failure.exitcode
     except SignalException as error:  # torchrun passed it on; the processes have saved and ended
         return 128 + error.sigval
     except (DistError, RendezvousError) as error:
