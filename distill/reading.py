@@ -22,7 +22,10 @@ from distill import inert
 from distill.errors import CheckpointError
 
 ENCODER = b"_codecs\nencode\n"
-NEVER = ("os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "pickle", "socket", "shutil", "ctypes", "pty")
+NEVER = (  # modules of which no trainer keeps anything beside weights; commands is subprocess's name of before
+    *("os", "posix", "nt", "sys", "subprocess", "commands", "importlib", "runpy", "pickle", "socket", "shutil"),
+    *("ctypes", "pty"),
+)
 
 
 def read(path: Path) -> Any:
@@ -53,9 +56,11 @@ def _refusal(path: Path, name: str) -> str:
         return f"{path} refused: it asks for {name}, which is no plain weight and does not belong into such a file"
     where = "where it was made, and if you trust it"
     if _is_whole_module(path, name):
-        saved = _resaved(path, "torch.load({}, map_location='cpu', weights_only=False).state_dict()")
+        saved = _resaved(path, "torch.load({}, 'cpu', weights_only=False).state_dict()")
         return f"{path} refused: it is a whole pickled module ({name}), not weights alone; {where}: {saved}"
-    saved = _resaved(path, "torch.load({}, map_location='cpu', weights_only=False)['state_dict']")
+    saved = _resaved(
+        path, "getattr(c := torch.load({}, 'cpu', weights_only=False), 'state_dict', lambda: c['state_dict'])()"
+    )
     return (
         f"{path} refused: it asks for {name}, which is no plain weight; {where}, this re-saves the weights (with the "
         f"key that they are under): {saved}"
@@ -126,7 +131,7 @@ def _check_zip(path: Path, size: int) -> None:
 def _check_program(path: Path, archive: zipfile.ZipFile) -> None:
     """An archive by torch.jit.save is a program; and a pickle of torch.save must not be one that fills the memory."""
     if any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist()):
-        saved = _resaved(path, "torch.jit.load({}, map_location='cpu').state_dict()")
+        saved = _resaved(path, "torch.jit.load({}, 'cpu').state_dict()")
         raise CheckpointError(f"{path} is a TorchScript program, not weights alone; if you trust it: {saved}")
     for name in archive.namelist():
         if name.endswith(".pkl") and ENCODER in (pickled := archive.read(name)) and inert.expands(pickled):
