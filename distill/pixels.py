@@ -6,7 +6,9 @@ orientation is ignored, as torchvision's ImageFolder ignores it.
 """
 
 import io
+import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,8 @@ def open_image(file: str, largest: int) -> Iterator[tuple[Image.Image, bytes]]:
     with it while it is open.
     """
     try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # reading a FIFO would wait for ever
+            raise ValueError("not a regular file")
         content = Path(file).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > largest:

@@ -16,7 +16,8 @@ from distill.knobs import flag
 from distill.methods import METHODS
 from distill.recipe import Options, Recipe
 
-FLAGS = """--arch --teacher-arch --teacher-image-size --pretrained --weights --image-size
+FLAGS = """--arch --teacher-arch --ensemble --teacher-image-size --pretrained --weights --teacher-weights --image-size
+--mean --std --teacher-mean --teacher-std --class-order --allow-data-change
 --T --w --method --standardize --alpha --beta --gamma --tau --ramp
 --kd-weight --ce-weight --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k
 --store --store-limit
@@ -48,7 +49,7 @@ def test_flags_for_photos_are_frozen() -> None:
     from imagenet.recipes import ImageNetOptions, ImageNetRecipe
 
     flags = {flag(f.name) for owner in (ImageNetRecipe, ImageNetOptions) for f in fields(owner)}
-    more = "--teacher-weights --render-size --decoder --loader-minutes --kd"
+    more = "--render-size --decoder --loader-minutes --kd"
     assert flags == set(FLAGS.split()) | set(more.split())
 
 
@@ -234,7 +235,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--device cuda:99", "--device cuda:99"),
     ("kd", "--recipe best", "--recipe must be one of kd"),
     ("kd", "--tempreature 3", "unknown argument --tempreature"),
-    ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-bn, --teacher-arch"),
+    ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-arch, --teacher-image-size"),
     ("kd", "--epoch 3", "near it: --epochs"),
     ("kd", "extra", "unknown argument extra"),
     ("kd", "--epochs", "--epochs: expected one argument"),

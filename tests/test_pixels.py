@@ -1,5 +1,6 @@
 """Image files of every mode become RGB by one rule, for small images and photos; or are refused with the reason."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,3 +194,9 @@ def test_a_small_folder_says_what_is_odd(tmp_path: Path) -> None:
     assert "note: 2 of the first 5 training files carry an EXIF orientation, which is ignored" in found
     assert found.count("train/dog/c.png: 16 bits, but no value from 4096 on") == 1
     assert "tensor([255, 255, 255]" in found
+
+
+def test_a_pipe_named_like_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BrokenImage, match="not a regular file"), open_image(str(tmp_path / "pipe.png"), 100):
+        pass
