@@ -27,7 +27,7 @@ FLAGS = """--arch --teacher-arch --ensemble --teacher-image-size --pretrained --
 --augment --padding --reflect --alternate-flip --cutout --mixup --views --seed --view-seed --val-split
 --data --workers --skip-bad-images --teacher-checkpoint --init --output
 --recipe --show-recipe --device --deterministic --steps --resume --save-minutes --tensorboard
---extend --fresh --evaluate"""
+--extend --allow-data-change --fresh --evaluate"""
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"ce": train_ce.main, "kd": train_kd.main}
 
 
