@@ -125,10 +125,11 @@ class RunDirectory:
         except checkpoint.CheckpointError:
             return None
 
+    @on_main
     def take_best(self, directory: Path, epoch: int) -> None:
-        """Take over best.pt of another directory of the run, if it is of this epoch and there is none here."""
+        """Take over best.pt of the directory that this run was begun in, if it is of this epoch."""
         other = RunDirectory(directory)
-        if other.best() == epoch and self.best() is None:
+        if other.best() == epoch != self.best():
             checkpoint.save(self.path / BEST, checkpoint.load(other.path / BEST))
 
     @on_main
