@@ -162,8 +162,6 @@ class Trainer:
             payload, source = start, named
         if payload:
             self._check_same_run(payload, source)
-            if source == named and (best := best_epoch(payload["records"])):
-                self.run.take_best(Path(named).parent, best["epoch"])
         return payload, source
 
     def restore(self) -> None:
@@ -194,6 +192,8 @@ class Trainer:
                 raise ValueError(f"epoch {epoch}, step {step}, {len(records)} records")
             self.state.epoch, self.state.step, self.state.records = epoch, step, records
             self.state.timings, self.state.first_loss = payload["timings"], payload.get("first_loss")
+            if source == self.options.resume and (best := best_epoch(records)):
+                self.run.take_best(Path(source).parent, best["epoch"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise

@@ -46,7 +46,9 @@ def _divergence_of_gap(gap: Tensor, log_p: Tensor) -> Tensor:
         q = torch.exp(log_p + ratio)
         near = ratio.abs() < 0.5
         x = ratio.clamp(-0.5, 0.5)
-        series = 1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))  # of e^x - 1 - x
+        series = 1 + x / 3 * (
+            1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))
+        )  # (e^x - 1 - x) / (x^2 / 2)
         value = torch.where(near, p * x * x / 2 * series, q - p - p * ratio).sum(1)
         slope = torch.where(near, p * torch.expm1(x), q - p)
     return _with_slope(value, slope, gap).mean()

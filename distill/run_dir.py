@@ -116,10 +116,11 @@ class RunDirectory:
         except checkpoint.CheckpointError:
             return None
 
+    @on_main
     def take_best(self, directory: Path, epoch: int) -> None:
-        """Take over best.pt of another directory of the run, if it is of this epoch and there is none here."""
+        """Take over best.pt of the directory that this run was begun in, if it is of this epoch."""
         other = RunDirectory(directory)
-        if other.best() == epoch and self.best() is None:
+        if other.best() == epoch != self.best():
             checkpoint.save(self.path / BEST, checkpoint.load(other.path / BEST))
 
     @on_main
@@ -311,8 +312,7 @@ def _is_of(config: dict[str, Any], recipe: Recipe, extend: bool) -> bool:
 def runs_on(data_digest: str, arch: str, pattern: str, data_name: str) -> Iterator[tuple[RunDirectory, dict[str, Any]]]:
     """The runs of `arch` in directories called `pattern` on images of this digest, under any name of theirs, that of
     `data_name` first: each with its config.json. Raises UserError for one of that name that cannot be read."""
-    places = [path for path in CHECKPOINTS.iterdir() if path.is_dir()] if CHECKPOINTS.is_dir() else []
-    for place in sorted(places, key=lambda place: (place.name != data_name, place.name)):
+    for place in sorted(CHECKPOINTS.glob("*"), key=lambda place: (place.name != data_name, place.name)):
         for path in sorted((place / arch).glob(pattern)):
             run = RunDirectory(path)
             try:

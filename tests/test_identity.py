@@ -116,6 +116,8 @@ def test_which_run_is_taken(home: Path, small_npz: Path, capsys: pytest.CaptureF
         return open_run(options, replace(recipe, epochs=change), data).path
 
     assert taken() == home / "mine" / name
+    home.mkdir()
+    (home / "README.md").touch()
     begin(home / "a" / name, 8, digest="2")
     begin(home / "b" / name, 8, lr=0.2)
     (home / "c" / name).mkdir(parents=True)

@@ -68,7 +68,7 @@ def test_stores_are_listed_verified_and_removed(
     precompute.main(["--list"])
     shown = capsys.readouterr().out
     name = shown.split(":")[0]
-    assert re.search(r"^small-densenet_cifar-\w{16}: [\d.]+ kB, 2 views, 80 answers\n  \{.*crop_flip", shown)
+    assert re.search(r"^densenet_cifar-\w{16}: [\d.]+ kB, 2 views, 80 answers\n  \{.*crop_flip", shown)
     assert precompute.main([*flags, "--verify", "30"]) == 0
     assert (
         "30 answers asked again: 30 the same to the bit, the others differ by 0 of the largest"
