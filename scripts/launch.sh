@@ -1,10 +1,10 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Run a Python file of this repository, in one process or in many: bash scripts/launch.sh FILE [flags]
 # NPROC processes (auto: one a GPU, or a core) on each of NNODES machines; this machine is number NODE_RANK of them, and
 # 0 is at MASTER_ADDR:MASTER_PORT. MAX_RESTARTS: how often all of them are started again when one dies; they continue
 # from the checkpoint.
 set -eu
-root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")/.." && pwd)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=${PYTHON:-python3}
 file=$root/$1

@@ -1,16 +1,16 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # From nothing to a distilled student, in minutes on two CPU cores: bash scripts/quickstart.sh
 # Installs requirements.txt into .venv, trains EfficientNet-B0 alone, and taught by an airbench94 that comes with this
 # repository, on the embedded sample of CIFAR-10, and prints one table. A second call continues or reports.
-set -euo pipefail
-root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+set -eu
+cd -- "$(dirname -- "$(readlink -f -- "$0")")/.."
+[ -f requirements.txt ] || { echo "error: $0 does not find its repository: call it by its path" >&2; exit 2; }
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 
 runs=${DISTILL_CHECKPOINTS:-checkpoints}/quickstart
 run() { # name, launcher, flags: the runs stand side by side, whatever else was trained on the sample
-    local name=$1 launcher=$2
+    name=$1 launcher=$2
     shift 2
     echo "== $name"
     bash "scripts/$launcher" --data sample --recipe sample_student --epochs 20 --output "$runs/$name" "$@"
@@ -18,4 +18,4 @@ run() { # name, launcher, flags: the runs stand side by side, whatever else was 
 run alone trainCE.sh
 run taught trainKD.sh --teacher-arch airbench94 --teacher-checkpoint published --T 4 --w 0.9
 
-.venv/bin/python scripts/results.py "$runs"/{alone,taught}
+.venv/bin/python scripts/results.py "$runs/alone" "$runs/taught"

@@ -71,12 +71,13 @@ def main(argv: Sequence[str]) -> None:
     if options.show_recipe:
         print(json.dumps([{"run": run.name, **run.recipe.to_dict()} for run in planned], indent=2))
         return
-    from distill.parallel import devices, leave, on_main
+    from distill.parallel import devices, leave, on_main, start
 
     if options.device == "auto" and devices("auto")[1:] and not is_joined():
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
         planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
     recorded = False
+    start(planned[0].options.device)  # from here on one of several processes prints
     for run in planned:
         print(f"== {run.name}")
         (train_kd if run.recipe.teacher_arch else train_ce).train(run.recipe, run.options)

@@ -1,3 +1,9 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Train what a table of results lacks, and write the table: bash scripts/reproduce.sh --help
-exec bash "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh" scripts/reproduce.py "$@"
+# A link is followed. A batch system runs a copy: then the repository is where the job was submitted, or above that.
+from=${SLURM_SUBMIT_DIR:-${PBS_O_WORKDIR:-${SGE_O_WORKDIR:-.}}}
+for root in "$(dirname -- "$(readlink -f -- "$0")")/.." "$from" "$from/.."; do
+  [ ! -f "$root/scripts/reproduce.py" ] || exec sh "$root/scripts/launch.sh" scripts/reproduce.py "$@"
+done
+echo "error: $0 does not find its repository: submit it from there, or in a script of yours call it by its path" >&2
+exit 2

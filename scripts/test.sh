@@ -1,8 +1,8 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Install into .venv and run every check: bash scripts/test.sh
-set -euo pipefail
-root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+set -eu
+cd -- "$(dirname -- "$(readlink -f -- "$0")")/.."
+[ -f requirements.txt ] || { echo "error: $0 does not find its repository: call it by its path" >&2; exit 2; }
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
 

@@ -236,7 +236,7 @@ def test_seeds(small_npz: Path, tmp_path: Path) -> None:
         assert checkpoint.digest(same) != checkpoint.digest(checkpoint.load(tmp_path / name / "last.pt")["student"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_saves_at_the_next_step(small_npz: Path, tmp_path: Path, number: signal.Signals) -> None:
     train(tmp_path / "whole", small_npz)
 
@@ -571,6 +571,19 @@ def test_parameters_that_no_image_reaches() -> None:
     assert idle
     assert {id(p) for p in idle} == {id(p) for p in network.parameters() if p.grad is None}
     assert trial.unreached(Classifier(MODELS.build("resnet18", 10), CIFAR_INPUT)) == []
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_under_torchrun_is_the_same_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def test_five_kills(small_npz: Path, tmp_path: Path) -> None:
 def test_sigterm_exits_with_143_and_the_same_command_continues(small_npz: Path, tmp_path: Path) -> None:
     flags = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
     command = [sys.executable, str(ROOT / "cifar10" / "train_ce.py"), *map(str, flags)]
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         saves = {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")} == saves:

@@ -275,6 +275,21 @@ def test_a_download_that_never_fits(server: Server, answer: tuple[bytes, int]) -
     assert not list(module.DEFAULT.iterdir())
 
 
+@pytest.mark.parametrize("where", ["read only", "a file"])
+def test_a_checkout_that_cannot_be_written_to(where: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked for, and --data is what helps."""
+    module.DEFAULT.parent.mkdir(parents=True)
+    if where == "a file":
+        module.DEFAULT.touch()
+    else:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(
+        UserError, match=r"CIFAR-10 is not in .*data/cifar10 \(.*name that by --data, or try --data sample"
+    ):
+        load_data(None)
+    assert server.requests == 0
+
+
 def test_no_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     works = official.CIFAR10.url
     change(monkeypatch, url="http://127.0.0.1:9/nothing")

@@ -98,6 +98,27 @@ def test_verify_finds_a_wrong_answer(flags: list[str], home: Path, capsys: pytes
     assert "40 answers asked again: 39 the same" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"{", b"", b"[1]", b"\xff\xfe", None])
+def test_a_damaged_key_is_named_in_the_list(
+    content: bytes | None, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = home / "stores" / "pets-resnet18-0123"
+    store.mkdir(parents=True)
+    for name in ("00007-3-0abc.pt", "0000x-3-0abc.pt", "00007-y-0abc.pt"):
+        (store / name).write_bytes(b"1234")
+    if content is None:
+        (store / "key.json").mkdir()
+    else:
+        (store / "key.json").write_bytes(content)
+    assert precompute.main(["--list"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "pets-resnet18-0123: 4 B, 1 views, 3 answers"
+    assert said[1].startswith(f"  {store / 'key.json'} is damaged (")
+    assert len(said) == 2
+    precompute.main(["--prune", store.name, "--yes"])
+    assert not store.exists()
+
+
 def test_precompute_refuses(flags: list[str]) -> None:
     with pytest.raises(UserError, match="--store-limit GB allows more"):
         precompute.main([*flags, "--store-limit", "0"])
