@@ -338,7 +338,7 @@ class Options:
     )
     class_order: str = knob(
         "names",
-        "whether names of classes in files of weights (--teacher-checkpoint, --init) decide which output is which",
+        "whether the names of classes in a file of weights decide which output is which",
         group="data and files",
         choices=("names", "ignore"),
     )

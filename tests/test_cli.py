@@ -23,7 +23,8 @@ FLAGS = """--arch --teacher-arch --T --w --method --standardize --alpha --beta -
 --schedule --decay-epochs --decay-rate --warmup --clip-norm --ema
 --dropout --drop-connect --label-smoothing --precision --compile --sync-bn
 --augment --cutout --mixup --views --seed --view-seed --val-split
---data --workers --skip-bad-images --teacher-checkpoint --init --output
+--mean --std --teacher-mean --teacher-std --weights --teacher-weights
+--data --workers --skip-bad-images --teacher-checkpoint --class-order --init --output
 --recipe --show-recipe --device --deterministic --steps --resume --save-minutes --tensorboard
 --extend --fresh --evaluate"""
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"ce": train_ce.main, "kd": train_kd.main}
@@ -47,7 +48,7 @@ def test_flags_for_photos_are_frozen() -> None:
     from imagenet.recipes import ImageNetOptions, ImageNetRecipe
 
     flags = {flag(f.name) for owner in (ImageNetRecipe, ImageNetOptions) for f in fields(owner)}
-    more = "--weights --teacher-weights --pretrained --image-size --render-size --decoder --loader-minutes --kd"
+    more = "--pretrained --image-size --render-size --decoder --loader-minutes --kd"
     assert flags == set(FLAGS.split()) | set(more.split())
 
 
@@ -233,7 +234,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--device cuda:99", "--device cuda:99"),
     ("kd", "--recipe best", "--recipe must be one of kd"),
     ("kd", "--tempreature 3", "unknown argument --tempreature"),
-    ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-bn, --teacher-arch"),
+    ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-arch, "),
     ("kd", "--epoch 3", "near it: --epochs"),
     ("kd", "extra", "unknown argument extra"),
     ("kd", "--epochs", "--epochs: expected one argument"),
