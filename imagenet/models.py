@@ -158,10 +158,12 @@ def load_into(
 ) -> None:
     """Load what a file holds, or published weights, into the network `known`; its outputs in the data's order."""
     names = tuple(classifier.classes)
-    numbers = tuple(map(str, range(CLASSES))) if told.published else ()
+    usual = {"the order of ImageNet's classes": torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]}
+    if told.published:
+        usual["the order of ImageNet's classes, numbered"] = [str(number) for number in range(CLASSES)]
     if told.published and len(names) == CLASSES and all(map(WNID.fullmatch, names)):
         class_order = "ignore"  # folders of WNIDs are in the order of ImageNet's classes
-    classes = ClassNames(names, class_order, usual=numbers, usual_title="the order of ImageNet's WNIDs")
+    classes = ClassNames(names, class_order, usual=usual)
     weights.give(
         classifier,
         replace(told, state=adapted(told.state, known.arch)),
