@@ -70,7 +70,8 @@ def test_the_published_teacher_and_folders_in_another_order(
     assert accuracy_of_teacher(said) > 85
     assert "has the order airplane, automobile, bird, cat, deer, ..., truck (10): its outputs are put in" in said
     (store,) = (home / "stores").iterdir()
-    train_kd.train(recipe, replace(options, output=str(tmp_path / "ignored"), class_order="ignore"))
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_kd.train(recipe, replace(options, output=str(tmp_path / "ignored"), class_order="ignore", steps=1))
     assert accuracy_of_teacher(capsys.readouterr().out) < 50
     assert len(list((home / "stores").iterdir())) == 2
     segment = checkpoint.load(next(store.glob("*.pt")))
