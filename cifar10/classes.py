@@ -10,4 +10,4 @@ ALIASES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "a
 
 def class_names(names: Sequence[str], mode: str) -> ClassNames:
     """The classes of the data as files of weights are compared with them; `mode`: of --class-order."""
-    return ClassNames(tuple(names), mode, ALIASES, CLASSES, "CIFAR-10's order")
+    return ClassNames(tuple(names), mode, ALIASES, {"CIFAR-10's order": CLASSES})

@@ -37,7 +37,7 @@ NORMALISATIONS = {  # (mean, std)
     "CIFAR-10's": (CIFAR_INPUT.mean, (0.2470, 0.2435, 0.2616)),
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "0.5 and 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "none (0 and 1)": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 CHEAP = ("airbench94", "densenet_cifar")  # suggested in place of a big teacher
 

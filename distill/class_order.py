@@ -15,15 +15,14 @@ from distill.registry import Classifier
 class ClassNames:
     """The classes of the data, in its order, and how names of a file of weights are compared with them.
 
-    mode: of --class-order, `names` or `ignore`. aliases: name -> the usual name of the same class. usual, usual_title:
-    the order that a file without names is taken to have where the data has these very classes.
+    mode: of --class-order, `names` or `ignore`. aliases: name -> the usual name of the same class. usual: orders that a
+    file without names is taken to have where the data has these very classes, by what they are called.
     """
 
     names: tuple[str, ...]
     mode: str = "names"
     aliases: Mapping[str, str] = field(default_factory=dict)
-    usual: tuple[str, ...] = ()
-    usual_title: str = ""
+    usual: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def order_of(self, theirs: Sequence[str], source: str) -> list[int] | None:
         """For each class of the data the number that it has in the file `source`, None where they are the same; what
@@ -34,12 +33,13 @@ class ClassNames:
         if self.mode == "ignore" or tuple(theirs) == self.names:
             return None
         ours: Sequence[str] = self.names
-        if not theirs and _match(self.usual, ours, self.aliases) is None:
+        if not theirs:
+            for title, names in self.usual.items():
+                if _match(names, ours, self.aliases) is not None:
+                    print(f"classes: {source} does not name its classes: taken to be in {title}")
+                    return self._order(names, ours, source)
             print(f"classes: {source} does not name its classes: taken to be in the data's order, {shortened(ours)}")
             return None
-        if not theirs:
-            print(f"classes: {source} does not name its classes: taken to be in {self.usual_title}")
-            return self._order(self.usual, ours, source)
         count = [str(number) for number in range(len(ours))]  # names of classes that have none, on one side
         if _match(count, theirs, {}) and not all(map(str.isdecimal, ours)):
             print(f"classes: {source} has numbers for its classes, taken to be those of the names in the data")
@@ -54,16 +54,20 @@ class ClassNames:
         if order is None:
             lists = f"{source} knows the classes {shortened(theirs)}, the data has {shortened(ours)}"
             ignored = ": --class-order ignore takes them to be the same, number by number"
-            raise UserError(lists + (ignored if len(theirs) == len(ours) else ": its outputs are not theirs"))
+            raise UserError(lists + (ignored if len(theirs) == len(ours) else ": they must be the same"))
         if order == list(range(len(order))):
             return None
-        print(f"classes: {source} has the order {shortened(theirs)}: its outputs are put in that of the data")
+        print(
+            f"classes: {source} has the order {shortened(theirs)}: its outputs are put in that of the data, "
+            f"{shortened(ours)} (--class-order ignore leaves them)"
+        )
         return order
 
 
 def _match(theirs: Sequence[str], ours: Sequence[str], aliases: Mapping[str, str]) -> list[int] | None:
-    """Where each of `ours` stands in `theirs`, by exact names, else by their usual form; None if they differ."""
-    for form in (str, lambda name: _usual_form(name, aliases)):
+    """Where each of `ours` stands in `theirs`, None if they are other classes: by exact names, else by plain forms,
+    else without capitals and aliases. (ImageNet has a cardigan and a Cardigan.)"""
+    for form in (str, _plain, lambda name: aliases.get(_plain(name.casefold()), _plain(name.casefold()))):
         places = {form(name): number for number, name in enumerate(theirs)}
         wanted = [form(name) for name in ours]
         if len(theirs) == len(ours) == len(set(wanted)) and places.keys() == set(wanted):
@@ -71,10 +75,10 @@ def _match(theirs: Sequence[str], ours: Sequence[str], aliases: Mapping[str, str
     return None
 
 
-def _usual_form(name: str, aliases: Mapping[str, str]) -> str:
-    """Small letters, one blank for blanks and lines, numbers without leading zeros, no alias."""
-    form = " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
-    return str(int(form)) if re.fullmatch("[0-9]{1,9}", form) else aliases.get(form, form)
+def _plain(name: str) -> str:
+    """One blank for blanks and lines, numbers without leading zeros."""
+    form = " ".join(re.split(r"[\s_-]+", name.strip()))
+    return str(int(form)) if re.fullmatch("[0-9]{1,9}", form) else form
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -51,8 +51,8 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0]
             if name in map(flag, DISTILLATION_FIELDS):
                 raise UserError(f"unknown argument {name} without a teacher: it is for trainKD.sh, and train.sh --kd")
-            begun = [other for other in known if other.startswith(f"{name}-")]  # somebody's shorter form
-            near = [*begun, *difflib.get_close_matches(name, known, n=3, cutoff=0.6)][:3]
+            longer = [other for other in known if other.startswith(f"{name}-")]
+            near = longer[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
             hint = f"; near it: {', '.join(near)}" if near else "; --help lists the flags"
             raise UserError(f"unknown argument {unknown[0]}{hint}")
         return namespace

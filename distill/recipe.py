@@ -418,7 +418,7 @@ class Options:
     )
     class_order: str = knob(
         "names",
-        "whether the names of classes in files of weights decide which output is which",
+        "whether the names of classes in a file of weights decide which output is which",
         group="data and files",
         choices=("names", "ignore"),
     )

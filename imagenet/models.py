@@ -98,10 +98,12 @@ def find_trained(name: str, flag: str | None, told: Weights | None) -> Network:
 
 def class_names(names: Sequence[str], mode: str, told: Weights) -> ClassNames:
     """The classes of the data as they are compared with those of `told`; `mode`: of --class-order."""
-    numbers = tuple(map(str, range(CLASSES))) if told.published else ()
+    usual = {"the order of ImageNet's classes": torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]}
+    if told.published:
+        usual["the order of ImageNet's classes, numbered"] = [str(number) for number in range(CLASSES)]
     if told.published and len(names) == CLASSES and all(map(WNID.fullmatch, names)):
         mode = "ignore"  # folders of WNIDs are in the order of ImageNet's classes
-    return ClassNames(tuple(names), mode, usual=numbers, usual_title="the order of ImageNet's WNIDs")
+    return ClassNames(tuple(names), mode, usual=usual)
 
 
 def adapted(weights: Mapping[str, Tensor], arch: str) -> dict[str, Tensor]:

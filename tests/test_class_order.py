@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models import ResNet18_Weights
 
 from cifar10 import teachers, train_ce, train_kd
 from cifar10.classes import CLASSES, class_names
@@ -69,7 +70,8 @@ def test_the_published_teacher_and_folders_in_another_order(
     assert accuracy_of_teacher(said) > 85
     assert "has the order airplane, automobile, bird, cat, deer, ..., truck (10): its outputs are put in" in said
     (store,) = (home / "stores").iterdir()
-    train_kd.train(recipe, replace(options, output=str(tmp_path / "ignored"), class_order="ignore"))
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_kd.train(recipe, replace(options, output=str(tmp_path / "ignored"), class_order="ignore", steps=1))
     assert accuracy_of_teacher(capsys.readouterr().out) < 50
     assert len(list((home / "stores").iterdir())) == 2
     segment = checkpoint.load(next(store.glob("*.pt")))
@@ -200,7 +202,7 @@ def test_orders(
         (
             ABC,
             CLASSES,
-            r"airplane, automobile, bird, cat, deer, \.\.\., truck \(10\), the data has a, b, c: its outputs",
+            r"airplane, automobile, bird, cat, deer, \.\.\., truck \(10\), the data has a, b, c: they must",
         ),
     ],
 )
@@ -228,7 +230,12 @@ def test_published_weights_of_photos(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "does not name its classes: taken to be in the data's order, class 0000, " in capsys.readouterr().out
     numbers = sorted(map(str, range(1000)))
     assert photo_order(tuple(numbers), monkeypatch) == [int(number) for number in numbers]
-    assert "taken to be in the order of ImageNet's WNIDs" in capsys.readouterr().out
+    assert "taken to be in the order of ImageNet's classes, numbered" in capsys.readouterr().out
+    folders = sorted(name.replace(" ", "_") for name in ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    order = photo_order(tuple(folders), monkeypatch)
+    assert order is not None
+    assert (order[folders.index("tench")], order[folders.index("great_white_shark")]) == (0, 2)
+    assert "taken to be in the order of ImageNet's classes\n" in capsys.readouterr().out
 
 
 def test_labels_from_one_are_named(some: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Command
 
 from cifar10 import teachers, train_ce, train_kd
 from cifar10.data import load_data
@@ -20,6 +19,7 @@ from distill.recipe import Options, Recipe
 from distill.run_dir import RunDirectory
 from imagenet import train_kd as photo_kd
 from imagenet.recipes import STANDARD, ImageNetOptions
+from scripts import evaluate
 
 CE = replace(RECIPES["student"], arch="densenet_cifar", epochs=1, batch_size=8, warmup=0.25)
 KD = replace(CE, teacher_arch="airbench94", T=3.0, w=0.8)
@@ -87,14 +87,14 @@ def test_a_foreign_teacher_and_its_normalisation(
     assert config["recipe"]["teacher_std"] == "0.5"
 
 
-def test_evaluate_by_flags(command: Command, foreign: str, some: str) -> None:
-    flags = ("--arch", "airbench94", "--checkpoint", foreign, "--data", some)
-    found = command("scripts/evaluate.py", *flags)
-    assert found.returncode == 0, found.stderr
-    assert "--mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 takes the best" in found.stdout
-    found = command("scripts/evaluate.py", *flags, "--mean", "0.5", "--std", "0.5")
-    assert float(found.stdout.splitlines()[-1].split()[1]) > 88, found.stderr
-    assert "takes the best" not in found.stdout
+def test_evaluate_by_flags(foreign: str, some: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--arch", "airbench94", "--checkpoint", foreign, "--data", some]
+    evaluate.main(flags)
+    assert "--mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 takes the best" in capsys.readouterr().out
+    evaluate.main([*flags, "--mean", "0.5", "--std", "0.5"])
+    said = capsys.readouterr().out
+    assert float(said.splitlines()[-1].split()[1]) > 88
+    assert "takes the best" not in said
 
 
 def test_a_checkpoint_keeps_its_normalisation(small_npz: Path, tmp_path: Path) -> None:

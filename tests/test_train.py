@@ -153,6 +153,8 @@ def test_evaluate_script(command: Any, small_npz: Path, tmp_path: Path, name: st
         (["--arch", "resnet18", "--checkpoint", "nowhere.pt"], "cannot read nowhere.pt"),
         (["--checkpoint", "x", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no such directory"),
         (["--split", "val", "--checkpoint", "x"], "--split val: cifar10 has test and train"),
+        (["--weights", "IMAGENET1K_V2", "--checkpoint", "x"], "--weights must be one of raw, ema for small images"),
+        (["--std", "0.5", "--checkpoint", "x"], "--mean and --std belong together"),
     ],
 )
 def test_evaluate_script_mistakes(command: Any, flags: list[str], message: str) -> None:
