@@ -20,6 +20,7 @@ from distill import checkpoint, weights
 from distill.class_order import ClassNames, put_in_order
 from distill.errors import UserError
 from distill.recipe import Options
+from distill.networks import Network, load_into
 from distill.registry import Classifier
 from imagenet import models as photo_models
 
@@ -215,10 +216,10 @@ def photo_order(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> list
     """What is made of the published weights of a network of 1,000 classes, for folders of these names."""
     found: list[Any] = []
     monkeypatch.setattr("distill.weights.put_in_order", lambda _, order, *__: found.append(order))
-    known = photo_models.Network("tiny", CIFAR_INPUT, lambda num_classes: nn.Linear(2, num_classes), lambda _: {})
+    known = Network("tiny", CIFAR_INPUT, lambda num_classes: nn.Linear(2, num_classes), lambda _: {})
     told = weights.Weights("the published tiny", known.build(num_classes=1000).state_dict(), published=True)
     classifier = Classifier(known.build(num_classes=1000), CIFAR_INPUT, classes=names)
-    photo_models.load_into(classifier, told, known, "names")
+    load_into(classifier, told, known, photo_models.class_names(names, "names", told))
     return found[0] if found else None
 
 
