@@ -19,8 +19,8 @@ from cifar10.recipes import RECIPES
 from distill import checkpoint, weights
 from distill.class_order import ClassNames, put_in_order
 from distill.errors import UserError
-from distill.recipe import Options
 from distill.networks import Network, load_into
+from distill.recipe import Options
 from distill.registry import Classifier
 from imagenet import models as photo_models
 
