@@ -212,6 +212,7 @@ def test_a_port_in_use_is_named(launched: pytest.MonkeyPatch) -> None:
         launched.setattr(os, "environ", {**os.environ, **given})
         with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use on this machine"):
             torchrun.main(["train.py"])
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "2"})
         launched.setattr(parallel, "ctypes", MagicMock())  # this process is not to end with its parent
         with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use on this machine"):
             parallel._join(Place(0, 0, 2), torch.device("cpu"))
