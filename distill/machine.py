@@ -103,3 +103,11 @@ def announced(what: str, seconds: float = LATE, unless: Callable[[], bool] = lam
         yield
     finally:
         timer.cancel()
+
+
+def not_met(what: str, port: object, error: BaseException) -> UserError:
+    """The line for an error of waiting for `what`: the port is in use, or they did not come."""
+    first = str(error).splitlines()[0]
+    if "EADDRINUSE" in first or "address already in use" in first.lower():
+        return UserError(f"MASTER_PORT {port} is in use on this machine: set another, for all processes of the run")
+    return UserError(f"gave up waiting for {what} ({first:.160})")

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distill.errors import UserError
-from distill.machine import Place, announced, cores, find_place
+from distill.machine import Place, announced, cores, find_place, not_met
 from distill.recipe import Recipe
 from distill.trial import unreached, wants_two
 
@@ -73,7 +73,7 @@ def _join(place: Place, device: torch.device) -> None:
         with announced(others):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (dist.DistError, ValueError) as error:  # ValueError: of a port that is out of range
-        raise UserError(f"could not join {others} ({str(error).splitlines()[0]:.160})") from None
+        raise not_met(others, os.environ["MASTER_PORT"], error) from None
     if place.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 for as long as this process lives
 

@@ -7,7 +7,6 @@ launch.sh, which says what the variables of the environment mean.
 import argparse
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -19,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.machine import PLACE, announced, cores  # noqa: E402
+from distill.machine import PLACE, announced, cores, not_met  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,9 @@ def start(words: Sequence[str], launch: Launch) -> int:
     logging.disable(logging.ERROR)  # each process tells its error itself
     where = f"{launch.address or '127.0.0.1'}:{launch.port}"
     others = f"the {launch.nodes} machines of NNODES to meet at {where}; this is number {launch.node} by its NODE_RANK"
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        # torchrun waits for machines where Python does not come to its handler; it sets its own when they have met
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with announced(others, unless=_has_children):
             torchrun(words)
@@ -125,11 +127,7 @@ def start(words: Sequence[str], launch: Launch) -> int:
     except SignalException as error:  # torchrun passed it on; the processes have saved and ended
         return 128 + error.sigval
     except (DistError, RendezvousError) as error:
-        if re.search("EADDRINUSE|address already in use", str(error)):
-            raise UserError(
-                f"MASTER_PORT {launch.port} is in use on this machine: set another, on all of them"
-            ) from None
-        raise UserError(f"gave up waiting for {others} ({str(error).splitlines()[0]:.160})") from None
+        raise not_met(others, launch.port, error) from None
     return 0
 
 

@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -166,6 +168,7 @@ def test_a_wrong_launch_is_named(environment: dict[str, str], message: str) -> N
 def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Nothing that torchrun.py sets stays."""
     monkeypatch.setattr(socket, "getfqdn", socket.getfqdn)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in (*SET, "NPROC", "NNODES", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
@@ -209,3 +212,7 @@ def test_a_port_in_use_is_named(launched: pytest.MonkeyPatch) -> None:
         launched.setattr(os, "environ", {**os.environ, **given})
         with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use on this machine"):
             torchrun.main(["train.py"])
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "2"})
+        launched.setattr(parallel, "ctypes", MagicMock())  # this process is not to end with its parent
+        with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use on this machine"):
+            parallel._join(Place(0, 0, 2), torch.device("cpu"))

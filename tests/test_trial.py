@@ -26,6 +26,7 @@ def test_one_image_is_too_few_for_one_value_a_channel() -> None:
     assert trial.wants_two(network(nn.Dropout(0.5), nn.Unflatten(1, (4, 1, 1)), nn.BatchNorm2d(4), nn.Flatten()))
     assert not trial.wants_two(network(nn.Linear(4, 2)))
     assert not trial.wants_two(network(frozen))
+    assert trial.wants_two(network(nn.Linear(4, 2)), work=network(nn.BatchNorm1d(4)))
     assert not trial.wants_two(Classifier(MODELS.build("efficientnet_b0", 10), CIFAR_INPUT))
 
 
