@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar10.data import _decode_file
+from cifar10.folder import _decode_file
 from imagenet import loader
 from imagenet.augment import PhotoViews
 from imagenet.decoding import read_centre
