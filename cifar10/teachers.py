@@ -17,13 +17,14 @@ from distill.errors import UserError
 from distill.evaluation import evaluate, seconds_per_image
 from distill.features import find_places
 from distill.knobs import flag
-from distill.networks import kind_of, load_into
+from distill.networks import kind_of, load_into, theirs
 from distill.overhaul import FeatureLoss
 from distill.parallel import choose_precision, choose_teacher_precision, on_main
 from distill.recipe import Options, Recipe
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS, ROOT, RunDirectory, differing, next_free, runs_on
 from distill.teacher import COMPARED, Known, Teacher, introduce
+from distill.trial import check_size
 from distill.views import EvaluationSet
 from distill.weights import Weights
 
@@ -49,13 +50,14 @@ def load_teachers(
     test: EvaluationSet,
     train: Callable[[Recipe, Options], Any],
     auto_precision: str | None = None,
+    trained_on: str | None = None,
 ) -> tuple[Ensemble, Known]:
     """All teachers of `recipe` by `load_teacher`, and what they know together."""
 
     def load(own: Recipe, files: Options) -> tuple[Teacher, Known]:
-        if len(recipe.teacher_archs) > 1 and own.teacher_arch in MODELS.names():
+        if len(recipe.teacher_archs) > 1 and (own.teacher_arch or "") in MODELS:
             own = replace(own, teacher_image_size=None)  # that of the others
-        return load_teacher(own, files, data, test, train, auto_precision)
+        return load_teacher(own, files, data, test, train, auto_precision, trained_on)
 
     return load_members(recipe, options, load, test.labels)
 
@@ -67,16 +69,20 @@ def load_teacher(
     test: EvaluationSet,
     train: Callable[[Recipe, Options], Any],
     auto_precision: str | None = None,
+    trained_on: str | None = None,
 ) -> tuple[Teacher, Known]:
     """The frozen teacher of `recipe`, trained first by `train` if there is none yet, and what it knows, both printed.
 
-    auto_precision: what --teacher-precision auto means, if it is settled already.
+    auto_precision: what --teacher-precision auto means, if it is settled already. trained_on: the digest of the images
+    that its own run was made on, if that are not `data`.
 
     Raises UserError if the weights do not fit the architecture or the number of classes.
     """
     assert recipe.teacher_arch
+    if kind_of(recipe.teacher_weights) and not options.teacher_checkpoint:
+        raise UserError("--teacher-weights raw and ema are of a file: give --teacher-checkpoint FILE")
     device = test.images.device
-    path = named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train)
+    path = named(recipe.teacher_arch, options) or _trained(recipe, options, data, test, train, trained_on)
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
     teacher, given = _build(recipe, path, data.classes, precision, device, options)
     if options.teacher_checkpoint == "published":
@@ -131,10 +137,12 @@ def _build(
 ) -> tuple[Teacher, Weights | None]:
     """The teacher with the weights in `path`, with random ones where there is none; and what the file holds."""
     given = on_main(weights.load)(path, kind_of(recipe.teacher_weights), "--teacher-weights") if path else None
-    known = find_trained(recipe.teacher_arch or "", given, recipe.teacher_image_size)
+    arch, flag_weights = recipe.teacher_arch or "", theirs(recipe.teacher_weights)
+    known = find_trained(arch, given, recipe.teacher_image_size, flag_weights)
     known = known.shown(None, recipe.teacher_mean, recipe.teacher_std)
     precision_type = choose_teacher_precision(precision, device)
     classifier = Classifier(known.build(num_classes=len(classes)), known.spec, precision_type, classes)
+    check_size(classifier, arch, "--teacher-image-size")
     if given:
         load_into(classifier, given, known, class_names(classes, options.class_order))
     return Teacher(classifier.to(device), options.device), given
@@ -154,6 +162,8 @@ def show_features(recipe: Recipe, options: Options, student: Classifier, data: I
     """Print where --overhaul takes the features of `student` and of the teacher, and the margins of the weights that a
     run would take, of random ones where it would have to train them first."""
     arch = recipe.teacher_arch or ""
+    if len(recipe.teacher_archs) > 1:
+        raise UserError("--show-features takes one teacher")
     path = named(arch, options)
     if not path and data.labelled:
         run, own = _find_run(_expected(recipe), data.name, data.digest)
@@ -164,14 +174,19 @@ def show_features(recipe: Recipe, options: Options, student: Classifier, data: I
 
 
 def _trained(
-    recipe: Recipe, options: Options, data: ImageData, test: EvaluationSet, train: Callable[[Recipe, Options], Any]
+    recipe: Recipe,
+    options: Options,
+    data: ImageData,
+    test: EvaluationSet,
+    train: Callable[[Recipe, Options], Any],
+    trained_on: str | None,
 ) -> Path:
     """The checkpoint of the teacher's own CE run on this data; that run is finished first where it is not."""
     assert recipe.teacher_arch
     if not data.labelled:
         raise UserError("the training images have no labels to train a teacher with: give --teacher-checkpoint FILE")
     expected = _expected(recipe)
-    path, own = _find_run(expected, data.name, data.digest)
+    path, own = _find_run(expected, data.name, trained_on or data.digest)
     run = RunDirectory(path)
     if path.parent.parent.name != data.name:
         print(f"note: {path} is on these images, under another name of theirs")
@@ -190,11 +205,11 @@ def _trained(
 def _expected(recipe: Recipe) -> Recipe:
     """The recipe by which the teacher of `recipe` is trained where there is none."""
     arch = recipe.teacher_arch or ""
-    if arch not in MODELS.names():
+    if arch not in MODELS:
         usual, batch_size = PRETRAINED_TEACHER, min(PRETRAINED_TEACHER.batch_size, recipe.batch_size)
         lr = usual.lr * batch_size / usual.batch_size
         own: dict[str, Any] = {"arch": arch, "image_size": recipe.teacher_image_size, "val_split": recipe.val_split}
-        own |= {"mean": recipe.teacher_mean, "std": recipe.teacher_std}
+        own |= {"mean": recipe.teacher_mean, "std": recipe.teacher_std, "weights": theirs(recipe.teacher_weights)}
         return replace(usual, **own, batch_size=batch_size, lr=lr)
     return replace(
         TEACHER,

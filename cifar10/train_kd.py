@@ -70,8 +70,8 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         run.check(recipe, facts, **options.allowed)  # before hours of a teacher's training
         if not options.teacher_checkpoint and (summary := run.report(recipe)):
             return summary
-        precision = run.recorded("teacher_precision")  # a run goes on with what `auto` was where it began
-        teachers, known = load_teachers(recipe, options, data, tests["test"], train_ce.train, precision)
+        began = run.recorded("teacher_precision"), run.recorded("data_digest")  # a run goes on with its teacher
+        teachers, known = load_teachers(recipe, options, data, tests["test"], train_ce.train, *began)
         facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
         if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary

@@ -32,8 +32,9 @@ def answered(
     be too large."""
     found: Any = training
     for number, (arch, teacher) in enumerate(zip(teachers.archs, teachers.members, strict=True), start=1):
+        title = f" {arch}" if len(teachers.archs) > 1 else ""
         store, encoding = _open_store(recipe, options, data, training, arch, teacher)
-        found = AnsweredData(found, teacher, store, encoding, Part(number, recipe.ensemble, recipe.temperature))
+        found = AnsweredData(found, teacher, store, encoding, Part(number, recipe.ensemble, recipe.temperature, title))
     assert isinstance(found, AnsweredData)
     return found
 
@@ -71,9 +72,8 @@ def tell(data: object) -> None:
     if isinstance(data, AnsweredData):
         tell(data.data)  # of several teachers those before
         answered, known = map(sum, zip(*gather((data.answered, data.known)), strict=True))
-        print(
-            f"teacher: {answered:,} views answered, " + (f"{known:,} were in the store" if data.store else "no store")
-        )
+        kept = f"{known:,} were in the store" if data.store else "no store"
+        print(f"teacher{data.part.title}: {answered:,} views answered, {kept}")
 
 
 @torch.no_grad()
@@ -99,11 +99,13 @@ def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Kn
 
 
 class Part(NamedTuple):
-    """A teacher's place among several: its number, from 1, and how their answers become one (ensemble.py)."""
+    """A teacher's place among several: its number, from 1, how their answers become one (ensemble.py), and what it is
+    called in a line."""
 
     number: int = 1
     how: str = "logits"
     temperature: float = 1.0
+    title: str = ""
 
     def join(self, before: Any, logits: Any) -> Any:
         """The mean of all teachers' logits up to this one, from that of those before."""

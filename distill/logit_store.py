@@ -190,6 +190,8 @@ def store_key(
     key["computed_on"] = network.mean.device.type
     key |= {"teacher_digest": teacher.digest, "precision": str(network.precision).removeprefix("torch.")}
     key |= {"size": spec.size, "mean": list(spec.mean), "std": list(spec.std)}
+    if spec.resized:
+        key["interpolation"] = spec.interpolation
     key |= {"policy": data.policy.name, "view_seed": view_seed}
     if data.policy.view_count is None:
         key["rendered_on"] = data.device.type  # its pixels may differ in the last bit

@@ -69,15 +69,15 @@ def build_student(
     examples: training images uint8 (N, H, W, 3), for a network that starts from their statistics: one with a method
     `initialise(images)` that takes them normalised, float32 (N, 3, H, W).
     """
+    if kind_of(recipe.weights) and not options.init:
+        raise UserError("--weights raw and ema are of a file: give --init FILE")
     told = on_main(weights.load)(Path(options.init), kind_of(recipe.weights)) if options.init else None
+    if options.evaluate and told and told.spec and network.spec.resized and not recipe.image_size:
+        network = network.at(told.spec.size)
     network = network.shown(told, recipe.mean, recipe.std)
     names = classes(told or Weights("", {})).names
     torch.manual_seed(recipe.seed)
-    given = {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect}
-    try:
-        built = network.build(num_classes=len(names), **{k: value for k, value in given.items() if value is not None})
-    except TypeError:
-        raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given") from None
+    built = _built(network, len(names), {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect})
     for module in built.modules():
         if isinstance(module, _BatchNorm) and recipe.bn_momentum is not None:
             module.momentum = recipe.bn_momentum
@@ -90,6 +90,17 @@ def build_student(
     if initialise and examples is not None:
         initialise(student.normalise(examples.cpu()))
     return student.to(device), None
+
+
+def _built(network: Network, num_classes: int, settings: dict[str, float | None]) -> nn.Module:
+    """The network with those of `settings` that are given; one of 0 may be of something that it does not have."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    try:
+        return network.build(num_classes=num_classes, **given)
+    except TypeError:
+        if any(given.values()):
+            raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given") from None
+    return network.build(num_classes=num_classes)
 
 
 def load_into(
@@ -108,9 +119,9 @@ def fetch(network: Network, by_hand: str) -> Weights:
 
 def kind_of(flag: str | None) -> str | None:
     """`raw` or `ema`, if --weights asks for one of the sets of weights in a file."""
-    return flag if flag in weights.WHICH else None
+    return flag.lower() if flag and flag.lower() in weights.WHICH else None
 
 
 def theirs(flag: str | None) -> str | None:
     """The name of torchvision's weights, if --weights has one."""
-    return None if flag in weights.WHICH else flag
+    return None if kind_of(flag) else flag

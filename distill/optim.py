@@ -54,14 +54,15 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     under the root, torch's beside it).
 
     Weight decay on matrices and kernels, on vectors (BatchNorm, biases) only with `decay_all`; the biases of BatchNorm
-    learn at `bias_lr` times the rate (Jordan 2024, arXiv:2404.00498), which stands in their group as `lr_factor`.
+    learn at `bias_lr` times the rate (Jordan 2024, arXiv:2404.00498), which stands in their group as
+    `lr_factor`, and decay no faster.
     Fused: three times faster than the default on a CPU, and the only form that leaves out an update when a flag on the
     device says so, without a synchronisation (engine.py). RMSprop has no such form.
     """
     fast = {id(module.bias) for module in network.modules() if isinstance(module, _BatchNorm) and recipe.bias_lr != 1}
     decays = (recipe.weight_decay, 0.0)
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in decays]
-    groups += [{**group, "params": [], "lr_factor": recipe.bias_lr} for group in groups]
+    groups += [{"params": [], "weight_decay": d / recipe.bias_lr, "lr_factor": recipe.bias_lr} for d in decays]
     for parameter in network.parameters():
         vector = parameter.dim() <= 1 and not recipe.decay_all
         groups[vector + 2 * (id(parameter) in fast)]["params"].append(parameter)

@@ -25,7 +25,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from distill.errors import UserError
 from distill.machine import Place, announced, cores, find_place, not_met
 from distill.recipe import Recipe
-from distill.trial import unreached, wants_two
+from distill.trial import check_size, unreached, wants_two
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -154,13 +154,17 @@ def spread(network: nn.Module, device: torch.device, recipe: Recipe, device_name
 def check_batch_norm(
     network: nn.Module, arch: str, recipe: Recipe, device_name: str, work: Callable[[Tensor], Any] | None = None
 ) -> None:
-    """Raises UserError if a BatchNorm of `network` gets one value a channel from the smallest part of a batch that is
-    computed at a time, by a process, by a GPU of DataParallel, or by --accumulate. work: as for trial.wants_two."""
+    """Raises UserError if `network` cannot see images of the smallest size that it is shown, or if a BatchNorm of it
+    gets one value a channel from the smallest part of a batch that is computed at a time, by a process, by a GPU of
+    DataParallel, or by --accumulate. work: as for trial.wants_two."""
+    smallest_size = min(filter(None, map(recipe.size_at, range(recipe.epochs))), default=None)
+    if work is None and (smallest_size or recipe.image_size):
+        check_size(network, arch, "--sizes" if smallest_size else "--image-size", smallest_size)
     parts = shares(device_name)
     images = recipe.batch_size // recipe.accumulate
     per_part = -(-images // parts)
     smallest = images - (-(-images // per_part) - 1) * per_part  # DataParallel's last GPU gets what is left
-    if smallest > 1 or (recipe.sync_bn and world_size() > 1) or not wants_two(network, work):
+    if smallest > 1 or (recipe.sync_bn and world_size() > 1) or not wants_two(network, work, smallest_size):
         return
     split = [f"in {recipe.accumulate} parts of --accumulate"] * (recipe.accumulate > 1)
     split += [f"over {parts} {'processes' if world_size() > 1 else 'GPUs'}"] * (parts > 1)

@@ -256,6 +256,8 @@ class Recipe:
             raise UserError("--overhaul compares features of one size: leave out --sizes")
         if len(self.teacher_archs) > 1 and (self.overhaul or self.top_k):
             raise UserError("--overhaul and --top-k take one teacher")
+        if len(self.teacher_archs) > 1 and (self.teacher_mean or self.teacher_weights):
+            raise UserError("--teacher-mean, --teacher-std and --teacher-weights are of one teacher, here are several")
         if len(self.teacher_archs) < 2 and self.ensemble != "logits":
             raise UserError("--ensemble is for several teachers: --teacher-arch A,B")
         if self.overhaul and self.compile:

@@ -30,6 +30,10 @@ class Registry:
         self._builders[name] = builder
         return builder
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a network is registered as `name`, in any spelling."""
+        return _flatten(name) in map(_flatten, self._builders)
+
     def names(self) -> list[str]:
         return sorted(self._builders)
 
@@ -70,8 +74,8 @@ class InputSpec:
         return replace(self, mean=channels(mean), std=channels(std)) if mean and std else self
 
     def as_told(self, other: "InputSpec | None") -> "InputSpec":
-        """With the normalisation of `other`, which a checkpoint may tell of."""
-        return replace(self, mean=other.mean, std=other.std) if other else self
+        """With the normalisation and interpolation of `other`, which a checkpoint may tell of."""
+        return replace(self, mean=other.mean, std=other.std, interpolation=other.interpolation) if other else self
 
     def to_dict(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""

@@ -76,6 +76,15 @@ def find(name: str, weights: str | None = None) -> Network:
     raise UserError(f"unknown architecture {name!r} for ImageNet; {known}")
 
 
+def is_known(name: str) -> bool:
+    """Whether find() finds a network of that name."""
+    try:
+        find(name)
+    except UserError:
+        return False
+    return True
+
+
 def build_student(
     recipe: ImageNetRecipe, classes: Sequence[str], options: Options, device: torch.device
 ) -> tuple[Classifier, str | None]:
@@ -203,9 +212,13 @@ def _timm(name: str) -> Network:
     spec = InputSpec(size, look["mean"], look["std"], int(size / look["crop_pct"]), how)
 
     def build(num_classes: int, **given: Any) -> nn.Module:
-        names = {"dropout": "drop_rate", "drop_connect": "drop_path_rate", "image_size": "img_size"}
-        fixed = "vit" in arch or "swin" in arch or "deit" in arch
-        settings = {names[key]: value for key, value in given.items() if key != "image_size" or fixed}
+        size, names = given.pop("image_size", None), {"dropout": "drop_rate", "drop_connect": "drop_path_rate"}
+        settings = {names[key]: value for key, value in given.items()}
+        if size:
+            try:
+                return timm.create_model(arch, num_classes=num_classes, img_size=size, **settings)
+            except TypeError:  # it is built for any size
+                pass
         return timm.create_model(arch, num_classes=num_classes, **settings)
 
     def fetch(by_hand: str) -> Mapping[str, Tensor]:

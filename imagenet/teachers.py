@@ -16,6 +16,7 @@ from distill.parallel import choose_teacher_precision, on_main
 from distill.registry import Classifier
 from distill.run_dir import CHECKPOINTS
 from distill.teacher import Known, Teacher, introduce
+from distill.trial import check_size
 from distill.weights import Weights
 from imagenet.data import Photos, PhotoTests
 from imagenet.loader import Workers
@@ -90,6 +91,7 @@ def _build(
     network = known.build(num_classes=len(classes))
     classifier = Classifier(network, known.spec, choose_teacher_precision(precision, device), classes)
     told = load_file(options.teacher_checkpoint, recipe.teacher_weights, "--teacher-weights")
+    check_size(classifier, known.arch, "--render-size")
     source = load_weights(classifier, known, options.teacher_checkpoint, told, options.class_order)
     return Teacher(classifier.to(device), options.device), source
 
@@ -104,6 +106,8 @@ def check_places(recipe: ImageNetRecipe, known: Network, student: Classifier, cl
 
 def show_features(recipe: ImageNetRecipe, options: ImageNetOptions, known: Network, student: Classifier) -> None:
     """Print where --overhaul takes the features of `student` and of the teacher `known`."""
+    if len(recipe.teacher_archs) > 1:
+        raise UserError("--show-features takes one teacher")
     teacher, source = _build(recipe, options, known, student.classes, "float32", student.mean.device)
     print(f"{known.arch}: {source}\n{FeatureLoss(student, teacher, (recipe.arch, known.arch))}")
 

@@ -68,12 +68,12 @@ class Benchmark:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Benchmark(), prog="benchmark.py", description=__doc__ or "")
-    from cifar10.models import resolve
+    from cifar10.models import MODELS
     from distill.parallel import describe_device, devices
 
     device = devices(options.device)[0]
     for arch in (options.arch, options.teacher_arch):
-        resolve(arch)  # a wrong name is told before anything starts
+        MODELS.resolve(arch)  # a wrong name is told before anything starts
     cli.check_file(options.json)
     print(f"{options.teacher_arch} -> {options.arch}, batch {options.batch_size}, {describe_device(device)}")
     rows = (*ROWS, *(("ce_contiguous",) if options.contiguous else ()), *(METHODS if options.methods else ()))
@@ -169,7 +169,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     import torch
 
     from cifar10.data import load_data, prepare
-    from cifar10.models import build_student, find
+    from cifar10.models import MODELS, build_student, find
     from distill.answers import AnsweredData
     from distill.engine import Trainer
     from distill.logit_store import Encoding, LogitStore
@@ -181,7 +181,11 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from distill.views import TrainingData
 
     recipe = Recipe(
-        arch=options.arch, teacher_arch=options.teacher_arch, batch_size=options.batch_size, epochs=100_000, warmup=0
+        arch=MODELS.resolve(options.arch),
+        teacher_arch=options.teacher_arch,
+        batch_size=options.batch_size,
+        epochs=100_000,
+        warmup=0,
     )
     images = load_data("sample")
     if device.type == "cuda":  # an epoch as long as CIFAR-10's: the ends of short ones would outweigh a GPU's steps
@@ -194,7 +198,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     aim: Objective = CrossEntropy()
     with tempfile.TemporaryDirectory() as name:
         if row != "ce":
-            network = find(options.teacher_arch)
+            network = find(MODELS.resolve(options.teacher_arch))
             built, precision = network.build(len(images.classes)), choose_teacher_precision("auto", device)
             teacher = Teacher(Classifier(built, network.spec, precision).to(device))
             key = {"data": "benchmark", "teacher": row, "images": len(images.train_labels), "classes": 10}

@@ -64,7 +64,10 @@ def main(argv: Sequence[str]) -> int:
     if options.prune:
         return prune(options.prune, options.yes)
     if len(recipe.teacher_archs) > 1:
-        raise UserError("precompute.py fills the store of one teacher: call it for each of --teacher-arch")
+        raise UserError(
+            "precompute.py fills the store of one teacher: call it for each of --teacher-arch, for photos with the "
+            "--render-size of the largest"
+        )
     with ExitStack() as stack:
         return work(*(prepare_photos if dataset == "imagenet" else prepare_small)(recipe, options, stack), options)
 
@@ -127,6 +130,7 @@ def prepare_photos(
     recipe: photos.ImageNetRecipe, options: PhotoStores, stack: ExitStack
 ) -> tuple[Recipe, Any, Any, Any]:
     """The recipe, and its photos, their views, and its teacher."""
+    from distill.networks import theirs
     from distill.parallel import start
     from imagenet.data import load_data, prepare
     from imagenet.loader import Workers
@@ -139,7 +143,7 @@ def prepare_photos(
     workers = stack.enter_context(Workers(options.workers, options.loader_minutes))
     data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
     print(data)
-    spec = find(recipe.arch, recipe.weights).at(recipe.image_size).spec
+    spec = find(recipe.arch, theirs(recipe.weights)).at(recipe.image_size).spec
     training, _ = prepare(data, replace(recipe, batch_size=1, accumulate=1), spec, known.spec, workers, device)
     teacher = load_teacher(recipe, options, known, data, workers, device)[0]
     return recipe, data, training, teacher

@@ -92,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
 def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     """The runs in their order. Raises UserError for flags that a table cannot have, before anything is trained."""
     from cifar10.teachers import named
+    from distill.ensemble import member_files
     from distill.run_dir import CHECKPOINTS
 
     usual = Options()
@@ -130,7 +131,9 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     students = [name for name in only if name not in teachers]
     runs = [run(name, 0) for name in teachers] + [run(name, seed) for seed in range(count) for name in students]
     for other in runs:
-        named(other.recipe.teacher_arch or "", other.options)  # a published one that there is not
+        files = member_files(other.recipe, other.options)
+        for arch, file in zip(other.recipe.teacher_archs, files, strict=True):
+            named(arch, replace(other.options, teacher_checkpoint=file))  # a published one that there is not
     for other in runs:
         if differs := results.differs(table, other.name, other.recipe):
             print(f"note: {differs}: not the table's, so it is not recorded", file=sys.stderr)

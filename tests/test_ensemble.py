@@ -50,8 +50,8 @@ def test_several_teachers(
     summary = train_kd.train(recipe, options)
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if "views answered" in line] == [
-        "teacher: 80 views answered, 0 were in the store",
-        "teacher: 0 views answered, 80 were in the store",
+        "teacher airbench94: 80 views answered, 0 were in the store",
+        "teacher densenet_cifar: 0 views answered, 80 were in the store",
     ]
     assert any(line.startswith("teachers: together, by the mean of their ") for line in said)
     assert summary is not None

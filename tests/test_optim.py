@@ -267,8 +267,9 @@ def test_the_first_epochs_are_of_smaller_images(small_npz: Path, tmp_path: Path)
     student.network.register_forward_pre_hook(lambda module, given: seen.append((module.training, given[0].shape[-1])))
     train(tmp_path, small_npz, replace(RECIPE, sizes="16:1,24:1"), student=student)
     order = list(dict.fromkeys(seen))
+    assert order.pop(0) == (False, 16)  # a copy on trial, before the first step
     assert order == [(True, 16), (False, 32), (True, 24), (True, 32)]
-    assert sum(size == 16 for _, size in seen) == sum(size == 24 for _, size in seen) == 5
+    assert seen.count((True, 16)) == seen.count((True, 24)) == 5
 
 
 @pytest.mark.parametrize("sizes", ["16", "16:", "x:2", "16:0", "4:2", "16:2;24:2", "16:3"])
@@ -283,6 +284,8 @@ def test_biases_of_batch_norm_learn_at_their_own_rate(small_npz: Path, tmp_path:
     fast = [group for group in optimizer.param_groups if group.get("lr_factor") == 8]
     assert [id(p) for group in fast for p in group["params"]] == [id(network.network[1].bias)]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
+    everything = build_optimizer(network, replace(RECIPE, bias_lr=8.0, weight_decay=0.1, decay_all=True))
+    assert [group["weight_decay"] for group in everything.param_groups] == [0.1, 0.1 / 8]  # times the rate: the same
     found = []
     for factor in (1.0, 2.0):  # without momentum the first step moves by rate times gradient
         moved = small_network()

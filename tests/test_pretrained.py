@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from cifar10.models import MODELS, build_student, find, resolve
 from cifar10.recipes import RECIPES
 from distill import weights
 from distill.errors import UserError
+from distill.parallel import check_batch_norm
 from distill.recipe import Options, Recipe
 from tests.runs import CPU
 
@@ -28,13 +30,16 @@ CE = Recipe(arch=ARCH, image_size=32, epochs=1, batch_size=8, lr=0.01, warmup=0)
         ("EfficientNet-Lite0", "efficientnet-lite0"),
         ("efficientnet-b0", "efficientnet_b0"),  # CIFAR-10's own, as ever
         ("imagenet:efficientnet-b0", "imagenet:efficientnet-b0"),
+        ("imagenet:mobilenet_v3_small", "mobilenet_v3_small"),  # there is but one of that name
         ("MobileNet_V3_Small", "mobilenet_v3_small"),
         ("timm:mobilenetv3_small_050", "timm:mobilenetv3_small_050"),
     ],
 )
 def test_names(name: str, expected: str) -> None:
     assert resolve(name) == expected
-    assert find(expected).spec.size == (32 if expected in MODELS.names() else 96)
+    for spelling in (name, expected):
+        assert find(spelling).arch == expected
+        assert find(spelling).spec.size == (32 if expected in MODELS.names() else 96)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,51 @@ def test_published_weights_under_a_new_last_layer() -> None:
     assert digest != build_student(replace(recipe, seed=4), TEN, Options(), CPU)[1]
 
 
+def test_recipes_without_dropout_are_for_networks_that_have_none_too() -> None:
+    build_student(replace(RECIPES["short_student"], arch=ARCH, drop_connect=0.0), TEN, Options(), CPU)
+    with pytest.raises(UserError, match="--dropout, --drop-connect: shufflenet_v2_x0_5 does not have"):
+        build_student(replace(CE, dropout=0.1), TEN, Options(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "ema"}, "--weights raw and ema are of a file: give --init FILE"),
+        ({"weights": "V9"}, "torchvision's weights of shufflenet_v2_x0_5 are IMAGENET1K_V1, not V9"),
+        (
+            {"arch": "resnet18", "image_size": None, "weights": "V9"},
+            "--weights (.but raw and ema.)? are for ImageNet's",
+        ),
+    ],
+)
+def test_weights_that_are_not_there(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(.but raw and ema.)?", r"\(but raw and ema\)")):
+        build_student(replace(CE, **changes), TEN, Options(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "message"),
+    [
+        ("alexnet", {"image_size": 32}, "--image-size: alexnet cannot see images of 32 pixels"),
+        ("airbench94", {"sizes": "8:1"}, "--sizes: airbench94 cannot see images of 8 pixels"),
+        ("resnet18", {"sizes": "8:1", "batch_size": 1}, "--batch-size 1 is one image at a time, of which a BatchNorm"),
+    ],
+)
+def test_sizes_that_are_too_small_are_refused_before_step_1(
+    arch: str, changes: dict[str, object], message: str
+) -> None:
+    recipe = replace(Recipe(arch=arch, epochs=2, batch_size=8), **changes)
+    student, _ = build_student(recipe, TEN, Options(), CPU)
+    with pytest.raises(UserError, match=message):
+        check_batch_norm(student, arch, recipe, "cpu")
+    assert student.training_size is None
+
+
+def test_timm_builds_for_a_size_where_it_can() -> None:
+    network = find("timm:efficientvit_b0", 64)  # it takes no size: it is built for any
+    assert network.build(num_classes=3)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
 def test_small_images_are_enlarged_as_torch_resizes_them() -> None:
     student, _ = build_student(replace(CE, image_size=48), TEN[:4], Options(), CPU)
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
@@ -112,3 +162,22 @@ def test_a_teacher_with_imagenet_weights_is_trained_first(small_npz: Path, capsy
     said = capsys.readouterr().out
     assert "trained first by CE from its ImageNet weights, 6 epochs, lr 0.0025, batch 8" in said
     assert "efficientnet-lite0: sees the images enlarged to 96 pixels" in said
+
+
+@pytest.mark.usefixtures("home")
+def test_a_run_whose_data_changed_goes_on_with_its_teacher(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher was trained on the images as they were: it is not trained again on the others."""
+    recipe = Recipe(arch="airbench94", teacher_arch="airbench94", epochs=3, batch_size=8)
+    train_ce.train(replace(CE, arch="airbench94", image_size=None, epochs=3), Options(data=str(small_npz)))
+    options = Options(data=str(small_npz), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="stopped after 6 steps"):
+        train_kd.train(recipe, replace(options, steps=6))
+    arrays = dict(np.load(small_npz))
+    arrays["train_images"], arrays["train_labels"] = arrays["train_images"][1:], arrays["train_labels"][1:]
+    np.savez(tmp_path / "fewer.npz", **arrays)
+    changed = replace(options, data=str(tmp_path / "fewer.npz"), allow_data_change=True)
+    capsys.readouterr()
+    assert train_kd.train(recipe, changed) is not None
+    assert "trained first" not in capsys.readouterr().out

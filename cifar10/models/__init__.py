@@ -8,6 +8,7 @@ small images as well, and teach them: each of them enlarges the images to its ow
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,13 +36,7 @@ for _file in pkgutil.iter_modules(__path__):
 
 def resolve(name: str) -> str:
     """The spelling of `name` in files: of a CIFAR network, else of one of ImageNet's. Raises UserError for neither."""
-    try:
-        return MODELS.resolve(name)
-    except UserError:
-        found = _find_photos(name)
-        if found is None:
-            raise
-        return found[0]
+    return _find(name).arch
 
 
 def find(name: str, image_size: int | None = None, weights: str | None = None) -> Network:
@@ -50,14 +45,32 @@ def find(name: str, image_size: int | None = None, weights: str | None = None) -
     weights: which of those that torchvision has for it. Raises UserError for an unknown name, and for another size or
     weights of a CIFAR network, which sees 32 pixels and has none.
     """
-    found = _find_photos(name, weights) if name not in MODELS.names() else None
-    if found:
-        return found[1].at(image_size or ENLARGED)
-    arch = MODELS.resolve(name)
+    found = _find(name, weights)
+    if found.spec is not CIFAR_INPUT:
+        return found.at(image_size or ENLARGED)
     if image_size not in (None, CIFAR_INPUT.size) or weights:
         raise UserError(
-            f"--image-size and --weights are for ImageNet's networks: {arch} here sees 32x32 images{_hint(arch)}"
+            f"--image-size and --weights (but raw and ema) are for ImageNet's networks: {found.arch} here sees 32x32 "
+            f"images{_hint(found.arch)}"
         )
+    return found
+
+
+def _find(name: str, weights: str | None = None) -> Network:
+    """The network called `name`, one of ImageNet's at its own size: torchvision is loaded only for these."""
+    if name in MODELS:
+        return _small(MODELS.resolve(name))
+    from imagenet import models as photos
+
+    bare = name[len(PHOTOS) :] if name.lower().startswith(PHOTOS) else name
+    if bare == name and not name.startswith("timm:") and not photos.is_known(name):
+        MODELS.resolve(name)  # whoever mistypes a CIFAR network is told the names of those
+    found = photos.find(bare, weights)
+    return replace(found, arch=f"{PHOTOS}{found.arch}") if found.arch in MODELS else found
+
+
+def _small(arch: str) -> Network:
+    """A network for 32x32 images, by its name in MODELS."""
 
     def build(num_classes: int, dropout: float | None = None, drop_connect: float | None = None) -> nn.Module:
         network = MODELS.build(arch, num_classes)
@@ -73,10 +86,10 @@ def find(name: str, image_size: int | None = None, weights: str | None = None) -
     return Network(arch, CIFAR_INPUT, build, fetch)
 
 
-def find_trained(name: str, told: Weights | None, image_size: int | None = None) -> Network:
+def find_trained(name: str, told: Weights | None, image_size: int | None = None, weights: str | None = None) -> Network:
     """find(), at the size and with the look that `told` was trained for where it is of a checkpoint of ours."""
-    size = told.spec.size if told and told.spec and name not in MODELS.names() else None
-    return find(name, image_size or size).shown(told)
+    size = told.spec.size if told and told.spec and name not in MODELS else None
+    return find(name, image_size or size, weights).shown(told)
 
 
 def build_student(
@@ -88,7 +101,7 @@ def build_student(
 ) -> tuple[Classifier, str | None]:
     """networks.build_student of the network that `recipe` names, at its size, for the data's `classes`."""
     network = find(recipe.arch, recipe.image_size, theirs(recipe.weights))
-    if network.spec != CIFAR_INPUT:
+    if network.spec is not CIFAR_INPUT:
         print(f"{network.arch}: sees the images enlarged to {network.spec.size} pixels")
 
     def named(_: Weights) -> ClassNames:
@@ -97,24 +110,7 @@ def build_student(
     return networks.build_student(network, recipe, named, options, device, examples)
 
 
-def _find_photos(name: str, weights: str | None = None) -> tuple[str, Network] | None:
-    """(the spelling of `name`, ImageNet's network of it), or None. torchvision is loaded only for these."""
-    from imagenet import models as photos
-
-    bare = name[len(PHOTOS) :] if name.lower().startswith(PHOTOS) else name
-    try:
-        found = photos.find(bare, weights)
-    except UserError:
-        if bare == name and not name.startswith("timm:"):
-            return None  # whoever mistypes a CIFAR network is told the names of those
-        raise
-    return (PHOTOS if bare != name else "") + found.arch, found
-
-
 def _hint(arch: str) -> str:
     from imagenet import models as photos
 
-    try:
-        return f"; {PHOTOS}{photos.find(arch).arch} is ImageNet's"
-    except UserError:
-        return ""
+    return f"; {PHOTOS}{photos.find(arch).arch} is ImageNet's" if photos.is_known(arch) else ""
