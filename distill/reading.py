@@ -116,10 +116,11 @@ def _check_zip(path: Path, size: int) -> None:
     """A plain torch.load does not compare checksums: a flipped bit would load silently."""
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_program(path, archive)  # parts of a program are compressed
             if sum(entry.file_size for entry in archive.infolist()) > size:
                 raise CheckpointError(f"{path} refused: compressed archives are not read")
             broken = archive.testzip()
-            _check_program(path, archive)
+            _check_pickles(path, archive)
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -129,10 +130,14 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _check_program(path: Path, archive: zipfile.ZipFile) -> None:
-    """An archive by torch.jit.save is a program; and a pickle of torch.save must not be one that fills the memory."""
+    """An archive by torch.jit.save is a program."""
     if any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist()):
         saved = _resaved(path, "torch.jit.load({}, 'cpu').state_dict()")
         raise CheckpointError(f"{path} is a TorchScript program, not weights alone; if you trust it: {saved}")
+
+
+def _check_pickles(path: Path, archive: zipfile.ZipFile) -> None:
+    """A pickle of torch.save must not be one that fills the memory."""
     for name in archive.namelist():
         if name.endswith(".pkl") and ENCODER in (pickled := archive.read(name)) and inert.expands(pickled):
             raise CheckpointError(f"{path} refused: it calls _codecs.encode for something else than bytes")

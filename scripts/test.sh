@@ -10,4 +10,4 @@ cd -- "$(dirname -- "$(readlink -f -- "$0")")/.."
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/shellcheck scripts/*.sh .ci/run
-.venv/bin/pytest "$@"
+OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist worksteal "$@" # a process for each core, of one thread

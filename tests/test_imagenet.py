@@ -243,11 +243,14 @@ def test_abandoned_parts_are_written_nowhere(photos: Path, tmp_path: Path) -> No
                 victim.close()
 
 
-def test_a_worker_that_hangs(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "never.jpg")  # opening it waits for a writer
-    job = Job([str(tmp_path / "never.jpg")], np.array([0]), np.array([0]))
-    with Workers(1, minutes=0.1) as workers, pytest.raises(LoaderError, match="has not answered for 6 s"):
-        list(workers.render(PhotoViews("crop", 32), iter([job])))
+def test_a_worker_that_hangs(photos: Path) -> None:
+    job = Job([str(photos / "train" / "n0" / "00.JPEG")], np.array([0]), np.array([0]))
+    with Workers(1, minutes=0.1) as workers:
+        assert len(list(workers.render(PhotoViews("crop", 32), iter([job])))) == 1
+        [process] = workers._pool._processes  # type: ignore[union-attr]
+        os.kill(process, signal.SIGSTOP)
+        with pytest.raises(LoaderError, match="has not answered for 6 s"):
+            list(workers.render(PhotoViews("crop", 32), iter([job])))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
