@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ def main(argv: Sequence[str]) -> int:
     if launch.nodes == 1 and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo, too, asks a name server for this machine's address
     words = ["--nproc-per-node", str(processes), "--signals-to-handle", ",".join(heard)]
-    return start([*_meeting(launch), *words, "--max-restarts", str(launch.restarts), *argv], launch)
+    words += ["--max-restarts", str(launch.restarts)]
+    with tempfile.TemporaryDirectory(prefix="distill-torchrun-") as logs:  # torchrun's own would stay
+        return start([*_meeting(launch), *words, "--log-dir", logs, *argv], launch)
 
 
 def _devices(argv: Sequence[str]) -> int:

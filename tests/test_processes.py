@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,9 +27,12 @@ FLAGS = ["--arch", "densenet_cifar", "--batch-size", "8", "--epochs", "3", "--de
 
 def processes(count: int, *words: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, ROOT / "scripts" / "torchrun.py", ROOT / "tests" / "processes.py", *words]
-    settings = {**os.environ, "NPROC": str(count)}
     words = [str(word) for word in command]
-    return subprocess.run(words, env=settings, capture_output=True, text=True, timeout=300, check=False)
+    with tempfile.TemporaryDirectory() as place:
+        settings = {**os.environ, "NPROC": str(count), "TMPDIR": place}
+        found = subprocess.run(words, env=settings, capture_output=True, text=True, timeout=300, check=False)
+        assert not list(Path(place).glob("*torch*"))  # nothing of the launcher stays
+    return found
 
 
 def start(launcher: str, *flags: object, **environment: str) -> "subprocess.Popen[str]":
