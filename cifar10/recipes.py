@@ -124,10 +124,11 @@ PRETRAINED_TEACHER = Recipe(
     bn_momentum=0.1,
 )
 """A teacher with ImageNet weights: one of ImageNet's networks, with a new last layer, sees the images enlarged to 96
-pixels. BatchNorm's statistics must follow small images sooner than those of its authors.
+pixels. BatchNorm's statistics must follow small images sooner than those of its authors. With every third of 45,000
+training images and --epochs 3 it came to 90.08 on the 5,000 others, with lr 0.05 to 89.42.
 
 bash scripts/trainCE.sh --recipe pretrained_teacher
-Accuracy: not measured yet.
+Accuracy on all of CIFAR-10: not measured yet.
 """
 
 SHORT_STUDENT = replace(STUDENT, epochs=20, warmup=2.0, dropout=0.0)
