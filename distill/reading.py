@@ -22,6 +22,7 @@ from distill import inert
 from distill.errors import CheckpointError
 
 ENCODER = b"_codecs\nencode\n"
+OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files of torch.save from before 1.6 begin with
 NEVER = (  # modules of which no trainer keeps anything beside weights; commands is subprocess's name of before
     *("os", "posix", "nt", "sys", "subprocess", "commands", "importlib", "runpy", "pickle", "socket", "shutil"),
     *("ctypes", "pty"),
@@ -41,13 +42,23 @@ def read(path: Path) -> Any:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise CheckpointError(_refusal(path, refused[1])) from None
-        raise CheckpointError(f"{path} is damaged or no checkpoint") from None
+        raise CheckpointError(_unreadable(path)) from None
     except (RuntimeError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path} is damaged or no checkpoint") from None  # torch's text proposes the unsafe way
+        raise CheckpointError(_unreadable(path)) from None  # torch's text proposes the unsafe way
     except (MemoryError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({_brief(error)})") from None
     _check_tensors(path, content, size)
     return content
+
+
+def _unreadable(path: Path) -> str:
+    """What to say of a file that torch cannot read."""
+    with open(path, "rb") as file:
+        head = file.read(len(OLD))
+    if head[:1] != OLD[:1] or head == OLD:
+        return f"{path} is damaged or no checkpoint"
+    saved = _resaved(path, "__import__('pickle').loads(__import__('pathlib').Path({}).read_bytes())")
+    return f"{path} is no file of torch.save, but a plain pickle, or damaged; if it is one, and you trust it: {saved}"
 
 
 def _refusal(path: Path, name: str) -> str:
@@ -154,7 +165,7 @@ def _check_old(path: Path) -> None:
         except ValueError as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{path} is damaged or no checkpoint") from None
+            raise CheckpointError(_unreadable(path)) from None
 
 
 def _check_tensors(path: Path, content: Any, size: int) -> None:

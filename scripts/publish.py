@@ -54,9 +54,14 @@ def main(argv: Sequence[str]) -> None:
     from cifar10.data import load_data
     from cifar10.teachers import PUBLISHED
 
+    name = summary["data"]["name"]
+    if not summary.get("data_content"):
+        raise UserError(f"{run} was trained on photos: only networks for small images are published")
+    if not options.data and name != "cifar10":  # nothing is downloaded for another run
+        raise UserError(f"{run} was trained on {name}: name that by --data")
     data = load_data(options.data)
-    if data.content != summary.get("data_content"):
-        raise UserError(f"{run} was trained on other images than those of --data, or on photos")
+    if data.content != summary["data_content"]:
+        raise UserError(f"{run} was trained on {name}, with other images than those of --data")
     path = PUBLISHED / f"{summary['arch']}-{summary['objective']}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")  # the former file stays where this one cannot be measured

@@ -456,8 +456,10 @@ def test_published_weights(
     with pytest.raises(UserError, match="there is none of densenet_cifar, but of nothing"):
         train_kd.main([*flags, "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", "published"])
     train_ce.main([*flags, "--output", str(run)])
-    with pytest.raises(UserError, match="was trained on other images than those of --data"):
+    with pytest.raises(UserError, match="was trained on small, with other images than those of --data"):
         publish.main([str(run), "--data", "sample"])
+    with pytest.raises(UserError, match="was trained on small: name that by --data"):
+        publish.main([str(run)])
     assert not (tmp_path / "published").exists()
     publish.main([str(run), *data])
     with (tmp_path / "README.md").open("a") as readme:

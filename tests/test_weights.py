@@ -3,6 +3,7 @@
 import argparse
 import collections
 import datetime
+import pickle
 import random
 import shlex
 import types
@@ -183,6 +184,16 @@ def test_a_prefix_that_nobody_knows(
     with pytest.raises(CheckpointError, match="does not fit the architecture"):
         fits(tmp_path / "x.pth")
     assert capsys.readouterr().out == ""
+
+
+def test_a_plain_pickle_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"w": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match="but a plain pickle, or damaged") as error:
+        load(tmp_path / "plain.pkl")
+    code = shlex.split(str(error.value)[str(error.value).index("python -c") :])[2]
+    exec(code, {})
+    assert load(tmp_path / "plain-weights.pt").state["w"].tolist() == [1, 1]
 
 
 def test_names_of_classes_in_files_of_others(tmp_path: Path) -> None:
