@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.config.recipe import Recipe
+from distill.data.draws import ViewDraws
+from distill.data.views import ViewPolicy
 from distill.errors import UserError
-from distill.recipe import Recipe
-from distill.views import ViewDraws, ViewPolicy
 
 PADDING = 4  # pixels on each side before the crop
 OFFSETS = 2 * PADDING + 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from distill.class_order import ClassNames
+from distill.models.class_order import ClassNames
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # in their order
 ALIASES = {"plane": "airplane", "aeroplane": "airplane", "car": "automobile", "auto": "automobile"}

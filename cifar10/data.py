@@ -17,14 +17,17 @@ from cifar10.augment import build_policy
 from cifar10.classes import CLASSES
 from cifar10.folder import SIZE, Pixels, fit, read_folder
 from cifar10.npz import read_npz
-from distill import checkpoint
+from distill.config.recipe import Recipe
+from distill.data.datasets import EvaluationSet, TensorData
+from distill.data.draws import ViewDraws
+from distill.data.folders import UNLABELLED
+from distill.data.order import EpochPlan, ViewOrder, split_validation
+from distill.data.views import check_cutout
 from distill.errors import UserError
-from distill.folders import UNLABELLED
-from distill.methods import METHODS
-from distill.parallel import first_here, share
-from distill.recipe import Recipe
-from distill.run_dir import ROOT
-from distill.views import EpochPlan, EvaluationSet, TensorData, ViewDraws, ViewOrder, check_cutout, split_validation
+from distill.files import checkpoint
+from distill.losses.methods import METHODS
+from distill.parallel.processes import first_here, rank_and_world_size
+from distill.run.directory import ROOT
 
 SAMPLE = Path(__file__).parent / "sample.webp"  # 200 training, then 100 test images of each class of CIFAR-10
 DEFAULT = ROOT / "data" / "cifar10"
@@ -128,7 +131,7 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
         raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training images{held_out_too}")
     trained, held_out = split_validation(count, recipe.val_split)
     order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
-    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, share(), recipe.accumulate)
+    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, *rank_and_world_size(), recipe.accumulate)
     mixup = ViewDraws(recipe.view_seed, "mixup", 2) if recipe.mixup else None
     views = TensorData(data.train_images.to(device), data.train_labels.to(device), plan, policy, mixup)
     tests = {"test": EvaluationSet(data.test_images.to(device), data.test_labels.to(device))}

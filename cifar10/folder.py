@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from distill import checkpoint
+from distill.data.folders import Labelled, list_images
+from distill.data.pixels import FIRST, is_dim, is_turned, open_image, say_dim, say_turned, to_rgb
 from distill.errors import BrokenImage
-from distill.folders import Labelled, list_images
-from distill.pixels import FIRST, is_dim, is_turned, open_image, say_dim, say_turned, to_rgb
-from distill.run_dir import CHECKPOINTS
+from distill.files import checkpoint
+from distill.run.directory import CHECKPOINTS
 
 SIZE = 32
 LARGEST = 30_000_000  # pixels of one image file; more is a mistake or a decompression bomb

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill import downloads
 from distill.errors import UserError
+from distill.files import downloads
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from run records (README, "Results"); where no run has been made yet, it says so
 
 from dataclasses import replace
 
-from distill.recipe import Recipe
+from distill.config.recipe import Recipe
 
 STUDENT = Recipe(arch="efficientnet_b0", epochs=60)
 """EfficientNet-B0 by cross-entropy: SGD Nesterov 0.1, batch 128, 5 epochs of warm-up, cosine, weight decay 5e-4.

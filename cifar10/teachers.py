@@ -11,22 +11,25 @@ from cifar10.classes import class_names
 from cifar10.data import ImageData
 from cifar10.models import CIFAR_INPUT, MODELS, find, find_trained
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
-from distill import checkpoint, weights
-from distill.ensemble import Ensemble, load_members
+from distill.config.recipe import Options, Recipe
+from distill.data.datasets import EvaluationSet
 from distill.errors import UserError
-from distill.evaluation import evaluate, seconds_per_image
-from distill.features import find_places
-from distill.knobs import flag
-from distill.networks import kind_of, load_into, theirs
-from distill.overhaul import FeatureLoss
-from distill.parallel import choose_precision, choose_teacher_precision, on_main
-from distill.recipe import Options, Recipe
-from distill.registry import Classifier
-from distill.run_dir import CHECKPOINTS, ROOT, RunDirectory, differing, next_free, runs_on
-from distill.teacher import COMPARED, Known, Teacher, introduce
-from distill.trial import check_size
-from distill.views import EvaluationSet
-from distill.weights import Weights
+from distill.features.overhaul import FeatureLoss
+from distill.features.points import find_feature_points
+from distill.files import checkpoint
+from distill.models import weights
+from distill.models.classifier import Classifier
+from distill.models.network import kind_of, load_into, theirs
+from distill.models.probe import check_size
+from distill.models.weights import Weights
+from distill.options import flag
+from distill.parallel.devices import choose_precision, choose_teacher_precision
+from distill.parallel.processes import on_main
+from distill.run.directory import CHECKPOINTS, ROOT, RunDirectory, differing, next_free, runs_on
+from distill.teacher.ensemble import Ensemble, load_members
+from distill.teacher.report import COMPARED, TeacherReport, introduce
+from distill.teacher.teacher import Teacher
+from distill.training.evaluation import evaluate, seconds_per_image
 
 # Options that are the student's alone, as they are when the teacher is trained.
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
@@ -51,10 +54,10 @@ def load_teachers(
     train: Callable[[Recipe, Options], Any],
     auto_precision: str | None = None,
     trained_on: str | None = None,
-) -> tuple[Ensemble, Known]:
+) -> tuple[Ensemble, TeacherReport]:
     """All teachers of `recipe` by `load_teacher`, and what they know together."""
 
-    def load(own: Recipe, files: Options) -> tuple[Teacher, Known]:
+    def load(own: Recipe, files: Options) -> tuple[Teacher, TeacherReport]:
         if len(recipe.teacher_archs) > 1 and (own.teacher_arch or "") in MODELS:
             own = replace(own, teacher_image_size=None)  # that of the others
         return load_teacher(own, files, data, test, train, auto_precision, trained_on)
@@ -70,7 +73,7 @@ def load_teacher(
     train: Callable[[Recipe, Options], Any],
     auto_precision: str | None = None,
     trained_on: str | None = None,
-) -> tuple[Teacher, Known]:
+) -> tuple[Teacher, TeacherReport]:
     """The frozen teacher of `recipe`, trained first by `train` if there is none yet, and what it knows, both printed.
 
     auto_precision: what --teacher-precision auto means, if it is settled already. trained_on: the digest of the images
@@ -148,14 +151,14 @@ def _build(
     return Teacher(classifier.to(device), options.device), given
 
 
-def check_places(recipe: Recipe, student: Classifier, classes: int) -> None:
+def check_feature_points(recipe: Recipe, student: Classifier, classes: int) -> None:
     """Raises UserError where --overhaul finds no stages in one of the networks, before a teacher is trained for it."""
     if recipe.overhaul:
         arch = recipe.teacher_arch or ""
-        find_places(student, recipe.arch)
+        find_feature_points(student, recipe.arch)
         with torch.random.fork_rng(devices=[]):
             known = find(arch, recipe.teacher_image_size)
-            find_places(Classifier(known.build(classes), known.spec), arch)
+            find_feature_points(Classifier(known.build(classes), known.spec), arch)
 
 
 def show_features(recipe: Recipe, options: Options, student: Classifier, data: ImageData) -> None:

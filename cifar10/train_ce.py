@@ -15,8 +15,8 @@ if not __package__:  # called as a file: python cifar10/train_ce.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cifar10.recipes import RECIPES
-from distill import cli
-from distill.recipe import Options, Recipe
+from distill.config import cli
+from distill.config.recipe import Options, Recipe
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
     train(recipe, options)
-    from distill.parallel import leave
+    from distill.parallel.processes import leave
 
     leave()
 
@@ -39,11 +39,11 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import build_student, resolve
-    from distill.engine import fit
-    from distill.evaluation import evaluate_student, to_evaluate
-    from distill.objectives import CrossEntropy
-    from distill.parallel import start
-    from distill.run_dir import identity, open_run
+    from distill.parallel.devices import start
+    from distill.run.directory import identity, open_run
+    from distill.training.engine import fit
+    from distill.training.evaluation import evaluate_student, to_evaluate
+    from distill.training.objectives import CrossEntropy
 
     device = start(options.device, deterministic=options.deterministic)
     recipe = replace(recipe, arch=resolve(recipe.arch))

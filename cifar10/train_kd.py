@@ -17,8 +17,8 @@ if not __package__:  # called as a file: python cifar10/train_kd.py
 
 from cifar10 import train_ce
 from cifar10.recipes import RECIPES
-from distill import cli
-from distill.recipe import Options, Recipe
+from distill.config import cli
+from distill.config.recipe import Options, Recipe
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
     train(recipe, options)
-    from distill.parallel import leave
+    from distill.parallel.processes import leave
 
     leave()
 
@@ -41,14 +41,15 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.data import load_data, prepare
     from cifar10.models import build_student, resolve
-    from cifar10.teachers import check_places, load_teachers, show_features
-    from distill.answers import answered, measure_top_k, tell
-    from distill.engine import fit
-    from distill.evaluation import evaluate_student, to_evaluate
-    from distill.objectives import objective
-    from distill.parallel import check_batch_norm, start
-    from distill.run_dir import identity, open_run
-    from distill.teacher import agreement
+    from cifar10.teachers import check_feature_points, load_teachers, show_features
+    from distill.parallel.devices import start
+    from distill.run.directory import identity, open_run
+    from distill.teacher.cached import answered, measure_top_k, tell
+    from distill.teacher.report import agreement
+    from distill.training.engine import fit
+    from distill.training.evaluation import evaluate_student, to_evaluate
+    from distill.training.objectives import objective
+    from distill.training.wrap import check_batch_norm
 
     device = start(options.device, deterministic=options.deterministic)
     assert recipe.teacher_arch
@@ -63,7 +64,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     if options.show_features:
         show_features(recipe, options, student, data)
         return None
-    check_places(recipe, student, len(data.classes))
+    check_feature_points(recipe, student, len(data.classes))
     check_batch_norm(student, recipe.arch, recipe, options.device)  # before a teacher is trained
     facts = identity(data, init_digest, options.device)
     with open_run(options, recipe, data) as run:

@@ -6,11 +6,11 @@ import errno
 class UserError(ValueError):
     """Something a person can put right. Shown as one line on stderr, without a traceback; exit code 2.
 
-    `told`: another process of the same run shows it.
+    `already_reported`: another process of the same run shows it.
     """
 
     exit_code = 2
-    told = False
+    already_reported = False
 
 
 class CheckpointError(UserError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from distill.views import uniforms_of
+from distill.data.draws import uniforms_of
 from imagenet.decoding import Box, read_box, read_centre, simplejpeg
 
 TRIES = 10

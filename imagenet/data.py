@@ -12,13 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill import checkpoint
+from distill.data.datasets import Batch, Mixture
+from distill.data.draws import uniforms_of
+from distill.data.folders import Labelled, list_images
+from distill.data.order import EpochPlan, ViewOrder, split_validation
+from distill.data.views import check_cutout, mix
 from distill.errors import BrokenImage, UserError
-from distill.folders import Labelled, list_images
-from distill.parallel import first_here, share
-from distill.registry import InputSpec
-from distill.run_dir import RunDirectory
-from distill.views import Batch, EpochPlan, Mixture, ViewOrder, check_cutout, mix, split_validation, uniforms_of
+from distill.files import checkpoint
+from distill.models.classifier import InputSpec
+from distill.parallel.processes import first_here, rank_and_world_size
+from distill.run.directory import RunDirectory
 from imagenet.augment import PhotoViews
 from imagenet.loader import Job, Workers
 from imagenet.recipes import ImageNetRecipe
@@ -189,9 +192,8 @@ class PhotoTests:
         self._policy = PhotoViews("none", spec.size, 0, decoder, 0, spec.resized, spec.interpolation)
         self.name = self._policy.name
 
-    def batches(self, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
-        part, parts = share
-        first, last = (len(self.files) * k // parts for k in (part, part + 1))
+    def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        first, last = (len(self.files) * k // world_size for k in (rank, rank + 1))
         size = BATCH[self._device.type]
         starts = range(first, last, size)
         jobs = (np.arange(start, min(start + size, last)) for start in starts)
@@ -236,7 +238,7 @@ def prepare(
         raise UserError(f"--views must be at most 1 with --augment none, got {recipe.views}")
     trained, held_out = split_validation(count, recipe.val_split)
     order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
-    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, share(), recipe.accumulate)
+    plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, *rank_and_world_size(), recipe.accumulate)
     data = PhotoData(photos.train_files, photos.train_labels, plan, policy, workers, device, mixup=recipe.mixup)
     tests = {"test": PhotoTests(photos.val_files, photos.val_labels, spec, workers, device, recipe.decoder)}
     if len(held_out):

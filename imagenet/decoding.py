@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from distill.data.pixels import is_dim, is_turned, open_image, to_rgb
 from distill.errors import UserError
-from distill.pixels import is_dim, is_turned, open_image, to_rgb
 
 LARGEST = 64_000_000  # pixels of a file, or of it resized; more is a mistake or a decompression bomb
 

@@ -18,13 +18,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from distill import downloads, networks, weights
-from distill.class_order import ClassNames
+from distill.config.recipe import Options
 from distill.errors import UserError
-from distill.networks import Network, theirs
-from distill.recipe import Options
-from distill.registry import Classifier, InputSpec
-from distill.weights import Weights
+from distill.files import downloads
+from distill.models import network as networks
+from distill.models import weights
+from distill.models.class_order import ClassNames
+from distill.models.classifier import Classifier, InputSpec
+from distill.models.network import Network, theirs
+from distill.models.weights import Weights
 from imagenet.recipes import ImageNetRecipe
 
 CLASSES = 1000

@@ -6,8 +6,8 @@ None of them has been run on all of ImageNet here. Accuracies are those of other
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from distill.knobs import knob
-from distill.recipe import Options, Recipe
+from distill.config.recipe import Options, Recipe
+from distill.options import option
 
 
 @dataclass(frozen=True)
@@ -16,29 +16,29 @@ class ImageNetRecipe(Recipe):
 
     photos: ClassVar[bool] = True
 
-    arch: str = knob(
+    arch: str = option(
         "efficientnet-b0",
         "the student: a network of torchvision (resnet18), efficientnet-b0 to b8 of efficientnet-pytorch, "
         "efficientnet-lite0 to lite2, resnext101_32x8d_wsl, or timm:NAME",
         group="networks",
         flags=("-a",),
     )
-    teacher_weights: str | None = knob(
+    teacher_weights: str | None = option(
         None,
         "which of torchvision's weights the teacher has (default: IMAGENET1K_V1); of its file: raw or ema",
         group="networks",
     )
-    augment: str = knob(
+    augment: str = option(
         "crop",
         "what a view is: crop (random-resized crop and flip), and after it colour jitter, RandAugment or "
         "ImageNet's AutoAugment; none",
         group="views",
         choices=("crop", "crop_jitter", "randaugment", "autoaugment", "none"),
     )
-    render_size: int | None = knob(
+    render_size: int | None = option(
         None, "of a view (default: the teacher's, without one the student's)", group="views", least=16, most=2048
     )
-    decoder: str = knob(
+    decoder: str = option(
         "torchvision",
         "of JPEG files; part of what a view is",
         group="views",
@@ -50,16 +50,16 @@ class ImageNetRecipe(Recipe):
 class ImageNetOptions(Options):
     """Options, as they are for photos."""
 
-    data: str | None = knob(
+    data: str | None = option(
         None, "directory with train/CLASS/* and val/CLASS/* images", group="data and files", flags=("-d",)
     )
-    workers: int = knob(
+    workers: int = option(
         8, "processes that decode; 0: none beside this one", group="data and files", flags=("-j",), least=0, most=256
     )
-    loader_minutes: float = knob(
+    loader_minutes: float = option(
         5.0, "after which a batch that the workers do not bring ends the run", group="data and files", above=0
     )
-    kd: bool = knob(False, "train by KD (--teacher-arch says so as well)", group="running")
+    kd: bool = option(False, "train by KD (--teacher-arch says so as well)", group="running")
 
 
 STANDARD = ImageNetRecipe(

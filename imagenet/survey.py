@@ -7,13 +7,13 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from distill import checkpoint
+from distill.data.folders import Labelled
+from distill.data.pixels import FIRST, say_dim, say_turned
 from distill.errors import BrokenImage, UserError
-from distill.evaluation import raise_broken
-from distill.folders import Labelled
-from distill.parallel import first_here
-from distill.pixels import FIRST, say_dim, say_turned
-from distill.run_dir import CHECKPOINTS
+from distill.files import checkpoint
+from distill.parallel.processes import first_here
+from distill.run.directory import CHECKPOINTS
+from distill.training.evaluation import raise_broken
 from imagenet.loader import PART, Findings, Workers
 
 

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import torch
 
-from distill import checkpoint, weights
-from distill.ensemble import Ensemble, load_members, member_files
 from distill.errors import UserError
-from distill.features import find_places
-from distill.networks import Network, fetch, kind_of, load_into
-from distill.overhaul import FeatureLoss
-from distill.parallel import choose_teacher_precision, on_main
-from distill.registry import Classifier
-from distill.run_dir import CHECKPOINTS
-from distill.teacher import Known, Teacher, introduce
-from distill.trial import check_size
-from distill.weights import Weights
+from distill.features.overhaul import FeatureLoss
+from distill.features.points import find_feature_points
+from distill.files import checkpoint
+from distill.models import weights
+from distill.models.classifier import Classifier
+from distill.models.network import Network, fetch, kind_of, load_into
+from distill.models.probe import check_size
+from distill.models.weights import Weights
+from distill.parallel.devices import choose_teacher_precision
+from distill.parallel.processes import on_main
+from distill.run.directory import CHECKPOINTS
+from distill.teacher.ensemble import Ensemble, load_members, member_files
+from distill.teacher.report import TeacherReport, introduce
+from distill.teacher.teacher import Teacher
 from imagenet.data import Photos, PhotoTests
 from imagenet.loader import Workers
 from imagenet.models import CLASSES, class_names, find_trained
@@ -49,10 +52,10 @@ def load_teachers(
     workers: Workers,
     device: torch.device,
     auto_precision: str | None = None,
-) -> tuple[Ensemble, Known]:
+) -> tuple[Ensemble, TeacherReport]:
     """All teachers of `recipe` by `load_teacher`, and what they know together."""
 
-    def load(own: ImageNetRecipe, files: ImageNetOptions) -> tuple[Teacher, Known]:
+    def load(own: ImageNetRecipe, files: ImageNetOptions) -> tuple[Teacher, TeacherReport]:
         return load_teacher(own, files, find_teacher(own, files), photos, workers, device, auto_precision)
 
     return load_members(recipe, options, load, photos.val_labels)
@@ -66,7 +69,7 @@ def load_teacher(
     workers: Workers,
     device: torch.device,
     auto_precision: str | None = None,
-) -> tuple[Teacher, Known]:
+) -> tuple[Teacher, TeacherReport]:
     """The frozen teacher `known` of `recipe`, and what it knows of the validation photos, as it wants to see them.
 
     auto_precision: what --teacher-precision auto means, if it is settled already. Raises UserError if the weights do
@@ -96,12 +99,12 @@ def _build(
     return Teacher(classifier.to(device), options.device), source
 
 
-def check_places(recipe: ImageNetRecipe, known: Network, student: Classifier, classes: int) -> None:
+def check_feature_points(recipe: ImageNetRecipe, known: Network, student: Classifier, classes: int) -> None:
     """Raises UserError where --overhaul finds no stages in one of the networks, before anything is fetched for it."""
     if recipe.overhaul:
-        find_places(student, recipe.arch)
+        find_feature_points(student, recipe.arch)
         with torch.random.fork_rng(devices=[]):
-            find_places(Classifier(known.build(num_classes=classes), known.spec), known.arch)
+            find_feature_points(Classifier(known.build(num_classes=classes), known.spec), known.arch)
 
 
 def show_features(recipe: ImageNetRecipe, options: ImageNetOptions, known: Network, student: Classifier) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 if not __package__:  # called as a file: python imagenet/train_ce.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill import cli
+from distill.config import cli
 from imagenet.recipes import RECIPES, ImageNetOptions, ImageNetRecipe
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         positional="data",
     )
     train(recipe, options)
-    from distill.parallel import leave
+    from distill.parallel.processes import leave
 
     leave()
 
@@ -38,11 +38,11 @@ def main(argv: Sequence[str]) -> None:
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
-    from distill.engine import fit
-    from distill.evaluation import evaluate_student, to_evaluate
-    from distill.objectives import CrossEntropy
-    from distill.parallel import start
-    from distill.run_dir import identity, open_run
+    from distill.parallel.devices import start
+    from distill.run.directory import identity, open_run
+    from distill.training.engine import fit
+    from distill.training.evaluation import evaluate_student, to_evaluate
+    from distill.training.objectives import CrossEntropy
     from imagenet.data import known_to, load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find

@@ -15,7 +15,7 @@ from typing import Any
 if not __package__:  # called as a file: python imagenet/train_kd.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill import cli
+from distill.config import cli
 from imagenet.recipes import RECIPES, ImageNetOptions, ImageNetRecipe
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         positional="data",
     )
     train(recipe, options)
-    from distill.parallel import leave
+    from distill.parallel.processes import leave
 
     leave()
 
@@ -39,18 +39,19 @@ def main(argv: Sequence[str]) -> None:
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
-    from distill.answers import answered, measure_top_k, tell
-    from distill.engine import fit
-    from distill.evaluation import evaluate_student, to_evaluate
-    from distill.objectives import objective
-    from distill.parallel import check_batch_norm, start
-    from distill.run_dir import identity, open_run
-    from distill.teacher import agreement
+    from distill.parallel.devices import start
+    from distill.run.directory import identity, open_run
+    from distill.teacher.cached import answered, measure_top_k, tell
+    from distill.teacher.report import agreement
+    from distill.training.engine import fit
+    from distill.training.evaluation import evaluate_student, to_evaluate
+    from distill.training.objectives import objective
+    from distill.training.wrap import check_batch_norm
     from imagenet.data import known_to, load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import build_student, find
     from imagenet.survey import survey
-    from imagenet.teachers import check_places, find_teachers, load_teachers, show_features
+    from imagenet.teachers import check_feature_points, find_teachers, load_teachers, show_features
 
     device = start(options.device, deterministic=options.deterministic)
     known_teachers = find_teachers(recipe, options)
@@ -70,7 +71,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
         if options.show_features:
             show_features(recipe, options, known_teachers[0], student)
             return None
-        check_places(recipe, known_teachers[0], student, len(photos.classes))
+        check_feature_points(recipe, known_teachers[0], student, len(photos.classes))
         check_batch_norm(student, recipe.arch, recipe, options.device)  # before a teacher is trained
         with open_run(options, recipe, photos) as run:
             photos = known_to(run, photos)

@@ -34,10 +34,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
+from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import knob, validate  # noqa: E402
-from distill.recipe import Options, Recipe  # noqa: E402
+from distill.options import option, validate  # noqa: E402
 
 ROWS = ("original", "original_eval", "usual", "ce", "empty_store", "full_store")
 METHODS: dict[str, dict[str, Any]] = {
@@ -51,16 +51,16 @@ METHODS: dict[str, dict[str, Any]] = {
 class Benchmark:
     """The flags of this script."""
 
-    arch: str = knob("efficientnet_b0", "the student", group="what", flags=("-a",))
-    teacher_arch: str = knob("resnet152", "the teacher", group="what")
-    batch_size: int = knob(256, "images a step", group="what", flags=("-b",), least=2, most=2000)
-    contiguous: bool = knob(False, "also a CE step in the memory format of the original", group="what")
-    methods: bool = knob(False, "also a step of each other method", group="what")
-    profile: bool = knob(False, "also where the time of a full_store step goes", group="what")
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
-    rounds: int = knob(5, "how often each row is measured", group="how", least=1)
-    seconds: float = knob(4.0, "how long a row takes steps in a round, one at least", group="how", least=0)
-    json: str | None = knob(None, "write the figures to this file", group="how")
+    arch: str = option("efficientnet_b0", "the student", group="what", flags=("-a",))
+    teacher_arch: str = option("resnet152", "the teacher", group="what")
+    batch_size: int = option(256, "images a step", group="what", flags=("-b",), least=2, most=2000)
+    contiguous: bool = option(False, "also a CE step in the memory format of the original", group="what")
+    methods: bool = option(False, "also a step of each other method", group="what")
+    profile: bool = option(False, "also where the time of a full_store step goes", group="what")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
+    rounds: int = option(5, "how often each row is measured", group="how", least=1)
+    seconds: float = option(4.0, "how long a row takes steps in a round, one at least", group="how", least=0)
+    json: str | None = option(None, "write the figures to this file", group="how")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -69,7 +69,7 @@ class Benchmark:
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Benchmark(), prog="benchmark.py", description=__doc__ or "")
     from cifar10.models import MODELS
-    from distill.parallel import describe_device, devices
+    from distill.parallel.devices import describe_device, devices
 
     device = devices(options.device)[0]
     for arch in (options.arch, options.teacher_arch):
@@ -129,7 +129,7 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
     """In the process of a row: a step, the memory or a profile, as often as it is asked for."""
     import torch
 
-    from distill.parallel import devices, start
+    from distill.parallel.devices import devices, start
 
     prepare: Callable[[Benchmark, str, Any], Iterator[None]]
     prepare = ours if row in ("ce", "empty_store", "full_store", *METHODS) else theirs
@@ -170,15 +170,15 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
 
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student, find
-    from distill.answers import AnsweredData
-    from distill.engine import Trainer
-    from distill.logit_store import Encoding, LogitStore
-    from distill.objectives import CrossEntropy, Objective, objective
-    from distill.parallel import choose_teacher_precision
-    from distill.registry import Classifier
-    from distill.run_dir import RunDirectory
-    from distill.teacher import Teacher
-    from distill.views import TrainingData
+    from distill.data.datasets import TrainingData
+    from distill.models.classifier import Classifier
+    from distill.parallel.devices import choose_teacher_precision
+    from distill.run.directory import RunDirectory
+    from distill.teacher.cached import AnsweredData
+    from distill.teacher.store import Encoding, LogitStore
+    from distill.teacher.teacher import Teacher
+    from distill.training.engine import Trainer
+    from distill.training.objectives import CrossEntropy, Objective, objective
 
     recipe = Recipe(
         arch=MODELS.resolve(options.arch),
@@ -233,7 +233,7 @@ def theirs(options: Benchmark, row: str, device: Any) -> Iterator[None]:
 
     from cifar10.data import load_data
     from cifar10.models import CIFAR_INPUT, MODELS
-    from distill.kd_loss import kd
+    from distill.losses.kd_loss import kd
 
     steps: list[Any] = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     if row != "usual":

@@ -16,9 +16,9 @@ from statistics import median
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import knob, validate  # noqa: E402
+from distill.options import option, validate  # noqa: E402
 
 SIZE, BATCH, LEFT_OUT = 224, 64, 2
 OURS = ("torchvision", "pillow", "simplejpeg")
@@ -28,9 +28,9 @@ OURS = ("torchvision", "pillow", "simplejpeg")
 class Loading:
     """The flags of this script."""
 
-    data: str | None = knob(None, "directory with train/CLASS/* and val/CLASS/* images", group="what", flags=("-d",))
-    workers: int = knob(2, "processes that decode", group="how", flags=("-j",), least=1, most=256)
-    rounds: int = knob(3, "times that each is measured", group="how", least=1)
+    data: str | None = option(None, "directory with train/CLASS/* and val/CLASS/* images", group="what", flags=("-d",))
+    workers: int = option(2, "processes that decode", group="how", flags=("-j",), least=1, most=256)
+    rounds: int = option(3, "times that each is measured", group="how", least=1)
 
     def __post_init__(self) -> None:
         validate(self)
@@ -52,7 +52,7 @@ def ours(data: str, workers: int, decoder: str) -> Iterator[int]:
     """The sizes of the batches of our views."""
     import torch
 
-    from distill.registry import InputSpec
+    from distill.models.classifier import InputSpec
     from imagenet.data import load_data, prepare
     from imagenet.loader import Workers
     from imagenet.recipes import STANDARD

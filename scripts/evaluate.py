@@ -16,57 +16,57 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import check_normalisation, knob, validate  # noqa: E402
+from distill.options import check_normalisation, option, validate  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """The flags of this script."""
 
-    dataset: str = knob(
+    dataset: str = option(
         "cifar10",
         "small images or photos, and the networks for them",
         group="what",
         choices=("cifar10", "imagenet"),
     )
-    arch: str | None = knob(None, "the network's architecture (not needed for ours)", group="what", flags=("-a",))
-    checkpoint: str | None = knob(
+    arch: str | None = option(None, "the network's architecture (not needed for ours)", group="what", flags=("-a",))
+    checkpoint: str | None = option(
         None, "its weights: last.pt of a run, or a file of others (imagenet: default the published ones)", group="what"
     )
-    weights: str | None = knob(
+    weights: str | None = option(
         None,
         "of --checkpoint: raw or ema, where it holds weights and their average; else which of torchvision's, such as "
         "IMAGENET1K_V2",
         group="what",
     )
-    class_order: str = knob(
+    class_order: str = option(
         "names",
         "whether names of classes in the file decide which output is which",
         group="what",
         choices=("names", "ignore"),
     )
-    mean: str | None = knob(
+    mean: str | None = option(
         None, "of pixels in [0, 1] that the network subtracts, one number or three with commas", group="what"
     )
-    std: str | None = knob(None, "that it divides by then", group="what")
-    data: str | None = knob(
+    std: str | None = option(None, "that it divides by then", group="what")
+    data: str | None = option(
         None, "'sample', a directory, or a .npz file (default: data/cifar10); imagenet: a directory", group="what"
     )
-    split: str | None = knob(
+    split: str | None = option(
         None, "which images: test (imagenet: val) by default, or train", group="what", choices=("test", "val", "train")
     )
-    image_size: int | None = knob(
+    image_size: int | None = option(
         None, "pixels that one of ImageNet's networks sees of small images", group="how", least=16, most=2048
     )
-    batch_size: int = knob(256, "images at a time (cifar10)", group="how", flags=("-b",), least=1)
-    precision: str = knob("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
-    workers: int = knob(2, "that decode images", group="how", flags=("-j",), least=0, most=256)
-    decoder: str = knob("torchvision", "of photos", group="how", choices=("torchvision", "pillow", "simplejpeg"))
-    skip_bad_images: bool = knob(False, "leave out broken image files, up to 0.1 %% or one", group="how")
-    json: str | None = knob(None, "write accuracy, top5, loss, images, images_per_second to this file", group="how")
+    batch_size: int = option(256, "images at a time (cifar10)", group="how", flags=("-b",), least=1)
+    precision: str = option("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
+    workers: int = option(2, "that decode images", group="how", flags=("-j",), least=0, most=256)
+    decoder: str = option("torchvision", "of photos", group="how", choices=("torchvision", "pillow", "simplejpeg"))
+    skip_bad_images: bool = option(False, "leave out broken image files, up to 0.1 %% or one", group="how")
+    json: str | None = option(None, "write accuracy, top5, loss, images, images_per_second to this file", group="how")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -83,9 +83,10 @@ def main(argv: Sequence[str]) -> None:
     if options.weights and not photos and options.weights not in ("raw", "ema"):
         raise UserError(f"--weights must be one of raw, ema for small images, got {options.weights!r}")
     cli.check_file(options.json)
-    from distill import checkpoint, weights
-    from distill.evaluation import evaluate
-    from distill.parallel import start
+    from distill.files import checkpoint
+    from distill.models import weights
+    from distill.parallel.devices import start
+    from distill.training.evaluation import evaluate
 
     device = start(options.device)
     kind = options.weights if options.weights in weights.WHICH else None
@@ -111,10 +112,10 @@ def _small(options: Evaluate, arch: str, given: Any, device: Any, _: ExitStack) 
     from cifar10.classes import class_names
     from cifar10.data import load_data
     from cifar10.models import find_trained, resolve
-    from distill.networks import load_into
-    from distill.parallel import choose_precision
-    from distill.registry import Classifier
-    from distill.views import EvaluationSet
+    from distill.data.datasets import EvaluationSet
+    from distill.models.classifier import Classifier
+    from distill.models.network import load_into
+    from distill.parallel.devices import choose_precision
 
     known = find_trained(resolve(arch), given, options.image_size).shown(None, options.mean, options.std)
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
@@ -130,8 +131,8 @@ def _small(options: Evaluate, arch: str, given: Any, device: Any, _: ExitStack) 
 
 def _photos(options: Evaluate, arch: str, given: Any, device: Any, stack: ExitStack) -> tuple[Any, Any]:
     """The network of photos, with what the file holds or its published weights, and the photos."""
-    from distill.parallel import choose_precision
-    from distill.registry import Classifier
+    from distill.models.classifier import Classifier
+    from distill.parallel.devices import choose_precision
     from imagenet.data import PhotoTests, load_data
     from imagenet.loader import Workers
     from imagenet.models import find_trained

@@ -23,24 +23,24 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill import cli  # noqa: E402
-from distill.knobs import knob, validate  # noqa: E402
+from distill.config import cli  # noqa: E402
+from distill.options import option, validate  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Sizes:
     """The flags of this script."""
 
-    dataset: str = knob("cifar10", "which networks", group="what", choices=("cifar10", "imagenet"))
-    arch: str = knob("resnet152", "the network", group="what", flags=("-a",))
-    vs: str | None = knob(
+    dataset: str = option("cifar10", "which networks", group="what", choices=("cifar10", "imagenet"))
+    arch: str = option("resnet152", "the network", group="what", flags=("-a",))
+    vs: str | None = option(
         "efficientnet_b0", "the one beside it (imagenet: efficientnet-b0); the same name: none", group="what"
     )
-    classes: int = knob(0, "outputs; 0: 10, of imagenet 1000", group="what", least=0)
-    batch_size: int = knob(64, "images of a batch", group="how", flags=("-b",), least=1)
-    rounds: int = knob(5, "how often the times are taken", group="how", least=1)
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
-    json: str | None = knob(None, "write the figures to this file", group="how")
+    classes: int = option(0, "outputs; 0: 10, of imagenet 1000", group="what", least=0)
+    batch_size: int = option(64, "images of a batch", group="how", flags=("-b",), least=1)
+    rounds: int = option(5, "how often the times are taken", group="how", least=1)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
+    json: str | None = option(None, "write the figures to this file", group="how")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -64,7 +64,7 @@ class Size:
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Sizes(), prog="model_size.py", description=__doc__ or "")
     cli.check_file(options.json)
-    from distill.parallel import choose_precision, describe_device, devices
+    from distill.parallel.devices import choose_precision, describe_device, devices
 
     device = devices(options.device)[0]
     choose_precision("float32", device)  # the times are of float32, not of TF32
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
 def build(arch: str, photos: bool, classes: int, device: Any) -> Any:
     """The classifier of that name, with random weights, in eval mode."""
-    from distill.registry import Classifier
+    from distill.models.classifier import Classifier
 
     if photos:
         from imagenet.models import find

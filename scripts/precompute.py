@@ -21,10 +21,10 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cifar10 import recipes as small  # noqa: E402
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
+from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import knob  # noqa: E402
-from distill.recipe import Options, Recipe  # noqa: E402
+from distill.options import option  # noqa: E402
 from imagenet import recipes as photos  # noqa: E402
 
 
@@ -32,10 +32,10 @@ from imagenet import recipes as photos  # noqa: E402
 class Stores:
     """What is done with stores."""
 
-    list: bool = knob(False, "show the stores and exit", group="stores")
-    verify: int | None = knob(None, "ask again for this many stored answers, and compare", group="stores", least=1)
-    prune: str | None = knob(None, "remove the store of this name, after asking", group="stores")
-    yes: bool = knob(False, "remove without asking", group="stores")
+    list: bool = option(False, "show the stores and exit", group="stores")
+    verify: int | None = option(None, "ask again for this many stored answers, and compare", group="stores", least=1)
+    prune: str | None = option(None, "remove the store of this name, after asking", group="stores")
+    yes: bool = option(False, "remove without asking", group="stores")
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def stores() -> dict[str, dict[str, Any]]:
-    from distill.answers import STORES
-    from distill.logit_store import list_stores
+    from distill.teacher.cached import STORES
+    from distill.teacher.store import list_stores
 
     return {store["path"].name: store for store in list_stores(STORES)}
 
 
 def show() -> int:
-    from distill.logit_store import size
+    from distill.teacher.store import size
 
     for name, store in stores().items():
         print(f"{name}: {size(store['bytes'])}, {store['views']} views, {store['answers']:,} answers")
@@ -113,7 +113,7 @@ def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[R
     from cifar10.models import resolve
     from cifar10.teachers import load_teacher
     from cifar10.train_ce import train
-    from distill.parallel import start
+    from distill.parallel.devices import start
 
     device = start(options.device, deterministic=options.deterministic)
     # answers do not depend on the method, and this one takes images without labels
@@ -130,8 +130,8 @@ def prepare_photos(
     recipe: photos.ImageNetRecipe, options: PhotoStores, stack: ExitStack
 ) -> tuple[Recipe, Any, Any, Any]:
     """The recipe, and its photos, their views, and its teacher."""
-    from distill.networks import theirs
-    from distill.parallel import start
+    from distill.models.network import theirs
+    from distill.parallel.devices import start
     from imagenet.data import load_data, prepare
     from imagenet.loader import Workers
     from imagenet.models import find
@@ -153,8 +153,8 @@ def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -
     """Fill the store of `teacher` for these views, or ask again for a sample of it."""
     from tqdm import tqdm
 
-    from distill.answers import answered
-    from distill.ensemble import Ensemble
+    from distill.teacher.cached import answered
+    from distill.teacher.ensemble import Ensemble
 
     teachers = Ensemble(recipe.teacher_archs, (teacher,))
     slots = training.plan.order.view_count or recipe.epochs

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import knob, validate  # noqa: E402
+from distill.options import option, validate  # noqa: E402
 from scripts import results  # noqa: E402
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ HEAD = "| file | trained by | data | accuracy | epochs | commit | sha256 |\n|---
 class Publish:
     """The flags of this script."""
 
-    run: str | None = knob(None, "directory of a finished run on small images", group="what")
-    data: str | None = knob(None, "what it is measured on: 'sample', a directory or a .npz file", group="what")
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", group="how")
+    run: str | None = option(None, "directory of a finished run on small images", group="what")
+    data: str | None = option(None, "what it is measured on: 'sample', a directory or a .npz file", group="what")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -81,7 +81,8 @@ def write(path: Path, run: Path, summary: dict[str, Any], classes: Sequence[str]
     """Write the weights that count (with --ema the average) in float16, and what is needed to use them. `classes`: of
     the data, in its order."""
     from cifar10.models import CIFAR_INPUT
-    from distill import checkpoint, weights
+    from distill.files import checkpoint
+    from distill.models import weights
 
     given = weights.load(run / checkpoint.LAST)
     half = {key: value.half() if value.is_floating_point() else value for key, value in given.state.items()}
@@ -95,12 +96,12 @@ def measure(path: Path, data: "ImageData", device_name: str) -> float:
     """Percent of the test images that the network in `path` knows."""
     from cifar10.classes import class_names
     from cifar10.models import find_trained
-    from distill import weights
-    from distill.evaluation import evaluate
-    from distill.networks import load_into
-    from distill.parallel import choose_precision, start
-    from distill.registry import Classifier
-    from distill.views import EvaluationSet
+    from distill.data.datasets import EvaluationSet
+    from distill.models import weights
+    from distill.models.classifier import Classifier
+    from distill.models.network import load_into
+    from distill.parallel.devices import choose_precision, start
+    from distill.training.evaluation import evaluate
 
     device = start(device_name)
     given = weights.load(path)

@@ -22,11 +22,11 @@ sys.path[0] = str(ROOT)
 
 from cifar10 import train_ce, train_kd  # noqa: E402
 from cifar10.recipes import RECIPES  # noqa: E402
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
+from distill.config.environment import is_joined  # noqa: E402
+from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import flag, knob  # noqa: E402
-from distill.machine import is_joined  # noqa: E402
-from distill.recipe import Options, Recipe  # noqa: E402
+from distill.options import flag, option  # noqa: E402
 from scripts import results  # noqa: E402
 
 ELSEWHERE = ("output", "fresh", "extend", "resume", "evaluate", "show_features")  # they are for one run
@@ -37,15 +37,15 @@ FIXED = ("arch", "teacher_arch", "init", "recipe")  # by the table of CIFAR-10
 class Reproduce(Options):
     """The flags of trainKD.sh and these."""
 
-    table: str = knob("cifar10", "the table", group="table", choices=("cifar10", "methods"))
-    budget: str = knob(
+    table: str = option("cifar10", "the table", group="table", choices=("cifar10", "methods"))
+    budget: str = option(
         "full", "of cifar10: full is for a GPU, short for 2 CPU cores", group="table", choices=("full", "short")
     )
-    seeds: int | None = knob(
+    seeds: int | None = option(
         None, "students have the seeds 0 to N - 1, teachers 0 (default: 3; short, methods: 1)", group="table", least=1
     )
-    only: str | None = knob(None, "these rows, with commas between them, and what they need", group="table")
-    runs: str | None = knob(None, "where the runs go (default: checkpoints/cifar10-BUDGET or methods)", group="table")
+    only: str | None = option(None, "these rows, with commas between them, and what they need", group="table")
+    runs: str | None = option(None, "where the runs go (default: checkpoints/cifar10-BUDGET or methods)", group="table")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     if options.show_recipe:
         print(json.dumps([{"run": run.name, **run.recipe.to_dict()} for run in planned], indent=2))
         return
-    from distill.parallel import devices, leave, on_main, start
+    from distill.parallel.devices import devices, start
+    from distill.parallel.processes import leave, on_main
 
     if options.device == "auto" and devices("auto")[1:] and not is_joined():
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
@@ -92,8 +93,8 @@ def main(argv: Sequence[str]) -> None:
 def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     """The runs in their order. Raises UserError for flags that a table cannot have, before anything is trained."""
     from cifar10.teachers import named
-    from distill.ensemble import member_files
-    from distill.run_dir import CHECKPOINTS
+    from distill.run.directory import CHECKPOINTS
+    from distill.teacher.ensemble import member_files
 
     usual = Options()
     for name in ELSEWHERE + (FIXED if options.table == "cifar10" else ()):

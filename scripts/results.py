@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from cifar10.recipes import RECIPES  # noqa: E402
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
+from distill.config.recipe import Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import flag  # noqa: E402
-from distill.methods import SETTINGS  # noqa: E402
-from distill.recipe import Recipe  # noqa: E402
+from distill.losses.methods import SETTINGS  # noqa: E402
+from distill.options import flag  # noqa: E402
 
 RECORDS = ROOT / "checkpoints" / "records"
 MARKERS = ("<!-- {}: written by scripts/results.py -->", "<!-- end -->")

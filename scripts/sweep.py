@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cifar10 import recipes as small  # noqa: E402
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
+from distill.config.recipe import Options  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.knobs import knob  # noqa: E402
-from distill.recipe import Options  # noqa: E402
+from distill.options import option  # noqa: E402
 from imagenet import recipes as photos  # noqa: E402
 
 
@@ -27,8 +27,8 @@ from imagenet import recipes as photos  # noqa: E402
 class Sweep:
     """What a sweep goes through."""
 
-    T_list: str = knob("1,2,3,4", "temperatures, with commas", group="sweep")
-    w_list: str = knob("0.5,0.8,0.9", "shares of the KD term, with commas", group="sweep")
+    T_list: str = option("1,2,3,4", "temperatures, with commas", group="sweep")
+    w_list: str = option("0.5,0.8,0.9", "shares of the KD term, with commas", group="sweep")
 
 
 @dataclass(frozen=True)

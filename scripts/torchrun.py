@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill import cli  # noqa: E402
+from distill.config import cli  # noqa: E402
+from distill.config.environment import PLACE, announced, cores, not_met  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.machine import PLACE, announced, cores, not_met  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _devices(argv: Sequence[str]) -> int:
     """The GPUs of --device in `argv`, or the cores that may be used."""
-    from distill.parallel import devices
+    from distill.parallel.devices import devices
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="auto")

@@ -18,16 +18,17 @@ from torch import nn
 
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS, build_student
-from distill import cli, parallel
-from distill.engine import fit
-from distill.evaluation import evaluate
-from distill.objectives import CrossEntropy, Objective, Step, objective
-from distill.recipe import Options, Recipe
-from distill.registry import Classifier
-from distill.run_dir import RunDirectory
-from distill.stop import Stopped
-from distill.teacher import Teacher
-from distill.views import Batch
+from distill.config import cli
+from distill.config.recipe import Options, Recipe
+from distill.data.datasets import Batch
+from distill.models.classifier import Classifier
+from distill.parallel import devices, processes
+from distill.run.directory import RunDirectory
+from distill.teacher.teacher import Teacher
+from distill.training.engine import fit
+from distill.training.evaluation import evaluate
+from distill.training.objectives import CrossEntropy, Objective, Step, objective
+from distill.training.stop import Stopped
 from imagenet import survey, train_ce
 from imagenet.data import PhotoTests
 from imagenet.data import load_data as load_data_of_photos
@@ -44,7 +45,7 @@ class Unlucky(CrossEntropy):
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         step = super().__call__(student, batch)
         Unlucky.calls += 1
-        bad = Unlucky.calls > 1 and parallel.rank() == parallel.world_size() - 1
+        bad = Unlucky.calls > 1 and processes.rank() == processes.world_size() - 1
         return step._replace(loss=step.loss * float("nan")) if bad else step
 
 
@@ -57,7 +58,7 @@ def evaluate_photos(source: str, directory: Path) -> None:
         test = PhotoTests(photos.val_files, photos.val_labels, student.spec, workers, torch.device("cpu"), "pillow")
         found = evaluate(student, test)
     result = {"predictions": found.predictions, "found": found.to_dict()}
-    torch.save(result, directory / f"{parallel.world_size()}-{parallel.rank()}.pt")
+    torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")
 
 
 def main(argv: list[str]) -> None:
@@ -66,12 +67,12 @@ def main(argv: list[str]) -> None:
         train_ce.main(argv[1:])
         return
     case, npz, directory = argv[0], argv[1], Path(argv[2])
-    device = parallel.start("cpu")
+    device = devices.start("cpu")
     if case == "photos":
         evaluate_photos(npz, directory)
         return
     one_step = case in ("gradient", "overhaul")
-    parts = parallel.world_size() if case == "gradient" else 1
+    parts = processes.world_size() if case == "gradient" else 1
     recipe = Recipe(epochs=2, batch_size=8, lr=0.01, warmup=0, dropout=0.0, accumulate=parts)
     data = load_data(npz)
     training, tests = prepare(data, recipe, device)
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> None:
             module.eval()
             module.train = lambda _mode=True, module=module: module  # type: ignore[method-assign]
     options = Options(steps=1 if one_step else None)
-    with RunDirectory(directory / f"run{parallel.world_size()}") as run:
+    with RunDirectory(directory / f"run{processes.world_size()}") as run:
         try:
             fit(
                 run,
@@ -103,17 +104,17 @@ def main(argv: list[str]) -> None:
                 objective=aim,
                 data=training,
                 tests=tests,
-                facts={"world_size": parallel.world_size()},
+                facts={"world_size": processes.world_size()},
             )
         except Stopped:
             if case == "nan":
                 unchanged = torch.stack([p.detach().double().sum() for p in student.parameters()])
-                torch.save(unchanged, directory / f"weights-{parallel.rank()}.pt")
+                torch.save(unchanged, directory / f"weights-{processes.rank()}.pt")
                 raise
         found = evaluate(student, tests["test"])
         gradients = {k: p.grad for k, p in (aim.learner or student).named_parameters() if p.grad is not None}
         result = {"gradients": gradients, "predictions": found.predictions, "found": found.to_dict()}
-        torch.save(result, directory / f"{parallel.world_size()}-{parallel.rank()}.pt")
+        torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from cifar10.data import load_data, prepare
-from distill import checkpoint
-from distill.answers import AnsweredData
-from distill.engine import Fitted, fit
-from distill.logit_store import Encoding
-from distill.objectives import CrossEntropy, Distillation, Objective, distillation
-from distill.recipe import Options, Recipe
-from distill.registry import Classifier, InputSpec
-from distill.run_dir import RunDirectory
-from distill.teacher import Teacher
+from distill.config.recipe import Options, Recipe
+from distill.files import checkpoint
+from distill.models.classifier import Classifier, InputSpec
+from distill.run.directory import RunDirectory
+from distill.teacher.cached import AnsweredData
+from distill.teacher.store import Encoding
+from distill.teacher.teacher import Teacher
+from distill.training.engine import Fitted, fit
+from distill.training.objectives import CrossEntropy, Distillation, Objective, distillation
 
 CPU = torch.device("cpu")
 SPEC = InputSpec(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

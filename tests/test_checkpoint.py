@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from distill import checkpoint, weights
-from distill.checkpoint import CheckpointError
+from distill.files import checkpoint
+from distill.files.checkpoint import CheckpointError
+from distill.models import weights
 
 PAYLOAD = {
     "epoch": 3,
@@ -68,7 +69,7 @@ def test_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, code:
     if call in names:
         monkeypatch.setattr(checkpoint, names[call], fail)
     else:
-        monkeypatch.setattr(f"distill.checkpoint.os.{call}", fail)
+        monkeypatch.setattr(f"distill.files.checkpoint.os.{call}", fail)
     with pytest.raises(CheckpointError, match=r"bytes free") as error:
         checkpoint.save(saved, {"epoch": 4}, keep_previous=True)
     assert str(saved) in str(error.value)
@@ -90,7 +91,7 @@ def test_a_directory_without_fsync_is_passed_by(saved: Path, monkeypatch: pytest
             raise OSError(code, os.strerror(code))
         whole(descriptor)
 
-    monkeypatch.setattr("distill.checkpoint.os.fsync", fsync)
+    monkeypatch.setattr("distill.files.checkpoint.os.fsync", fsync)
     checkpoint.save(saved, {"epoch": 4}, keep_previous=True)
     checkpoint.write_atomically(saved.parent / "config.json", b"{}")
     assert checkpoint.load(saved)["epoch"] == 4
@@ -125,7 +126,9 @@ def test_two_processes_write_one_file(saved: Path) -> None:
 @pytest.mark.parametrize("links", [True, False])
 def test_the_former_file_is_kept(saved: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     if not links:  # as on a file system without them
-        monkeypatch.setattr("distill.checkpoint.os.link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "")))
+        monkeypatch.setattr(
+            "distill.files.checkpoint.os.link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, ""))
+        )
     for epoch in (4, 5):
         checkpoint.save(saved, {"epoch": epoch}, keep_previous=True)
     assert checkpoint.load(saved)["epoch"] == 5

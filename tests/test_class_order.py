@@ -16,12 +16,13 @@ from cifar10.classes import CLASSES, class_names
 from cifar10.data import load_data
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import RECIPES
-from distill import checkpoint, weights
-from distill.class_order import ClassNames, put_in_order
+from distill.config.recipe import Options
 from distill.errors import UserError
-from distill.networks import Network, load_into
-from distill.recipe import Options
-from distill.registry import Classifier
+from distill.files import checkpoint
+from distill.models import weights
+from distill.models.class_order import ClassNames, put_in_order
+from distill.models.classifier import Classifier
+from distill.models.network import Network, load_into
 from imagenet import models as photo_models
 
 CE = replace(RECIPES["student"], arch="densenet_cifar", epochs=1, batch_size=8, warmup=0.25)
@@ -215,7 +216,7 @@ def test_other_classes_are_refused(ours: tuple[str, ...], theirs: tuple[str, ...
 def photo_order(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> list[int] | None:
     """What is made of the published weights of a network of 1,000 classes, for folders of these names."""
     found: list[Any] = []
-    monkeypatch.setattr("distill.weights.put_in_order", lambda _, order, *__: found.append(order))
+    monkeypatch.setattr("distill.models.weights.put_in_order", lambda _, order, *__: found.append(order))
     known = Network("tiny", CIFAR_INPUT, lambda num_classes: nn.Linear(2, num_classes), lambda _: {})
     told = weights.Weights("the published tiny", known.build(num_classes=1000).state_dict(), published=True)
     classifier = Classifier(known.build(num_classes=1000), CIFAR_INPUT, classes=names)

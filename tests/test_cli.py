@@ -10,11 +10,11 @@ import pytest
 
 from cifar10 import train_ce, train_kd
 from cifar10.recipes import RECIPES
-from distill import cli
+from distill.config import cli
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.knobs import flag
-from distill.methods import METHODS
-from distill.recipe import Options, Recipe
+from distill.losses.methods import METHODS
+from distill.options import flag
 
 FLAGS = """--arch --teacher-arch --ensemble --teacher-image-size --pretrained --weights --teacher-weights --image-size
 --mean --std --teacher-mean --teacher-std --class-order --allow-data-change

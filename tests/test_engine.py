@@ -21,17 +21,21 @@ from torch import Tensor, nn
 
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
-from distill import checkpoint, engine, parallel, trial
-from distill.board import Board
+from distill.config.recipe import Options
+from distill.data.datasets import Batch
 from distill.errors import UserError
-from distill.evaluation import evaluate
-from distill.objectives import CrossEntropy, Step
-from distill.outcome import diverged
-from distill.recipe import Options
-from distill.registry import Classifier
-from distill.run_dir import RunDirectory
-from distill.stop import SIGNALS, Stopped, StopRequest
-from distill.views import Batch
+from distill.files import checkpoint
+from distill.models import probe as trial
+from distill.models.classifier import Classifier
+from distill.parallel import devices
+from distill.run.directory import RunDirectory
+from distill.run.outcome import diverged
+from distill.run.tensorboard import TensorBoardWriter
+from distill.training import engine
+from distill.training.evaluation import evaluate
+from distill.training.objectives import CrossEntropy, Step
+from distill.training.stop import SIGNALS, Stopped, StopRequest
+from distill.training.wrap import wrap_parallel
 from tests.runs import CPU, RECIPE, small_network, state, taught, teaching, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +103,7 @@ def test_sync_bn_keeps_the_weights_where_they_are(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert parallel.spread(network, network.mean.device, replace(RECIPE, sync_bn=True), "cuda:0") is network
+    assert wrap_parallel(network, network.mean.device, replace(RECIPE, sync_bn=True), "cuda:0") is network
     assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     after = dict(network.network.named_parameters())
     assert after.keys() == before.keys()
@@ -113,14 +117,14 @@ def test_several_gpus_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(network._buffers, "mean", SimpleNamespace(device=torch.device("cuda", 0)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(parallel, "DataParallel", lambda module, here: found.append((module, here)) or module)
-    parallel.spread(network, network.mean.device, RECIPE, "auto")
-    parallel.spread(network, network.mean.device, RECIPE, "cuda:0,0")
+    monkeypatch.setattr(devices, "DataParallel", lambda module, here: found.append((module, here)) or module)
+    wrap_parallel(network, network.mean.device, RECIPE, "auto")
+    wrap_parallel(network, network.mean.device, RECIPE, "cuda:0,0")
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert found == [(network, [first, second]), (network, [first, first])]
     for change, message in (({"compile": True}, "--compile takes one GPU"), ({"sync_bn": True}, "--sync-bn takes")):
         with pytest.raises(UserError, match=message):
-            parallel.spread(network, network.mean.device, replace(RECIPE, **change), "auto")
+            wrap_parallel(network, network.mean.device, replace(RECIPE, **change), "auto")
 
 
 def test_tensorboard(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +152,10 @@ def test_tensorboard_gets_what_it_lacks(small_npz: Path, tmp_path: Path, monkeyp
     run, wanted = tmp_path / "run", Options(tensorboard=True)
     with pytest.raises(Stopped):
         train(run, small_npz, options=Options(steps=7))
-    show = Board.show
+    show = TensorBoardWriter.show
     interrupted = lambda self, records: _interrupt() if len(records) > 1 else show(self, records)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(Board, "show", interrupted)
+        patch.setattr(TensorBoardWriter, "show", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(run, small_npz, options=wanted)
     assert [epoch for epoch, _ in on_board(run)] == [1]
@@ -265,7 +269,7 @@ def test_a_second_signal_ends_at_once(numbers: tuple[str, str]) -> None:
     for pause in (0.1, 0):
         code = f"""if True:
             import os, time
-            from distill.stop import StopRequest
+            from distill.training.stop import StopRequest
             with StopRequest() as stop:
                 os.kill(os.getpid(), {int(first)}); time.sleep({pause}); os.kill(os.getpid(), {int(second)})
                 time.sleep(5)
@@ -522,8 +526,8 @@ def test_tensors_stay_where_the_student_is() -> None:
 def test_ranks_draw_their_own_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     for number in range(3):
-        monkeypatch.setattr(parallel, "rank", lambda number=number: number)
-        parallel.seed_generators(3, "cpu")
+        monkeypatch.setattr("distill.parallel.devices.rank", lambda number=number: number)
+        devices.seed_generators(3, "cpu")
         drawn.append(torch.rand(3))
     torch.manual_seed(3)
     assert torch.equal(drawn[0], torch.rand(3))
@@ -549,13 +553,13 @@ def test_generators_of_several_gpus_are_seeded_and_come_back(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor(states[device.index]))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device.index: int(state)}))
     monkeypatch.setattr(torch, "manual_seed", lambda seed: states.update({0: seed}))
-    parallel.seed_generators(3, "cuda:0,2")
+    devices.seed_generators(3, "cuda:0,2")
     assert states.keys() == {0, 2}
     assert states[0] == 3 != states[2]
-    saved, before = parallel.generator_states("cuda:0,2"), dict(states)
+    saved, before = devices.generator_states("cuda:0,2"), dict(states)
     assert saved.keys() == {"cpu", "cuda", "cuda1"}
     states.update({0: 7, 2: 8})
-    parallel.restore_generators(saved, "cuda:0,2")
+    devices.restore_generators(saved, "cuda:0,2")
     assert states == before
 
 

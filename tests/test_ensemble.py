@@ -9,11 +9,11 @@ import torch
 
 from cifar10 import train_kd
 from cifar10.models import MODELS
-from distill import checkpoint
-from distill.ensemble import add_to_mean, member_files
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.recipe import Options, Recipe
-from distill.stop import Stopped
+from distill.files import checkpoint
+from distill.teacher.ensemble import add_to_mean, member_files
+from distill.training.stop import Stopped
 from imagenet import train_kd as photos_kd
 
 ARCHS = ("airbench94", "densenet_cifar")

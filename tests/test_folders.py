@@ -9,8 +9,8 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cifar10.data import load_data as load_small
+from distill.data.folders import SUFFIXES, list_images
 from distill.errors import BrokenImage, UserError
-from distill.folders import SUFFIXES, list_images
 from imagenet.data import load_data as load_photos
 from imagenet.loader import Workers
 

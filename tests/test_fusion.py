@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10.models import MODELS
-from distill.fusion import FusedConvolution, rewrite
+from distill.models.fusion import FusedConvolution, rewrite
 
 
 def warmed(network: nn.Module, images: Tensor) -> nn.Module:

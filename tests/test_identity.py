@@ -10,12 +10,13 @@ import torch
 
 from cifar10 import train_ce, train_kd
 from cifar10.data import load_data
-from distill import checkpoint, engine
+from distill.config.recipe import Options
 from distill.errors import UserError
-from distill.logit_store import LogitStore
-from distill.recipe import Options
-from distill.run_dir import RunDirectory, open_run
-from distill.stop import Stopped
+from distill.files import checkpoint
+from distill.run.directory import RunDirectory, open_run
+from distill.teacher.store import LogitStore
+from distill.training import engine
+from distill.training.stop import Stopped
 from imagenet import train_ce as train_photos
 from imagenet.recipes import RECIPES as PHOTO_RECIPES
 from imagenet.recipes import ImageNetOptions

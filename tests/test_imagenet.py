@@ -26,12 +26,12 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from distill import downloads
+from distill.config.recipe import Options
+from distill.data.draws import uniforms, uniforms_of
 from distill.errors import BrokenImage, UserError
-from distill.recipe import Options
-from distill.registry import Classifier, InputSpec
-from distill.teacher import _block
-from distill.views import uniforms, uniforms_of
+from distill.files import downloads
+from distill.models.classifier import Classifier, InputSpec
+from distill.teacher.teacher import _block
 from imagenet import models, train_ce, train_kd
 from imagenet.augment import DRAWS, PhotoViews, random_box
 from imagenet.data import PhotoTests, load_data, prepare
@@ -354,7 +354,7 @@ def test_views_at_the_teachers_size_and_mixtures(photos: Path) -> None:
 def test_each_photo_is_evaluated_once(count: int, photos: Path) -> None:
     data = load_data(str(photos), NONE)
     test = PhotoTests(data.val_files, data.val_labels, InputSpec(32, (0, 0, 0), (1, 1, 1), 36), NONE, CPU, "pillow")
-    shares = [batch for rank in range(count) for batch in test.batches((rank, count))]
+    shares = [batch for rank in range(count) for batch in test.batches(rank, count)]
     whole = list(test.batches())
     for k in (0, 1):
         assert torch.equal(torch.cat([share[k] for share in shares]), torch.cat([batch[k] for batch in whole]))

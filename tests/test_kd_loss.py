@@ -11,12 +11,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from distill import checkpoint, kd_loss
-from distill.kd_loss import TopKLogits, dist, dkd, kd, kd_top_k, nkd, standardize, top_k_error, top_k_logits
-from distill.methods import METHODS
-from distill.objectives import logit_loss, objective
-from distill.recipe import Recipe
-from distill.registry import Classifier
+from distill.config.recipe import Recipe
+from distill.files import checkpoint
+from distill.losses import kd_loss
+from distill.losses.kd_loss import TopKLogits, dist, dkd, kd, kd_top_k, nkd, standardize, top_k_error, top_k_logits
+from distill.losses.methods import METHODS
+from distill.models.classifier import Classifier
+from distill.training.objectives import logit_loss, objective
 from tests.runs import SPEC, small_network, teaching
 
 CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cifar10.models import MODELS
-from distill import checkpoint
+from distill.files import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

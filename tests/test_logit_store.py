@@ -12,15 +12,16 @@ import torch
 
 from cifar10 import train_kd
 from cifar10.data import load_data, prepare
-from distill import answers as answers_module
-from distill import checkpoint, logit_store
-from distill.answers import AnsweredData
+from distill.config.recipe import Options, Recipe
+from distill.data.datasets import TensorData
 from distill.errors import UserError
-from distill.kd_loss import TopKLogits, top_k_logits
-from distill.logit_store import Encoding, LogitStore, fits, store_key
-from distill.recipe import Options, Recipe
-from distill.teacher import Teacher
-from distill.views import TensorData
+from distill.files import checkpoint
+from distill.losses.kd_loss import TopKLogits, top_k_logits
+from distill.teacher import cached as answers_module
+from distill.teacher import store as logit_store
+from distill.teacher.cached import AnsweredData
+from distill.teacher.store import Encoding, LogitStore, fits, store_key
+from distill.teacher.teacher import Teacher
 from tests.conftest import teacher_file
 from tests.runs import small_network
 from tests.test_train import KD
@@ -98,7 +99,9 @@ def test_another_order_finds_what_an_epoch_left_out(small_npz: Path, tmp_path: P
     """40 images in batches of 16: eight are left out, others for each seed; two processes share them."""
     recipe = replace(RECIPE, batch_size=16)
     data, teacher, store = store_of(tmp_path, small_npz, recipe)
-    shared = [TensorData(data.images, data.labels, replace(data.plan, share=(r, 2)), data.policy) for r in (0, 1)]
+    shared = [
+        TensorData(data.images, data.labels, replace(data.plan, rank=r, world_size=2), data.policy) for r in (0, 1)
+    ]
     for part in shared:
         one = answering(part, teacher, store)
         answers(one, 2)

@@ -13,9 +13,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from distill import parallel
+from distill.config.environment import Ranks, announced, cores, find_ranks, is_joined
 from distill.errors import UserError
-from distill.machine import Place, announced, cores, find_place, is_joined
+from distill.parallel import devices
 from scripts import torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,12 +34,12 @@ SET = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0
     ],
 )
 def test_what_a_platform_sets_for_nobody_is_not_heeded(environment: dict[str, str]) -> None:
-    assert find_place(environment) == Place()
+    assert find_ranks(environment) == Ranks()
     assert not is_joined(environment)
 
 
 def test_a_complete_set_is_a_place() -> None:
-    assert find_place(SET) == Place(1, 0, 2)
+    assert find_ranks(SET) == Ranks(1, 0, 2)
     assert is_joined(SET)
 
 
@@ -59,12 +59,12 @@ def test_an_incomplete_set_is_refused(change: dict[str, str], message: str, monk
         monkeypatch.setenv(name, value)
     assert not is_joined()
     with pytest.raises(UserError, match=f"{re.escape(message)}.*`unset WORLD_SIZE` for one process"):
-        parallel.start("cpu")
+        devices.start("cpu")
 
 
 def test_a_rank_for_nobody_prints() -> None:
     """RANK alone silenced every process; so did a rank that is no number end it."""
-    code = "from distill import cli; cli.run(lambda argv: print(*argv))"
+    code = "from distill.config import cli; cli.run(lambda argv: print(*argv))"
     for rank in ("1", "worker"):
         words, settings = [sys.executable, "-c", code, "heard"], {**os.environ, "RANK": rank}
         found = subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
@@ -107,13 +107,13 @@ def test_cores(files: dict[str, str], expected: int, tmp_path: Path, monkeypatch
 
 def test_threads_are_no_more_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
-    monkeypatch.setattr(parallel, "cores", lambda: 3)
+    monkeypatch.setattr(devices, "cores", lambda: 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    parallel.start("cpu")
+    devices.start("cpu")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    parallel.start("cpu")
+    devices.start("cpu")
     assert chosen == [3]
 
 
@@ -213,6 +213,6 @@ def test_a_port_in_use_is_named(launched: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use on this machine"):
             torchrun.main(["train.py"])
         os.environ.update({"RANK": "0", "WORLD_SIZE": "2"})
-        launched.setattr(parallel, "ctypes", MagicMock())  # this process is not to end with its parent
+        launched.setattr(devices, "ctypes", MagicMock())  # this process is not to end with its parent
         with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use on this machine"):
-            parallel._join(Place(0, 0, 2), torch.device("cpu"))
+            devices._join(Ranks(0, 0, 2), torch.device("cpu"))

@@ -14,7 +14,8 @@ from torch import nn
 from cifar10.models import MODELS
 from cifar10.models.efficientnet import Block, EfficientNet
 from distill.errors import UserError
-from distill.registry import Classifier, InputSpec, Registry
+from distill.models.classifier import Classifier, InputSpec
+from distill.models.registry import Registry
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_cifar10_models.json").read_text())
 

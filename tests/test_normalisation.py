@@ -13,10 +13,10 @@ from cifar10 import teachers, train_ce, train_kd
 from cifar10.data import load_data
 from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
-from distill import weights
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.recipe import Options, Recipe
-from distill.run_dir import RunDirectory
+from distill.models import weights
+from distill.run.directory import RunDirectory
 from imagenet import train_kd as photo_kd
 from imagenet.recipes import STANDARD, ImageNetOptions
 from scripts import evaluate

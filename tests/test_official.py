@@ -18,8 +18,8 @@ import pytest
 from cifar10 import data as module
 from cifar10 import official
 from cifar10.data import load_data
-from distill import downloads
 from distill.errors import UserError
+from distill.files import downloads
 
 
 class Attack:

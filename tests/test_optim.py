@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from cifar10.data import load_data, prepare
-from distill import checkpoint, weights
+from distill.config.recipe import Options, Recipe
+from distill.data.datasets import Batch, EvaluationSet, Mixture
 from distill.errors import UserError
-from distill.evaluation import evaluate
-from distill.metrics import Tally
-from distill.objectives import CrossEntropy, Step, distillation
-from distill.optim import WeightAverage, build_optimizer, learning_rate
-from distill.recipe import Options, Recipe
-from distill.stop import Stopped
-from distill.views import Batch, EvaluationSet, Mixture
+from distill.files import checkpoint
+from distill.models import weights
+from distill.training.evaluation import evaluate
+from distill.training.metrics import Tally
+from distill.training.objectives import CrossEntropy, Step, distillation
+from distill.training.optim import WeightAverage, build_optimizer, learning_rate
+from distill.training.stop import Stopped
 from tests.runs import CPU, RECIPE, small_network, taught, teaching, train
 
 
@@ -239,9 +240,9 @@ def test_distillation_is_the_weighted_sum() -> None:
 
 def test_dist_wants_two_images_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(teacher_arch="resnet18", method="dist", batch_size=4, warmup=0)
-    monkeypatch.setattr("distill.objectives.world_size", lambda: 2)
+    monkeypatch.setattr("distill.training.objectives.world_size", lambda: 2)
     assert distillation(recipe).parts == ("kd", "ce")
-    monkeypatch.setattr("distill.objectives.world_size", lambda: 4)
+    monkeypatch.setattr("distill.training.objectives.world_size", lambda: 4)
     with pytest.raises(UserError, match="--batch-size 4 is too small for 4 of them"):
         distillation(recipe)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.output import OutputError, Stream
+from distill.config.output import OutputError, Stream
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "'caf\\udce9 \\xe9 \\u65e5'"  # in Python's spelling: Latin-1 of a file system in UTF-8, and what ASCII lacks

@@ -20,21 +20,22 @@ from torch import Tensor, nn
 from cifar10 import train_ce, train_kd
 from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
-from distill import checkpoint, weights
-from distill.answers import AnsweredData
-from distill.engine import fit
+from distill.config.recipe import Options, Recipe
+from distill.data.datasets import Batch
 from distill.errors import UserError
-from distill.features import Tapped, find_places
-from distill.logit_store import Encoding
-from distill.methods import METHODS
-from distill.objectives import CrossEntropy, objective
-from distill.overhaul import FeatureLoss, margin, partial_l2, pooled
-from distill.recipe import Options, Recipe
-from distill.registry import Classifier, InputSpec
-from distill.run_dir import RunDirectory
-from distill.stop import Stopped
-from distill.teacher import Teacher
-from distill.views import Batch
+from distill.features.overhaul import FeatureLoss, margin, partial_l2, pooled
+from distill.features.points import FeatureExtractor, find_feature_points
+from distill.files import checkpoint
+from distill.losses.methods import METHODS
+from distill.models import weights
+from distill.models.classifier import Classifier, InputSpec
+from distill.run.directory import RunDirectory
+from distill.teacher.cached import AnsweredData
+from distill.teacher.store import Encoding
+from distill.teacher.teacher import Teacher
+from distill.training.engine import fit
+from distill.training.objectives import CrossEntropy, objective
+from distill.training.stop import Stopped
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
@@ -181,8 +182,8 @@ BY_HAND: dict[str, tuple[Callable[[], Classifier], Callable[[Any, Tensor], list[
 def test_features_are_those_of_a_hand_written_forward(name: str) -> None:
     build, by_hand = BY_HAND[name]
     network = build()
-    places = find_places(network, name)
-    tapped, pixels = Tapped(network, places).eval(), images(2, network.spec.size)
+    places = find_feature_points(network, name)
+    tapped, pixels = FeatureExtractor(network, places).eval(), images(2, network.spec.size)
     with torch.no_grad():
         logits, found = tapped(pixels)
         expected = by_hand(network.network, network.normalise(pixels))
@@ -203,10 +204,10 @@ def test_every_network_has_stages_and_margins(arch: str) -> None:
     network = classifier(arch)
     if arch not in OURS:  # one that is added may have none, and is refused then
         with suppress(UserError):
-            assert len(find_places(network, arch)) >= 2
+            assert len(find_feature_points(network, arch)) >= 2
         return
     before, mode = checkpoint.digest(network.state_dict()), network.network.training
-    places = find_places(network, arch)
+    places = find_feature_points(network, arch)
     assert len(places) >= 3
     sizes = [place.shape[1] for place in places]
     assert sizes == sorted(set(sizes), reverse=True)
@@ -236,9 +237,9 @@ def test_networks_of_others(name: str, channels: tuple[int, ...]) -> None:
 
     known = find(name).at(64)
     network = Classifier(known.build(num_classes=10), known.spec)
-    places = find_places(network, name)
+    places = find_feature_points(network, name)
     assert tuple(place.shape[0] for place in places) == channels
-    _, found = Tapped(network, places).train()(images(2, 64))
+    _, found = FeatureExtractor(network, places).train()(images(2, 64))
     assert [tuple(feature.shape[1:]) for feature in found] == [place.shape for place in places]
 
 
@@ -248,7 +249,7 @@ def test_networks_without_stages_are_refused(name: str) -> None:
 
     known = find(name)
     with pytest.raises(UserError, match=f"in {name} . ends of stages were found, at least 2 are needed: maps"):
-        find_places(Classifier(known.build(num_classes=10), known.spec), name)
+        find_feature_points(Classifier(known.build(num_classes=10), known.spec), name)
 
 
 class ScaledConvolution(nn.Conv2d):
@@ -264,7 +265,7 @@ def test_what_is_computed_from_weights_alone_is_no_feature() -> None:
         layers += [ScaledConvolution(few, many, 3), nn.BatchNorm2d(many), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if few == many else []
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-    places = find_places(Classifier(network, CIFAR_INPUT), "scaled")
+    places = find_feature_points(Classifier(network, CIFAR_INPUT), "scaled")
     assert [place.shape for place in places] == [(4, 32, 32), (8, 16, 16)]
 
 
@@ -277,7 +278,7 @@ def test_the_sum_over_stages(student: str, teacher: str) -> None:
     batch = images(3)
     with torch.no_grad():
         _, own = loss.learner.eval()(batch)
-        _, known = Tapped(teaching.network, find_places(teaching.network, teacher))(batch)
+        _, known = FeatureExtractor(teaching.network, find_feature_points(teaching.network, teacher))(batch)
         total = 0.0
         for k, (s, t, place) in enumerate(zip(own[::-1], known[::-1], loss.known[::-1], strict=False)):
             assert place.scale is not None
@@ -309,7 +310,7 @@ def test_a_margin_that_is_measured() -> None:
     batches = [Batch(part, torch.zeros(2), torch.arange(2), torch.zeros(2)) for part in whole.split(2)]
     loss.measure(iter(batches))
     with torch.no_grad():
-        _, features = Tapped(teacher.network, loss.known)(whole)
+        _, features = FeatureExtractor(teacher.network, loss.known)(whole)
     for found, feature in zip(loss.margins, features, strict=True):
         rows = feature.transpose(0, 1).flatten(1)
         expected = torch.stack([row[row < 0].mean() for row in rows])
@@ -436,7 +437,7 @@ def test_what_returns_no_logits_is_refused() -> None:
             return images, images
 
     with pytest.raises(UserError, match=r"pair could not be watched at work.*it returns a tuple, not logits"):
-        find_places(Classifier(Pair(), CIFAR_INPUT), "pair")
+        find_feature_points(Classifier(Pair(), CIFAR_INPUT), "pair")
 
 
 class Tiny(nn.Sequential):

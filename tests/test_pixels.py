@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from cifar10 import folder
+from distill.data.pixels import is_dim, is_turned, open_image, say_dim, say_turned
 from distill.errors import BrokenImage
-from distill.pixels import is_dim, is_turned, open_image, say_dim, say_turned
 from imagenet.decoding import Box, examine, read_box, read_centre
 
 GREY = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))

@@ -11,10 +11,10 @@ from torch import nn
 from cifar10 import train_ce, train_kd
 from cifar10.models import MODELS, build_student, find, resolve
 from cifar10.recipes import RECIPES
-from distill import weights
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.parallel import check_batch_norm
-from distill.recipe import Options, Recipe
+from distill.models import weights
+from distill.parallel.devices import check_batch_norm
 from tests.runs import CPU
 
 TEN = tuple("abcdefghij")

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from cifar10.data import load_data, prepare
-from distill import checkpoint, parallel
+from distill.config.recipe import Recipe
+from distill.data.order import EpochPlan
 from distill.errors import UserError
-from distill.recipe import Recipe
-from distill.views import EpochPlan
+from distill.files import checkpoint
+from distill.parallel import devices
+from distill.training import wrap
 from tests.test_kill import final_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,19 +102,19 @@ def test_photos_are_evaluated_alike_by_two(photos: Path, tmp_path: Path) -> None
 def test_shares_make_up_the_whole(count: int, small_npz: Path) -> None:
     """Any number of processes: each test image once, in order; each batch divided, in the order of one process."""
     training, tests = prepare(load_data(str(small_npz)), Recipe(batch_size=28), CPU)
-    parts = [images for rank in range(count) for images, _ in tests["test"].batches((rank, count))]
+    parts = [images for rank in range(count) for images, _ in tests["test"].batches(rank, count)]
     assert torch.equal(torch.cat(parts), tests["test"].images)
     plan = training.plan
     whole = [chosen for chosen, _ in plan.steps(3)]
     if 28 % count == 0:
-        shares = [EpochPlan(plan.indices, plan.order, plan.seed, 28, (rank, count)).steps(3) for rank in range(count)]
+        shares = [EpochPlan(plan.indices, plan.order, plan.seed, 28, rank, count).steps(3) for rank in range(count)]
         together = [np.concatenate([chosen for chosen, _ in step]) for step in zip(*shares, strict=True)]
         assert np.array_equal(together, whole)
         assert len(whole[0]) == 28
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar10.data.share", lambda: (0, 3))
+    monkeypatch.setattr("cifar10.data.rank_and_world_size", lambda: (0, 3))
     with pytest.raises(UserError, match="--batch-size 8 must be a multiple of the 3 processes"):
         prepare(load_data(str(small_npz)), Recipe(batch_size=8), CPU)
 
@@ -195,22 +197,22 @@ def test_a_wrong_flag_or_path_is_told_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cuda:x", "cuda:", "tpu", "cuda:1,", "meta"])
 def test_devices_refuses(name: str) -> None:
     with pytest.raises(UserError, match="--device must be auto, cpu, cuda, cuda:N or cuda:N,M"):
-        parallel.devices(name)
+        devices.devices(name)
 
 
 def test_devices_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parallel.devices("cpu") == [CPU]
+    assert devices.devices("cpu") == [CPU]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"cannot use this machine's GPUs: .* --device cpu"):
-        parallel.devices("auto")
+        devices.devices("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     both = [torch.device("cuda", 0), torch.device("cuda", 1)]
-    assert parallel.devices("auto") == parallel.devices("cuda") == parallel.devices("cuda:0,1") == both
-    assert parallel.devices("cuda:1") == both[1:]
-    assert parallel.devices("cuda:0,0") == [both[0], both[0]]
-    assert (parallel.shares("auto"), parallel.shares("cuda:1"), parallel.shares("cpu")) == (2, 1, 1)
+    assert devices.devices("auto") == devices.devices("cuda") == devices.devices("cuda:0,1") == both
+    assert devices.devices("cuda:1") == both[1:]
+    assert devices.devices("cuda:0,0") == [both[0], both[0]]
+    assert (devices.replicas("auto"), devices.replicas("cuda:1"), devices.replicas("cpu")) == (2, 1, 1)
     with pytest.raises(UserError, match="has 2 CUDA devices"):
-        parallel.devices("cuda:2")
+        devices.devices("cuda:2")
 
 
 @pytest.mark.parametrize(("accumulate", "mode"), [(1, "reduce-overhead"), (2, None)])
@@ -219,7 +221,7 @@ def test_cuda_graphs_only_where_a_step_has_one_part(
 ) -> None:
     modes = []
     monkeypatch.setattr(torch, "compile", lambda network, mode: modes.append(mode) or network)
-    monkeypatch.setattr(parallel, "devices", lambda _name: [torch.device("cuda", 0)])
+    monkeypatch.setattr(devices, "devices", lambda _name: [torch.device("cuda", 0)])
     recipe = Recipe(compile=True, accumulate=accumulate)
-    parallel.spread(torch.nn.Linear(1, 1), torch.device("cuda", 0), recipe, "cuda:0")
+    wrap.wrap_parallel(torch.nn.Linear(1, 1), torch.device("cuda", 0), recipe, "cuda:0")
     assert modes == [mode]

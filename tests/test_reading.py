@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from distill import inert
 from distill.errors import CheckpointError
-from distill.weights import load
+from distill.files import stand_ins as inert
+from distill.models.weights import load
 
 
 class Call:

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill import provenance
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.recipe import Options, Recipe
-from distill.run_dir import RunDirectory, next_free, open_run
+from distill.run import provenance
+from distill.run.directory import RunDirectory, next_free, open_run
 
 CPU = torch.device("cpu")
 FACTS = {"data": "x", "data_digest": "1"}

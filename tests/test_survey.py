@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import distill.teacher
-from distill import checkpoint
+import distill.teacher.teacher
 from distill.errors import BrokenImage, UserError
-from distill.stop import Stopped
+from distill.files import checkpoint
+from distill.training.stop import Stopped
 from imagenet import survey, train_ce, train_kd
 from imagenet.augment import PhotoViews
 from imagenet.data import load_data
@@ -177,7 +177,7 @@ def test_leaving_files_out_is_a_recorded_change(own: Path, tmp_path: Path, capsy
 def test_the_teacher_is_not_asked_again_after_a_file_was_mended(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distill.teacher, "_block", lambda *_: 8)  # a batch, so that the first ones are answered
+    monkeypatch.setattr(distill.teacher.teacher, "_block", lambda *_: 8)  # a batch, so that the first ones are answered
     torch.save(find("mobilenet_v3_small").build(num_classes=4).state_dict(), tmp_path / "teacher.pth")
     flags = [str(own), *SMALL, "--teacher-arch", "mobilenet_v3_small", "--teacher-precision", "float32", "--views", "1"]
     flags += ["--render-size", "32", "--teacher-checkpoint", str(tmp_path / "teacher.pth")]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill.data.datasets import EvaluationSet
 from distill.errors import UserError
-from distill.teacher import FLOAT16_MAX, Teacher, agreement, chance_warning, examine
-from distill.views import EvaluationSet
+from distill.teacher.report import agreement, chance_warning, examine
+from distill.teacher.teacher import FLOAT16_MAX, Teacher
 from tests.runs import CPU, small_network, teaching, train
 
 

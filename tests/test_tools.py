@@ -17,10 +17,10 @@ from cifar10 import teachers, train_ce, train_kd
 from cifar10.data import load_data
 from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
+from distill.config.recipe import Recipe
 from distill.errors import UserError
-from distill.methods import SETTINGS
-from distill.recipe import Recipe
-from distill.registry import Classifier
+from distill.losses.methods import SETTINGS
+from distill.models.classifier import Classifier
 from scripts import benchmark, model_size, precompute, publish, reproduce, results, sweep
 from tests.conftest import teacher_file
 
@@ -87,7 +87,7 @@ def test_stores_are_listed_verified_and_removed(
 
 def test_verify_finds_a_wrong_answer(flags: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whole files with other numbers in them: only asking again can tell."""
-    from distill import checkpoint
+    from distill.files import checkpoint
 
     precompute.main([*flags, "--views", "1"])
     (path,) = (home / "stores").glob("*/0*.pt")

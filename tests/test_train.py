@@ -15,9 +15,10 @@ from cifar10 import teachers, train_ce, train_kd
 from cifar10.data import load_data
 from cifar10.models import MODELS
 from cifar10.recipes import RECIPES
-from distill import checkpoint, weights
+from distill.config.recipe import Options
 from distill.errors import UserError
-from distill.recipe import Options
+from distill.files import checkpoint
+from distill.models import weights
 from tests.conftest import teacher_file
 
 CE = replace(RECIPES["student"], epochs=2, batch_size=8)

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from cifar10.models import CIFAR_INPUT, MODELS
-from distill import checkpoint, parallel, trial
+from distill.config.recipe import Recipe
 from distill.errors import UserError
-from distill.recipe import Recipe
-from distill.registry import Classifier
+from distill.files import checkpoint
+from distill.models import probe as trial
+from distill.models.classifier import Classifier
+from distill.parallel import devices
+from distill.training.wrap import check_batch_norm
 
 
 def network(*head: nn.Module) -> Classifier:
@@ -61,12 +64,13 @@ def test_another_error_of_a_network_is_its_own() -> None:
 def test_the_smallest_part_of_a_batch(
     recipe: Recipe, processes: int, gpus: int, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel, "world_size", lambda: processes)
-    monkeypatch.setattr(parallel, "devices", lambda _: [torch.device("cpu")] * gpus)
+    for module in ("distill.parallel.devices", "distill.training.wrap"):
+        monkeypatch.setattr(f"{module}.world_size", lambda: processes)
+    monkeypatch.setattr(devices, "devices", lambda _: [torch.device("cpu")] * gpus)
     tried = network(nn.BatchNorm1d(4))
     if message is None:
-        parallel.check_batch_norm(tried, "net", recipe, "auto")
+        check_batch_norm(tried, "net", recipe, "auto")
         return
     with pytest.raises(UserError, match=message):
-        parallel.check_batch_norm(tried, "net", recipe, "auto")
-    parallel.check_batch_norm(network(nn.Linear(4, 2)), "net", recipe, "auto")
+        check_batch_norm(tried, "net", recipe, "auto")
+    check_batch_norm(network(nn.Linear(4, 2)), "net", recipe, "auto")

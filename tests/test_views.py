@@ -10,20 +10,12 @@ from torchvision.transforms import functional as reference
 
 from cifar10.augment import CropFlip, Cutout, NoChange, Original, build_policy
 from cifar10.data import load_data
+from distill.config.recipe import Recipe
+from distill.data.datasets import TensorData
+from distill.data.draws import ViewDraws, permutation, raw_draws, uniforms
+from distill.data.order import EpochPlan, ViewOrder, split_validation
+from distill.data.views import ViewPolicy, check_cutout
 from distill.errors import UserError
-from distill.recipe import Recipe
-from distill.views import (
-    EpochPlan,
-    TensorData,
-    ViewDraws,
-    ViewOrder,
-    ViewPolicy,
-    check_cutout,
-    permutation,
-    raw_draws,
-    split_validation,
-    uniforms,
-)
 
 IMAGES = load_data("sample").train_images
 RECORDED_DRAWS = [3998611724445730424, 4336785009336206839, 15072604215656766132]
@@ -152,7 +144,9 @@ def test_mixture_is_part_of_the_view() -> None:
             for batch in TensorData(IMAGES[:64], labels, plan, policy, ViewDraws(0, "mixup", 2)).batches(epoch):
                 assert batch.mixture is not None
                 assert torch.equal(batch.labels, batch.indices)
-                mixed = zip(batch.images, batch.mixture.labels.tolist(), batch.mixture.share.tolist(), strict=True)
+                mixed = zip(
+                    batch.images, batch.mixture.labels.tolist(), batch.mixture.coefficient.tolist(), strict=True
+                )
                 for i, v, found in zip(batch.indices.tolist(), batch.views.tolist(), mixed, strict=True):
                     again += (i, v) in seen
                     first = seen.setdefault((i, v), found)

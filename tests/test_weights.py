@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from cifar10.models import MODELS
-from distill import checkpoint
 from distill.errors import CheckpointError
-from distill.weights import fitted, load
+from distill.files import checkpoint
+from distill.models.weights import fitted, load
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from cifar10.classes import class_names
 from cifar10.models.efficientnet import EfficientNet
 from cifar10.models.registry import CIFAR_INPUT, MODELS
-from distill import networks
-from distill.class_order import ClassNames
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.networks import Network, theirs
-from distill.recipe import Options, Recipe
-from distill.registry import Classifier
-from distill.weights import Weights
+from distill.models import network as networks
+from distill.models.class_order import ClassNames
+from distill.models.classifier import Classifier
+from distill.models.network import Network, theirs
+from distill.models.weights import Weights
 
 __all__ = ["CIFAR_INPUT", "MODELS", "build_student", "find", "find_trained", "resolve"]
 

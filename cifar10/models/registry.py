@@ -1,6 +1,7 @@
 """The registry of CIFAR networks, and the input they were trained with."""
 
-from distill.registry import InputSpec, Registry
+from distill.models.classifier import InputSpec
+from distill.models.registry import Registry
 
 MODELS = Registry("CIFAR-10")
 

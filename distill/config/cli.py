@@ -1,0 +1,279 @@
+"""Flags made from the fields of Recipe and Options; one-line errors; the exit code of a command."""
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from distill.config import output
+from distill.config.environment import find_ranks, is_joined
+from distill.config.recipe import Options, Recipe
+from distill.errors import UserError, lost_process, out_of_memory, too_many_files
+from distill.losses.methods import SETTINGS
+from distill.options import allowed, flag, value_type
+
+LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)"
+LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
+  T     temperature: higher shows more of what the teacher thinks of the wrong classes
+  w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
+DISTILLATION_FIELDS = (
+    *("teacher_arch", "ensemble", "teacher_image_size", "teacher_checkpoint", "teacher_precision", "teacher_weights"),
+    *("teacher_mean", "teacher_std"),
+    *("top_k", "store", "store_limit"),
+    *(*SETTINGS, "method", "standardize", "overhaul", "feature_weight", "teacher_bn", "show_features"),
+)
+
+
+Settings = TypeVar("Settings", bound=Any)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviations (an abbreviation changes meaning when a flag is added)."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(re.sub(r"^argument (?:-\w/)?(--[\w-]+)\S*: must be", r"\1 must be", message))
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """parse_args that takes `_` for `-` in flags and names the nearest flag of an unknown one."""
+        namespace, unknown = self.parse_known_args([_hyphenate(token) for token in argv])
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            name = unknown[0].split("=")[0]
+            if name in map(flag, DISTILLATION_FIELDS):
+                raise UserError(f"unknown argument {name} without a teacher: it is for trainKD.sh, and train.sh --kd")
+            longer = [other for other in known if other.startswith(f"{name}-")]
+            near = longer[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            hint = f"; near it: {', '.join(near)}" if near else "; --help lists the flags"
+            raise UserError(f"unknown argument {unknown[0]}{hint}")
+        return namespace
+
+
+def _hyphenate(token: str) -> str:
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else token
+
+
+def _converter(owner: type, known: "Field[Any]") -> Callable[[str], Any]:
+    kind = value_type(owner, known.name)
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {allowed(known, kind)}, got {text!r}") from None
+
+    return convert
+
+
+def _add_flags(parser: Parser, owner: type, defaults: Any, hidden: Sequence[str]) -> None:
+    groups = {group.title: group for group in parser._action_groups}
+    for known in fields(owner):  # type: ignore[arg-type]
+        if known.name in hidden:
+            continue
+        title = known.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        group = groups[title]
+        names = [*(f for f in known.metadata["flags"] if len(f) == 2), flag(known.name)]
+        names += [f for f in known.metadata["flags"] if len(f) > 2]
+        value, words = getattr(defaults, known.name), known.metadata["help"]
+        shown = words if value is None or isinstance(value, bool) else f"{words} (default: {value})"
+        settings: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS, "help": shown}
+        if value_type(owner, known.name) is bool:
+            # A recipe may have turned the switch on, so that it must be possible to turn it off.
+            on = issubclass(owner, Recipe) or getattr(defaults, known.name)
+            action = argparse.BooleanOptionalAction if on else "store_true"
+            group.add_argument(*names, action=action, **settings)
+            continue
+        metavar = "|".join(known.metadata["choices"]) or known.name.split("_")[-1].upper()
+        group.add_argument(*names, type=_converter(owner, known), metavar=metavar, **settings)
+
+
+def parse_flags(
+    argv: Sequence[str], defaults: Settings, *, prog: str, description: str, positional: str | None = None
+) -> Settings:
+    """`defaults`, a dataclass made with `option`, with the flags in `argv`; `positional`: see parse(). Raises
+    UserError."""
+    parser = Parser(prog=prog, usage=_usage(positional), description=description)
+    _add_positional(parser, positional)
+    _add_flags(parser, type(defaults), defaults, ())
+    return replace(defaults, **_given(parser, argv, positional))
+
+
+def take_dataset(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """--dataset NAME in `argv`, `cifar10` if it is not there, and the rest. Raises UserError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset", default="cifar10")
+    found, rest = parser.parse_known_args(argv)
+    if found.dataset not in ("cifar10", "imagenet"):
+        raise UserError(f"--dataset must be one of cifar10, imagenet, got {found.dataset!r}")
+    return found.dataset, rest
+
+
+def _usage(positional: str | None) -> str:
+    return f"%(prog)s {f'{positional.upper()} ' if positional else ''}[flags]"
+
+
+def _add_positional(parser: Parser, positional: str | None) -> None:
+    if positional:
+        parser.add_argument(
+            f"first_{positional}", nargs="?", metavar=positional.upper(), help=f"the same as {flag(positional)}"
+        )
+
+
+def _given(parser: Parser, argv: Sequence[str], positional: str | None) -> dict[str, Any]:
+    given = vars(parser.parse(argv))
+    first = given.pop(f"first_{positional}", None)
+    if positional and first is not None and given.setdefault(positional, first) != first:
+        raise UserError(f"{first} and {flag(positional)} {given[positional]}: give one of them")
+    return given
+
+
+def parse(
+    argv: Sequence[str],
+    *,
+    prog: str,
+    recipes: Mapping[str, Recipe],
+    default: str,
+    description: str,
+    examples: str,
+    options: Options | None = None,
+    positional: str | None = None,
+) -> tuple[Any, Any]:
+    """The recipe and the options that `argv` asks for: the named recipe (`default` if none), with the flags given.
+
+    `recipes` of one class, `options` of another: subclasses of Recipe and Options where there are more flags.
+    `positional`: an option that may also be given by itself, as the first word.
+    Without a teacher in the default recipe the flags of distillation do not exist. `--show-recipe` prints the recipe
+    as JSON and exits. Raises UserError for anything wrong.
+    """
+    names = _of_the_kind(recipes, recipes[default].objective)
+    shown = textwrap.indent(textwrap.dedent(examples).strip(), "  ")
+    given, settled = read_flags(
+        argv,
+        recipes[default],
+        options or Options(),
+        prog=prog,
+        description=description,
+        epilog=f"named recipes: {', '.join(names)} (default: {default})\n\nexamples:\n{shown}",
+        positional=positional,
+    )
+    name = find_recipe(settled.recipe or default, recipes, recipes[default].objective)
+    recipe = recipes[name].changed(given)
+    if settled.show_recipe:
+        print(json.dumps({"recipe": name, **recipe.to_dict()}, indent=2))
+        raise SystemExit(0)
+    return recipe, settled
+
+
+def read_flags(
+    argv: Sequence[str],
+    base: Recipe,
+    options: Settings,
+    *,
+    prog: str,
+    description: str,
+    epilog: str = "",
+    positional: str | None = None,
+) -> tuple[dict[str, Any], Settings]:
+    """The fields of a recipe that `argv` gives, by name, and `options` with those that it gives. The flags of
+    distillation exist where `base` has a teacher. Raises UserError."""
+    hidden = DISTILLATION_FIELDS if base.objective == "ce" else ()
+    parser = Parser(prog=prog, usage=_usage(positional), description=description, epilog=epilog)
+    _add_positional(parser, positional)
+    _add_flags(parser, type(base), base, hidden)
+    _add_flags(parser, type(options), options, hidden)
+    given = _given(parser, argv, positional)
+    return given, replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
+
+
+def find_recipe(text: str, recipes: Mapping[str, Recipe], objective: str) -> str:
+    """The name of the recipe that `text` means: with a teacher `student` is `student_kd`. Raises UserError."""
+    name, names = text.replace("-", "_").lower(), _of_the_kind(recipes, objective)
+    found = name if name in names else f"{name}_kd"
+    if found not in names:
+        raise UserError(f"--recipe must be one of {', '.join(names)}, got {text!r}")
+    return found
+
+
+def _of_the_kind(recipes: Mapping[str, Recipe], objective: str) -> list[str]:
+    return [name for name, recipe in recipes.items() if recipe.objective == objective]
+
+
+def check_file(path: str | None) -> None:
+    """Raises UserError unless a file can be written for --json `path`, None for none."""
+    if not path:
+        return
+    target = Path(path).resolve()
+    try:
+        usable = target.parent.is_dir() and not target.is_dir()
+        usable = usable and os.access(target if target.exists() else target.parent, os.W_OK)
+    except OSError:  # a name that is too long
+        usable = False
+    if not usable:
+        raise UserError(f"--json {path}: there is no such directory, or it is one itself, or cannot be written to")
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Run `main` with the command line, then exit: 0, or 1 or 2 with one line, or 128 + N after signal N."""
+    output.prepare()
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as error:
+        if not error.already_reported:
+            _tell(str(error), error.exit_code)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = _tell("interrupted", 130)
+    except BrokenPipeError:
+        code = 141
+    except (ModuleNotFoundError, MemoryError, RuntimeError, OSError) as error:
+        line, code = _explain(error)
+        if not line:
+            raise
+        _tell(line, code)
+    if code and is_joined():
+        # the end of an interpreter that is still connected to others may abort, code 134 (torch 2.15 and before);
+        # every line is out already
+        os._exit(code)
+    sys.exit(code)
+
+
+def _tell(text: str, code: int) -> int:
+    """One line on stderr, from one of several processes with its number. Returns `code`."""
+    line = " ".join(text.split())
+    line = f"error: {line}" if code in (1, 2) else line
+    rank = find_ranks().rank if is_joined() else 0
+    print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
+    return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """A line for an error that is the machine's or the installation's, and the exit code; no line for a bug."""
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").split(".")[0] in ("distill", "cifar10", "imagenet"):
+            return "", 1
+        install = "source .venv/bin/activate after bash scripts/quickstart.sh, or pip install -r requirements.txt"
+        return f"the package {error.name} is missing; {install}", 2
+    if out_of_memory(error):
+        return "out of memory; try a smaller --batch-size; what was saved is kept", 1
+    if too_many_files(error):
+        return f"too many open files ({error}): raise `ulimit -n`, or lower --workers; what was saved is kept", 1
+    if "No usable temporary directory" in str(error):
+        return f"{getattr(error, 'strerror', error)}: set TMPDIR to one that can be written to", 2
+    if lost_process(error):
+        gone = str(error).splitlines()[0]
+        return f"another process of the run is gone ({gone:.160}); what was saved is kept", 1
+    if "does not have a deterministic implementation" in str(error):
+        return f"{str(error).split(',')[0]}: leave out --deterministic", 1
+    return "", 1

@@ -1,0 +1,1 @@
+"""Feature distillation: where stages end, and losses on what comes out there."""

@@ -1,0 +1,182 @@
+"""Overhaul feature distillation: the student's features before each stage's last activation learn the teacher's.
+
+Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation, arXiv:1904.01866.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distill.data.datasets import Batch
+from distill.features.points import FeatureExtractor, FeaturePoint, find_feature_points
+from distill.models.classifier import Classifier
+from distill.parallel.devices import wrap_inference
+from distill.parallel.processes import reduce, world_size
+from distill.teacher.teacher import Teacher
+
+MEASURED = 10_000  # images
+
+
+def margin(gamma: Tensor, beta: Tensor) -> Tensor:
+    """The mean of the negative part of a normal distribution with mean beta and deviation |gamma|, per channel:
+    m = mu - sigma * phi(mu / sigma) / Phi(-mu / sigma), and -3 sigma where hardly anything is negative
+    (Phi(-mu / sigma) <= 0.001); where sigma is 0, min(mu, 0).
+
+    gamma, beta: (C,), weight and bias of a BatchNorm -> float32 (C,).
+    """
+    mu, sigma = beta.detach().double(), gamma.detach().double().abs()
+    ratio = mu / sigma.clamp(min=torch.finfo(torch.float64).tiny)
+    negative = torch.special.ndtr(-ratio)
+    density = torch.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
+    found = torch.where(negative > 0.001, mu - sigma * density / negative.clamp(min=1e-3), -3 * sigma)
+    return torch.where(sigma > 0, found, mu.clamp(max=0)).float()
+
+
+def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+    """Sum over all elements of (s - t')^2 with t' = max(t, margin), without those where s <= t' <= 0.
+
+    student, teacher: (B, C, H, W), the teacher's raw feature; margin: (C,) -> scalar, computed in float32. The gradient
+    goes to the student alone. Raises ValueError if the shapes do not fit.
+    """
+    if student.dim() != 4 or student.shape != teacher.shape or margin.shape != student.shape[1:2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (student, teacher, margin))
+        raise ValueError(f"features must both be (B, C, H, W) and the margin (C,), got {shapes}")
+    own = student.float()
+    target = torch.maximum(teacher.detach().float(), margin.detach().float().view(1, -1, 1, 1))
+    counts = (own > target) | (target > 0)
+    return ((own - target) ** 2 * counts).sum()
+
+
+class Connected(nn.Module):
+    """The student and a connector for each pair of places: uint8 images -> (logits, [features as the teacher's are]).
+
+    A connector is a 1x1 convolution without bias and a BatchNorm. Where the student's map is larger than the teacher's
+    it is average-pooled first. `connectors` learn with the student and are no part of what is exported.
+    """
+
+    def __init__(
+        self, student: Classifier, places: Sequence[FeaturePoint], targets: Sequence[FeaturePoint], seed: int
+    ) -> None:
+        super().__init__()
+        self.tapped = FeatureExtractor(student, places)
+        self.sizes = [_smaller(own, other) for own, other in zip(places, targets, strict=True)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pairs = zip(places, targets, strict=True)
+            self.connectors = nn.ModuleList(_connector(own.shape[0], other.shape[0]) for own, other in pairs)
+        self.connectors.to(student.mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits, features = self.tapped(images)
+        precision = self.tapped.classifier.precision
+        with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
+            pairs = zip(self.connectors, features, self.sizes, strict=True)
+            return logits, [connector(pooled(feature, size)) for connector, feature, size in pairs]
+
+
+def _connector(in_channels: int, out_channels: int) -> nn.Sequential:
+    convolution = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    nn.init.normal_(convolution.weight, 0, math.sqrt(2 / out_channels))
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+
+
+def _smaller(own: FeaturePoint, other: FeaturePoint) -> tuple[int, int]:
+    return min(own.shape[1], other.shape[1]), min(own.shape[2], other.shape[2])
+
+
+def pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W), averaged to `size` where it is larger."""
+    height, width = feature.shape[2:]
+    if height % size[0] or width % size[1]:
+        return F.adaptive_avg_pool2d(feature, size)
+    window = (height // size[0], width // size[1])
+    # has a gradient with --deterministic on CUDA too
+    return feature if window == (1, 1) else F.avg_pool2d(feature, window)
+
+
+class FeatureLoss:
+    """sum over the stages i of L of partial_l2 / (2^(L - 1 - i) * B), and what it takes: the places of both networks,
+    aligned at the end, the teacher's margins, and `learner`, the student with its connectors, which is trained.
+
+    teacher_bn: `batch` lets the teacher's BatchNorm use the statistics of the batch; its running ones do not move.
+    Raises UserError where a network's stages cannot be found.
+    """
+
+    def __init__(
+        self,
+        student: Classifier,
+        teacher: Teacher,
+        names: tuple[str, str],
+        *,
+        seed: int = 0,
+        teacher_bn: str = "eval",
+        device_name: str = "cpu",
+    ) -> None:
+        own, known = find_feature_points(student, names[0]), find_feature_points(teacher.network, names[1])
+        count = min(len(own), len(known))
+        self.own, self.known = own[-count:], known[-count:]
+        self.learner = Connected(student, self.own, self.known, seed)
+        norms = [module for module in teacher.network.modules() if isinstance(module, _BatchNorm)]
+        self._norms = norms if teacher_bn == "batch" else []
+        tapped = FeatureExtractor(teacher.network, self.known)
+        self._device = teacher.network.mean.device
+        self._teacher = wrap_inference(tapped, self._device, device_name)
+        self.margins = [
+            margin(p.scale, p.shift) if p.scale is not None and p.shift is not None else None for p in self.known
+        ]
+
+    @torch.no_grad()
+    def known_features(self, images: Tensor) -> list[Tensor]:
+        """Those of the teacher, raw."""
+        for module in self._norms:  # statistics of the batch, the running ones neither used nor moved
+            module.training, module.track_running_stats = True, False
+        try:
+            features: list[Tensor] = self._teacher(images)[1]
+        finally:
+            for module in self._norms:
+                module.training, module.track_running_stats = False, True
+        return features
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Where the teacher has no BatchNorm at a place: the mean of a channel's negative values over `batches`, as far
+        as MEASURED images."""
+        missing = [k for k, found in enumerate(self.margins) if found is None]
+        if not missing:
+            return
+        print(f"features: measuring the teacher's margins on up to {MEASURED:,} training images")
+        seen = 0
+        sums = [torch.zeros(2, self.known[k].shape[0], dtype=torch.float64) for k in missing]
+        for batch in batches:
+            features = self.known_features(batch.images)
+            seen += len(batch.images) * world_size()
+            for total, k in zip(sums, missing, strict=True):
+                negative = features[k].double().clamp(max=0)
+                total += torch.stack([negative.sum((0, 2, 3)), (negative < 0).sum((0, 2, 3))]).cpu()
+            if seen >= MEASURED:
+                break
+        for total, k in zip(sums, missing, strict=True):
+            reduce(total)
+            self.margins[k] = (total[0] / total[1].clamp(min=1)).float().to(self._device)
+
+    def __call__(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
+        """features: the student's, connected; images: uint8 (B, H, W, 3), the same that it has seen."""
+        known = self.known_features(images)
+        total = torch.zeros((), device=images.device)
+        for stage, (own, target) in enumerate(zip(features, known, strict=True)):
+            limit = self.margins[stage]
+            assert limit is not None
+            loss = partial_l2(own, pooled(target, (own.shape[2], own.shape[3])), limit)
+            total = total + loss / 2 ** (len(features) - 1 - stage)
+        return total / len(images)
+
+    def __str__(self) -> str:
+        lines = ["features (channels, height, width), before the last activation of a stage or after a linear block:"]
+        for own, known, found in zip(self.own, self.known, self.margins, strict=True):
+            limits = f"{found.min():.3f} to {found.max():.3f}" if found is not None else "measured on training images"
+            lines.append(f"  student {own.where} {own.shape}  teacher {known.where} {known.shape}  margin {limits}")
+        return "\n".join(lines)

@@ -1,0 +1,272 @@
+"""Where a network's stages end, found by watching it at work, and the features there.
+
+A forward pass is watched on the level of torch's functions, whatever the modules around them are and whether torch.fx
+can follow them; which tensors everything passes through is read from the autograd graph of that pass.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from distill.errors import UserError
+from distill.models.classifier import Classifier
+
+ACTIVATIONS: set[Any] = {
+    *(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.celu),
+    *(F.silu, F.gelu, F.hardswish, F.mish, F.selu, F.prelu),
+}
+LINEAR = ("Convolution", "ConstantPad", "Add", "AvgPool", "MaxPool", "AdaptiveAvgPool", "Mean", "Permute", "View")
+"""Autograd nodes that may follow on a block which ends without an activation."""
+POOLED = ("MeanBackward", "AdaptiveAvgPool")  # over the whole image: no stage after it
+LAYERS = ("Convolution", "Addmm", "Mm")  # the last of them, the classifier, is no stage
+STAGES = 2  # at least
+
+
+@dataclass(frozen=True, eq=False)
+class FeaturePoint:
+    """The end of a stage: the first argument of the `call`-th call (from 0) of `function` in a forward pass.
+
+    where: for people. shape: (C, H, W) as it was seen. scale, shift: weight and bias (C,) of the BatchNorm there, if
+    there is one. overwritten: that call works in place.
+    """
+
+    function: Any
+    call: int
+    where: str
+    shape: tuple[int, int, int]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    overwritten: bool = False
+
+
+class FeatureExtractor(nn.Module):
+    """A classifier that returns its features beside its logits: images -> (logits (B, C), [(B, C_i, H_i, W_i)]), those
+    at `places`."""
+
+    def __init__(self, classifier: Classifier, places: Iterable[FeaturePoint]) -> None:
+        super().__init__()
+        self.classifier, self.places = classifier, tuple(places)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with _Tap(self.places) as tap:
+            logits = self.classifier(images)
+        found = [tap.found.get(place) for place in self.places]
+        features = [
+            f for f, place in zip(found, self.places, strict=True) if f is not None and f.shape[1:] == place.shape
+        ]
+        if len(features) < len(self.places):
+            raise UserError("--overhaul: a network computes other things while it trains than when it was watched")
+        return logits, features
+
+
+class _Tap(TorchFunctionMode):
+    """Keeps the tensors at `places` of the calls made within it. Of one thread, as DataParallel wants it."""
+
+    def __init__(self, places: Iterable[FeaturePoint]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.places = {(place.function, place.call): place for place in places}
+        self.functions = {place.function for place in places}
+        self.calls: Counter[Any] = Counter()
+        self.found: dict[FeaturePoint, Tensor] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function in self.functions:
+            place = self.places.get((function, self.calls[function]))
+            self.calls[function] += 1
+            if place:
+                self.found[place] = args[0]
+                if place.overwritten:
+                    args = (args[0].clone(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------------ finding places
+@dataclass
+class _Seen:
+    """A tensor that a function has returned. `used_by`: (function, call, autograd node after it, in place)."""
+
+    shape: tuple[int, ...]
+    where: str
+    batch_norm: tuple[Tensor | None, Tensor | None] | None = None
+    used_by: list[tuple[Any, int, Any, bool]] = field(default_factory=list)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes each tensor (B, C, H, W) that a function returns, by its autograd node, and each call that takes it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[Any] = Counter()
+        self.seen: dict[Any, _Seen] = {}
+        self.path = [""]  # the modules that are at work
+        self.handles: list[Any] = []
+        for name, module in network.named_modules():
+            self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.path.append(name)))
+            self.handles.append(module.register_forward_hook(self._left))
+
+    def _left(self, *_: Any) -> None:
+        self.path.pop()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        node, version = (first.grad_fn, first._version) if first is not None else (None, 0)
+        found = function(*args, **(kwargs or {}))
+        after = found.grad_fn if isinstance(found, Tensor) else None
+        if node in self.seen and after is not None and after is not node:
+            changed = first is not None and first._version != version
+            self.seen[node].used_by.append((function, self.calls[function], after, changed))
+        self.calls[function] += 1
+        if after is not None and found.dim() == 4 and after not in self.seen:
+            norm = _batch_norm(args, kwargs or {}) if function is F.batch_norm else None
+            self.seen[after] = _Seen(tuple(found.shape[1:]), self.path[-1], norm)
+        return found
+
+
+def _batch_norm(args: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """weight and bias of F.batch_norm(input, running_mean, running_var, weight, bias, ...)."""
+    names = ("input", "running_mean", "running_var", "weight", "bias")
+    known = {**dict(zip(names, args, strict=False)), **given}
+    return known.get("weight"), known.get("bias")
+
+
+def find_feature_points(classifier: Classifier, name: str) -> tuple[FeaturePoint, ...]:
+    """The ends of the stages of a network, a stage being what works at one resolution, stem and head left out.
+
+    Where a stage ends with an activation (ResNet: after the addition; DenseNet: the BatchNorm after the block): what
+    that activation gets. Where its blocks end linearly (MobileNetV2, EfficientNet): the last block's output. `name`: of
+    the network, for the message. Raises UserError, with the reason, where there are not two such places at least.
+    """
+    network, size = classifier.network, classifier.spec.size
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    noise = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = noise.to(classifier.mean.device)
+    watch = _Watch(network)
+    try:
+        with torch.enable_grad(), watch:
+            images = classifier.normalise(pixels).requires_grad_()  # its calls count as well, as in FeatureExtractor
+            start = images + 0
+            logits = network(start)
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"it returns a {type(logits).__name__}, not logits")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--overhaul: {name} could not be watched at work ({error!r:.160})") from None
+    finally:
+        for handle in watch.handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    places = _choose(_graph(start.grad_fn, logits.grad_fn), watch.seen)
+    if len(places) < STAGES:
+        raise UserError(
+            f"--overhaul: in {name} {len(places)} ends of stages were found, at least {STAGES} are needed: maps "
+            "(B, C, H, W) of falling resolution that everything passes through, before an activation or after a linear "
+            "block"
+        )
+    return places
+
+
+@dataclass
+class _Graph:
+    """The autograd nodes of a forward pass that depend on the images."""
+
+    trunk: list[Any]  # those that every path from images to logits goes through, in order
+    before: dict[Any, list[Any]]  # of each node those that its inputs come from
+    depth: dict[Any, int]  # of each node the longest path from the images
+
+
+def _graph(images: Any, last: Any) -> _Graph:
+    """The graph from the images' autograd node to the logits', `last`."""
+    order: list[Any] = []
+    marked: set[Any] = set()
+    stack = [(last, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in marked:
+            marked.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n, _ in node.next_functions if n is not None and n not in marked]
+    reached = {images}
+    before: dict[Any, list[Any]] = {images: []}
+    for node in order:  # leaves out the parameters
+        inputs = [n for n, _ in node.next_functions if n in reached]
+        if inputs and node is not images:
+            reached.add(node)
+            before[node] = inputs
+    path = [node for node in order if node in reached]
+    depth: dict[Any, int] = {}
+    for node in path:
+        depth[node] = 1 + max((depth[n] for n in before[node]), default=0)
+    # a node is passed by no other path where no edge leads over it, in an order in which all edges lead forward
+    place = {node: k for k, node in enumerate(path)}
+    farthest = [0] * len(path)
+    for node, inputs in before.items():
+        for n in inputs:
+            farthest[place[n]] = max(farthest[place[n]], place[node])
+    trunk, reach = [], 0
+    for k, node in enumerate(path):
+        if reach <= k:
+            trunk.append(node)
+        reach = max(reach, farthest[k])
+    return _Graph(trunk, before, depth)
+
+
+def _choose(graph: _Graph, seen: dict[Any, _Seen]) -> tuple[FeaturePoint, ...]:
+    """One place for each resolution at which two convolutions at least work."""
+    convolutions = [node for node in graph.before if "Convolution" in node.name() and node in seen]
+
+    def is_stage(node: Any) -> bool:
+        size, depth = seen[node].shape[1:], graph.depth[node]
+        return sum(seen[n].shape[1:] == size and graph.depth[n] <= depth for n in convolutions) > 1
+
+    deepest = max((graph.depth[node] for node in graph.before if node.name().startswith(LAYERS)), default=0)
+    linear: dict[tuple[int, ...], Any] = {}
+    active: dict[tuple[int, ...], Any] = {}
+    for node in graph.trunk[1:]:  # without the images themselves
+        if node.name().startswith(POOLED) or graph.depth[node] >= deepest:
+            break
+        if node not in seen or not is_stage(node):
+            continue
+        known = seen[node]
+        after = [use[2] for use in known.used_by]
+        ends = "BatchNorm" in node.name() or node.name().startswith("Add")
+        if any(use[0] in ACTIVATIONS for use in known.used_by):
+            if all(n in graph.trunk for n in after):
+                active[known.shape[1:]] = node
+        elif ends and _lasting(known) and all(n.name().startswith(LINEAR) for n in after):
+            linear[known.shape[1:]] = node
+    chosen = {**active, **linear}
+    return tuple(_place(chosen[size], graph, seen) for size in sorted(chosen, reverse=True))
+
+
+def _lasting(known: _Seen) -> list[tuple[Any, int, Any, bool]]:
+    """The uses of a tensor but for additions, of which there may be others in training, where blocks are dropped."""
+    return [use for use in known.used_by if not use[2].name().startswith("Add")]
+
+
+def _place(node: Any, graph: _Graph, seen: dict[Any, _Seen]) -> FeaturePoint:
+    known = seen[node]
+    function, call, _, overwritten = ([use for use in known.used_by if use[0] in ACTIVATIONS] or _lasting(known))[0]
+    norms = [n for n in (node, *graph.before[node]) if n in seen and seen[n].batch_norm]
+    norm = max(norms, key=graph.depth.__getitem__, default=None)  # of the block, not of its shortcut
+    scale, shift = seen[norm].batch_norm or (None, None) if norm else (None, None)
+    kind = f"before {_name(function)}" if function in ACTIVATIONS else "linear"
+    channels, height, width = known.shape
+    where = f"{known.where or 'the network'}, {kind}"
+    return FeaturePoint(function, call, where, (channels, height, width), scale, shift, overwritten)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", function)).rstrip("_")

@@ -1,0 +1,1 @@
+"""Files that survive and are never trusted: checkpoints, downloads, locks."""

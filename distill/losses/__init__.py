@@ -1,0 +1,1 @@
+"""The losses of distillation, a file each."""

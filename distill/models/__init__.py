@@ -1,0 +1,1 @@
+"""Networks by name, their input, and weights into them."""

@@ -1,0 +1,37 @@
+"""What computed a run: the commit of this repository, versions, the machine."""
+
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.parallel.devices import describe_device
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def commit() -> str | None:
+    """The commit of this repository, with `-dirty` where tracked files differ from it; None for a tree that is none, be
+    it inside another repository."""
+    if not (ROOT / ".git").exists():  # a directory, in a worktree a file; git itself would look further up
+        return None
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # as hooks of git set them
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=environment)
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    return {"host": socket.gethostname(), "system": platform.platform(), "device": describe_device(device)}

@@ -1,0 +1,1 @@
+"""The frozen teacher, its cached logits on disk, its report."""

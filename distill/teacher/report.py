@@ -1,0 +1,100 @@
+"""What a teacher scores on the test images, and how its precision compares with float32."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.data.datasets import TestData
+from distill.files import checkpoint
+from distill.parallel.devices import choose_precision
+from distill.parallel.processes import first_here
+from distill.teacher.teacher import BLOCK, Teacher
+
+COMPARED = 1000  # images on which a rounded teacher is compared with its float32 form
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """What a teacher knows of the test images: its accuracy in percent, its logits (N, C). And how its answers compare
+    with those in float32: `precision`, `images` compared, `agreement` of the arg max in percent, and `error`,
+    the mean absolute difference of a logit."""
+
+    accuracy: float
+    logits: Tensor
+    precision: dict[str, Any]
+
+
+def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> TeacherReport:
+    """What `teacher` knows, found once for teacher, data, precision and kind of device, and kept under `cache`.
+
+    A damaged file of an earlier call is named and made anew.
+    """
+    name = str(teacher.network.precision).removeprefix("torch.")
+    path = cache / f"{teacher.digest[:24]}-{data_digest[:24]}-{name}-{teacher.network.mean.device.type}.pt"
+    found: dict[str, Any] = {}
+    if path.exists():
+        try:
+            found = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            print(f"{error}; measuring the teacher again")
+    if not found.keys() >= {"logits", "precision"}:
+        logits, exact = _answers(teacher, test)
+        compared = {"images": len(exact), "agreement": agreement(logits[: len(exact)].argmax(1), exact.argmax(1))}
+        compared["error"] = (logits[: len(exact)] - exact).abs().mean().item()
+        found = {"logits": logits.half(), "precision": {"precision": name, **compared}}
+        checkpoint.save_cache(path, found)
+    answers = found["logits"].float()
+    return TeacherReport(accuracy(answers, test.labels.cpu()), answers, found["precision"])
+
+
+def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cache: Path) -> TeacherReport:
+    """`examine`, and print what is found: accuracy, how its answers compare with float32, and a warning where it knows
+    hardly anything. `name`: of the teacher, and where it comes from. One process of a machine examines it."""
+    with first_here():
+        known = examine(teacher, test, data_digest, cache)
+    compared = known.precision
+    print(f"teacher: {name}, test accuracy {known.accuracy:.2f} %")
+    print(
+        f"teacher: in {compared['precision']} its arg max agrees with float32 on {compared['agreement']:.2f} % of "
+        f"{compared['images']} test images, a logit differs by {compared['error']:.2g} on average"
+    )
+    if warning := chance_warning(known.accuracy, known.logits.shape[1]):
+        print(warning)
+    return known
+
+
+@torch.no_grad()
+def _answers(teacher: Teacher, test: TestData) -> tuple[Tensor, Tensor]:
+    """The teacher's logits (N, C) for all images, and for the first of them those of its network in float32."""
+    network, found, exact, compared = teacher.network, [], [], 0
+    for images, _ in test.batches():
+        found.append(teacher.logits(images).cpu())
+        if (wanted := COMPARED - compared) > 0:
+            precision, network.precision = network.precision, choose_precision("float32", network.mean.device)
+            parts = torch.split(images[:wanted].to(network.mean.device), BLOCK["cpu"])
+            exact += [network(part).cpu() for part in parts]
+            network.precision = precision
+            compared += len(images[:wanted])
+    return torch.cat(found), torch.cat(exact)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of rows of `logits` (N, C) whose largest entry is at `labels` (N,)."""
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def agreement(predictions: Tensor, other: Tensor) -> float:
+    """Percent of images (N,) for which two networks predict the same class."""
+    return 100 * (predictions == other).double().mean().item()
+
+
+def chance_warning(accuracy: float, classes: int) -> str | None:
+    """A line of warning for a teacher that is hardly better than guessing: within a tenth of the way to 100 %."""
+    chance = 100 / classes
+    if accuracy >= chance + 0.1 * (100 - chance):
+        return None
+    found = f"the teacher's test accuracy, {accuracy:.2f} %, is near chance ({chance:.2f} %)"
+    return f"warning: {found}; wrong weights or data?"

@@ -1,0 +1,93 @@
+"""The frozen teacher: in eval mode, without gradients, its logits rounded to float16."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from distill.files import checkpoint
+from distill.models.classifier import Classifier
+from distill.models.fusion import rewrite
+from distill.parallel.devices import choose_precision, devices
+from distill.parallel.processes import world_size
+
+FLOAT16_MAX = 65504.0
+
+
+BLOCK = {"cpu": 64, "cuda": 512}  # images of up to 224 pixels at a time: on a CPU as many as its caches like
+
+
+class Teacher:
+    """Answers images with logits. It cannot move: `check_untouched` raises if a parameter or buffer ever did.
+
+    An answer is a function of the one image: the network always sees `block` images at once, the last of them
+    repeated where there are fewer, and the logits are rounded to float16 before any use. So a run does not depend on
+    which images are asked for together, nor on whether an answer is computed or comes from a store.
+    `device_name`, as of parallel.devices: where it names several GPUs of one process, they answer whole blocks in turn;
+    None is the network's own device.
+    """
+
+    def __init__(self, network: Classifier, device_name: str | None = None, block: int | None = None) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.block = block or _block(network)
+        self.digest = self._content()
+        own = network.mean.device
+        self._devices = devices(device_name) if device_name and own.type == "cuda" and world_size() == 1 else [own]
+        self._fast: list[nn.Module] = []  # on each device the network as it is called; a full store never calls it
+
+    @property
+    def at_once(self) -> int:
+        """The number of images to ask for together, so that every device has a block."""
+        return self.block * len(self._devices)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """images: uint8 (B, H, W, 3), on any device -> float32 (B, C) there, with values that float16 has."""
+        if not self._fast:
+            self._fast = self._rewritten(images)
+        own, found = self.network.mean.device, []
+        for number, part in enumerate(torch.split(images.to(own, non_blocking=True), self.block)):
+            missing = self.block - len(part)
+            whole = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+            turn = number % len(self._devices)
+            found.append(self._fast[turn](whole.to(self._devices[turn], non_blocking=True))[: len(part)])
+        return (
+            torch.cat([answers.to(own) for answers in found])
+            .clamp(-FLOAT16_MAX, FLOAT16_MAX)
+            .half()
+            .float()
+            .to(images.device)
+        )
+
+    def _rewritten(self, images: Tensor) -> list[nn.Module]:
+        """The network as it is called, for each device.
+
+        Raises UserError if its answer to an image depends on the others beside it.
+        """
+        slow, shape = self.network, (self.block, *images.shape[1:])
+        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(slow.mean.device)
+        choose_precision("float32", noise.device)  # the rewriting is checked in real float32, not TF32
+        fast = Classifier(rewrite(slow.network, slow.precision, slow.normalise(noise)), slow.spec)
+        fast = fast.to(slow.mean.device)
+        one, other = fast(noise), fast(noise.roll(1, 0)).roll(-1, 0)
+        ahead = fast(torch.cat([noise[:1], noise[1:].flip(1)]))[:1]
+        if max((one - other).abs().max(), (one[:1] - ahead).abs().max()) > 0.01 * one.abs().max():
+            raise UserError("the teacher's answer to an image depends on the images beside it: it cannot teach here")
+        return [fast, *(copy.deepcopy(fast).to(device) for device in self._devices[1:])]
+
+    def check_untouched(self) -> None:
+        """Raises RuntimeError if parameters or buffers (BatchNorm's running statistics) differ from the start."""
+        if self._content() != self.digest:
+            raise RuntimeError("the teacher has changed during the run: this is a bug, its results are void")
+
+    def _content(self) -> str:
+        return checkpoint.digest(self.network.network.state_dict())
+
+
+def _block(network: Classifier) -> int:
+    """A power of two, of about as many pixels for every size of images."""
+    most = BLOCK[network.mean.device.type] * min(1.0, (224 / network.spec.size) ** 2)
+    return max(16, 1 << int(math.log2(most)))

@@ -1,0 +1,1 @@
+"""The only loop and the only backward(); optimisers; evaluation; stopping."""

@@ -1,0 +1,438 @@
+"""fit, train_epoch: the only training loop, and the only backward(), of the repository."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from distill.config.recipe import Options, Recipe
+from distill.data.datasets import Batch, TestData, TrainingData
+from distill.errors import BrokenImage, UserError
+from distill.files import checkpoint
+from distill.models.classifier import Classifier
+from distill.parallel.devices import (
+    generator_states,
+    restore_generators,
+    seed_generators,
+)
+from distill.parallel.processes import any_of, broadcast_buffers, gather, on_main, rank, reduce, world_size
+from distill.run.directory import RunDirectory, differing, tell
+from distill.run.outcome import BEST, best_epoch, diverged, tell_divergence
+from distill.training.evaluation import Evaluation, EvaluationStopped, evaluate, raise_broken
+from distill.training.metrics import Tally
+from distill.training.objectives import Objective
+from distill.training.optim import WeightAverage, build_optimizer, learning_rate
+from distill.training.stop import Stopped, StopRequest, memory_advice
+from distill.training.wrap import check_batch_norm, wrap_parallel
+
+LOOK = 50  # steps between two looks at a flag on a CUDA device; each look waits for the device
+ASK = 10  # steps after which the processes of several GPUs ask each other whether to stop or save
+
+
+@dataclass
+class State:
+    """Everything of a run that changes, beside the student, the optimiser and torch's generators."""
+
+    tally: Tally  # of the current epoch so far, and of this process
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    records: list[dict[str, Any]] = field(default_factory=list)  # one an epoch: the lines of metrics.jsonl
+    timings: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wall": 0.0, "epoch": 0.0})  # seconds
+    first_loss: float | None = None  # of the run's first step
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, speeds, and the loss in nats of
+    the first step, None in a run that was begun before that was kept."""
+
+    records: list[dict[str, Any]]
+    test: Evaluation
+    images_per_second: float
+    wall_seconds: float
+    first_loss: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a summary says of it. With a validation part also its best epoch (the first of equals, as best.pt)."""
+        named: dict[str, Any] = {
+            "test_accuracy": self.test.accuracy,
+            "test_top5": self.test.top5,
+            "test_loss": self.test.loss,
+            "diverged": diverged(self.records, self.first_loss),
+        }
+        if "raw_test_accuracy" in self.records[-1]:
+            named["raw_test_accuracy"] = self.records[-1]["raw_test_accuracy"]
+        if best := best_epoch(self.records):
+            named["best_epoch"] = {key: best[key] for key in ("epoch", "val_accuracy", "test_accuracy")}
+        return {**named, "train_images_per_second": self.images_per_second, "wall_seconds": self.wall_seconds}
+
+
+class Trainer:
+    """One run in progress. Use through fit()."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        options: Options,
+        student: Classifier,
+        objective: Objective,
+        data: TrainingData,
+        facts: dict[str, Any],
+    ) -> None:
+        self.run, self.recipe, self.options, self.facts = run, recipe, options, facts
+        self.student, self.objective, self.data = student, objective, data
+        self.device = student.mean.device
+        self.learner = objective.learner or student
+        check_batch_norm(self.learner, recipe.arch, recipe, options.device)
+        self.wrapped = wrap_parallel(self.learner, self.device, recipe, options.device)
+        self.board = run.open_tensorboard() if options.tensorboard else None
+        self.optimizer = build_optimizer(self.learner, recipe)
+        self.average = WeightAverage(student, recipe.ema) if recipe.ema else None
+        self.state = State(Tally(self.device, objective.parts))
+        self.steps_left = options.steps
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.last_save = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------ save and restore
+    def save(self) -> None:
+        """Write last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
+        self.check_state()
+        state = self.state
+        own = {"generators": generator_states(self.options.device), "tally": state.tally.sums.cpu()}
+        payload = {
+            "format": 1,
+            "recipe": self.recipe.to_dict(),
+            "facts": self.facts,
+            **self.student.described(),
+            "student": self.student.network.state_dict(),
+            "average": self.average.network.network.state_dict() if self.average else None,
+            "connectors": self.objective.learner.connectors.state_dict() if self.objective.learner else None,
+            "optimizer": self.optimizer.state_dict(),
+            "ranks": gather(own),
+            "epoch": state.epoch,
+            "step": state.step,
+            "records": state.records,
+            "timings": state.timings,
+            "first_loss": state.first_loss,
+        }
+        on_main(checkpoint.save)(self.run.path / checkpoint.LAST, payload, keep_previous=True)
+        self.last_save = time.monotonic()
+
+    def check_state(self) -> None:
+        """Raises Stopped if a loss was not finite, or a weight or running statistic is not."""
+        self._check_finite()
+        broadcast_buffers(self.learner)
+        floating = [v for v in self.learner.state_dict().values() if v.is_floating_point()]
+        if not torch.stack([torch.isfinite(value).all() for value in floating]).all():  # the device is waited for once
+            raise self._not_finite("a weight")
+
+    @on_main
+    def _newest(self) -> tuple[dict[str, Any] | None, str]:
+        """The newest whole checkpoint of the run, else --resume, if there is one; and the name of its source."""
+        named, payload = self.options.resume, None
+        start = checkpoint.load(Path(named)) if named else None  # a wrong path is an error in any case
+        try:
+            payload, warnings = checkpoint.load_latest(self.run.path)
+        except checkpoint.CheckpointError as error:
+            if not named:
+                raise
+            warnings = [str(error)]
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        source = str(self.run.path)
+        if payload and named:
+            print(f"continuing from the run's own checkpoint, not from {named}, where it may have begun")
+        elif named:
+            payload, source = start, named
+        if payload:
+            self._check_same_run(payload, source)
+        return payload, source
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint of the run, else from --resume, if there is one."""
+        payload, source = self._newest()
+        if payload is None:
+            return
+        try:
+            checkpoint.apply_weights(self.student.network, payload["student"], source)
+            if self.average:
+                checkpoint.apply_weights(self.average.network.network, payload["average"], source)
+            if self.objective.learner:
+                checkpoint.apply_weights(self.objective.learner.connectors, payload["connectors"], source)
+            self.optimizer.load_state_dict(payload["optimizer"])
+            own = payload["ranks"][rank()]
+            restore_generators(own["generators"], self.options.device)
+            if own["tally"].shape != self.state.tally.sums.shape:
+                raise ValueError(f"sums of {tuple(own['tally'].shape)}")
+            self.state.tally.sums.copy_(own["tally"])
+            epoch, step, records = payload["epoch"], payload["step"], payload["records"]
+            if self.options.allow_data_change:
+                step = min(step, self.data.steps_per_epoch)  # with fewer images an epoch may be shorter
+            if (
+                not 0 <= epoch <= self.recipe.epochs
+                or not 0 <= step <= self.data.steps_per_epoch
+                or len(records) != epoch
+            ):
+                raise ValueError(f"epoch {epoch}, step {step}, {len(records)} records")
+            self.state.epoch, self.state.step, self.state.records = epoch, step, records
+            self.state.timings, self.state.first_loss = payload["timings"], payload.get("first_loss")
+            if source == self.options.resume and (best := best_epoch(records)):
+                self.run.take_best(Path(source).parent, best["epoch"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise checkpoint.CheckpointError(f"{source} does not hold a state of this run ({error!r:.160})") from None
+        self._publish()  # a kill may have come between the checkpoint and these files
+
+    def _publish(self) -> None:
+        """Make metrics.jsonl, and TensorBoard's files, what the checkpoint's records are."""
+        self.run.write_metrics(self.state.records)
+        if self.board:
+            self.board.show(self.state.records)
+
+    def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
+        try:
+            before = {**type(self.recipe).from_dict(payload["recipe"]).to_dict(), **payload["facts"]}
+        except (KeyError, TypeError):
+            raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
+        now = {**self.recipe.to_dict(), **self.facts}
+        allowed = {"epochs": self.options.extend, "data_digest": self.options.allow_data_change}
+        changed = [key for key in differing(before, now) if not allowed.get(key)]
+        if changed:
+            hint = "; --extend allows more epochs" if changed == ["epochs"] else ""
+            raise checkpoint.CheckpointError(f"{source} is of another run: {tell(changed, before, now)}{hint}")
+
+    # ------------------------------------------------------------------------------------------------------- the steps
+    def train_epoch(self, stop: StopRequest) -> bool:
+        """Train from the state's step to the end of its epoch. False if it stopped before that, by request."""
+        state = self.state
+        self.wrapped.train()
+        self.student.training_size = self.recipe.size_at(state.epoch)
+        images_before, start = int(state.tally.sums[0].item()), time.perf_counter()
+        steps, shown = self.data.steps_per_epoch, 0.0
+        batches = self.data.batches(state.epoch, state.step)
+        shows = None if rank() == 0 else True  # None: on a terminal
+        bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=shows)
+        stopping, due = any_of(stop.asked(), False)
+        while state.step < steps and not stopping and self.steps_left != 0:
+            try:
+                batch = self._next(batches)
+            except BrokenImage:
+                bar.close()
+                self._add_time(start)
+                raise
+            self.train_step(batch)
+            state.step += 1
+            if state.epoch == 0 and state.step == 1:
+                images, loss = reduce(state.tally.sums[:2].clone()).tolist()
+                state.first_loss = loss / images
+            bar.update()
+            if self.steps_left is not None:
+                self.steps_left -= 1
+            if self.device.type == "cpu" or world_size() == 1 or state.step % ASK == 0:
+                late = time.monotonic() - self.last_save >= 60 * self.options.save_minutes
+                stopping, due = any_of(stop.asked(), late)
+            if not bar.disable and time.monotonic() - shown > 1:  # reading the sums waits for the device
+                found, shown = state.tally.summary(), time.monotonic()
+                rate = (found["images"] - images_before) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {found['loss']:.3f} accuracy {found['accuracy']:.1f} % {rate:.0f} images/s")
+            if due and state.step < steps:
+                due = False
+                self._add_time(start)
+                start, images_before = time.perf_counter(), int(state.tally.sums[0].item())
+                self.save()
+        bar.close()
+        self._check_finite()  # waits for the device, so that the time is that of finished work
+        self._add_time(start)
+        return state.step == steps
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. Raises BrokenImage on every process, before the step of any, if one of them has met some."""
+        if not self.data.from_files:
+            return next(batches)
+        batch, broken = None, dict[str, str]()
+        try:
+            batch = next(batches)
+        except BrokenImage as error:
+            broken = error.files
+        raise_broken(broken)
+        assert batch
+        return batch
+
+    def train_step(self, batch: Batch) -> None:
+        """One update, unless the loss is not finite."""
+        state = self.state
+        position = state.epoch * self.data.steps_per_epoch + state.step
+        for group in self.optimizer.param_groups:
+            rate = learning_rate(position, self.recipe, self.data.steps_per_epoch)
+            group["lr"] = rate * group.get("lr_factor", 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        parts = replace(batch, epoch=state.epoch).parts(self.recipe.accumulate)
+        for part in parts:  # the gradients of parts add up to that of their mean
+            # DistributedDataParallel averages what has been added up, at the last part
+            local = isinstance(self.wrapped, DistributedDataParallel) and part is not parts[-1]
+            with self.wrapped.no_sync() if local else nullcontext():  # type: ignore[operator]
+                step = self.objective(self.wrapped, part)
+                loss = step.loss / len(parts)
+                loss.backward()  # type: ignore[no-untyped-call]
+            finite &= torch.isfinite(step.loss.detach())
+            state.tally.add(step.logits.detach(), part.labels, step.loss.detach(), step.parts)
+        if self.recipe.clip_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.recipe.clip_norm)
+            finite &= torch.isfinite(norm)
+        self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, position)
+        reduce(self.first_bad_step, "max")  # one process is enough to stop all of them
+        if not self.optimizer.defaults.get("fused"):
+            self._check_finite()
+        # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself.
+        self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.average:
+            self.average.update(position)
+        if self.device.type == "cpu" or position % LOOK == 0:
+            self._check_finite()
+
+    def _add_time(self, start: float) -> None:
+        passed = time.perf_counter() - start
+        for name in ("train", "wall", "epoch"):
+            self.state.timings[name] += passed
+
+    def _check_finite(self) -> None:
+        if self.first_bad_step.item() >= 0:
+            raise self._not_finite("the loss or its gradient")
+
+    def _not_finite(self, what: str) -> Stopped:
+        step = int(self.first_bad_step.item())
+        step = step if step >= 0 else self.state.epoch * self.data.steps_per_epoch + self.state.step
+        rate = learning_rate(step, self.recipe, self.data.steps_per_epoch)
+        last = self.run.path / checkpoint.LAST
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        message = f"{what} is not finite at step {step} (lr {rate:.4g}); {kept}; try a lower --lr"
+        return Stopped(message, 1, already_reported=rank() > 0)
+
+    def record_epoch(self, tests: dict[str, Evaluation]) -> None:
+        """Close the epoch: its line of metrics.jsonl, and the best weights where a validation part decides."""
+        self.check_state()
+        state = self.state
+        reduce(state.tally.sums)
+        trained: dict[str, Any] = state.tally.summary()
+        seconds, images = state.timings["epoch"], trained.pop("images")
+        step = (state.epoch + 1) * self.data.steps_per_epoch
+        record: dict[str, Any] = {"epoch": state.epoch + 1, "step": step, "lr": self.optimizer.param_groups[0]["lr"]}
+        if not self.data.labelled:
+            trained |= {"accuracy": None, "top5": None}
+        record |= {f"train_{name}": value for name, value in trained.items()}
+        for name, found in tests.items():
+            record |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy, f"{name}_top5": found.top5}
+        record |= {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
+        best = best_epoch(state.records)
+        if "val" in tests and (not best or tests["val"].accuracy > best["val_accuracy"]):
+            network = self.average.network if self.average else self.student
+            weights = {"student": network.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
+            on_main(checkpoint.save)(self.run.path / BEST, {**weights, **self.student.described()})
+        state.records.append(record)
+        state.epoch, state.step = state.epoch + 1, 0
+        state.tally.sums.zero_()
+        state.timings["epoch"] = 0.0
+        self.save()
+        self._publish()
+        right = f"accuracy {record['train_accuracy']:.2f} %  " if self.data.labelled else ""
+        measured = "  ".join(f"{name} {found.accuracy:.2f} %" for name, found in tests.items())
+        print(
+            f"epoch {record['epoch']}/{self.recipe.epochs}  loss {record['train_loss']:.4f}  "
+            f"{right}{measured}  lr {record['lr']:.4g}  "
+            f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
+        )
+        if (astray := diverged(state.records, state.first_loss)) and astray["epoch"] == record["epoch"]:
+            print(f"warning: {tell_divergence(astray)}; try a lower --lr, or --clip-norm 1")
+
+
+def fit(
+    run: RunDirectory,
+    recipe: Recipe,
+    options: Options,
+    *,
+    student: Classifier,
+    objective: Objective,
+    data: TrainingData,
+    tests: Mapping[str, TestData],
+    facts: dict[str, Any],
+) -> Fitted:
+    """Train `student` to the end of the recipe, continuing where the run's checkpoint stands; evaluate each epoch.
+
+    `tests`: what each epoch is evaluated on, by name; `test` must be there, and with `val` the weights of its best
+    epoch are kept in best.pt. With an average of the weights (recipe.ema) it is the average that is evaluated and
+    counts; the raw weights stand beside it as `raw_test`. `facts`: digests of data, teacher and initial weights, which
+    belong to the run's identity. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and
+    torch (on CUDA with --deterministic).
+    Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
+    image file cannot be decoded (2).
+    """
+    if any(differing(facts, other) for other in gather(facts)):
+        raise UserError("the processes of this run do not have the same data, teacher or initial weights")
+    # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.
+    seed_generators(recipe.seed, options.device)
+    trainer = Trainer(run, recipe, options, student, objective, data, facts)
+    trainer.restore()
+    state, found = trainer.state, None
+    result = trainer.average.network if trainer.average else student
+    if state.epoch or state.step:
+        print(f"continuing at epoch {state.epoch + 1}, step {state.step} of {data.steps_per_epoch}")
+    with StopRequest() as stop, memory_advice(recipe, run.path):
+        while state.epoch < recipe.epochs:
+            try:
+                if not trainer.train_epoch(stop):
+                    raise EvaluationStopped
+                start = time.perf_counter()
+                found = {name: evaluate(result, test, stop.asked) for name, test in tests.items()}
+                if trainer.average:
+                    found["raw_test"] = evaluate(student, tests["test"], stop.asked)
+            except EvaluationStopped:
+                trainer.save()
+                raise _stopped(trainer, stop) from None
+            except BrokenImage as broken:
+                raise _broken(trainer, broken) from None
+            state.timings["wall"] += time.perf_counter() - start
+            trainer.record_epoch(found)
+    test = found["test"] if found else evaluate(result, tests["test"])
+    images = state.epoch * data.steps_per_epoch * recipe.batch_size
+    speed, wall = images / max(state.timings["train"], 1e-9), state.timings["wall"]
+    return Fitted(state.records, test, speed, wall, state.first_loss)
+
+
+def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
+    number = max(number or 0 for number in gather(stop.signal))
+    why = f"by {signal.Signals(number).name}" if number else f"after {trainer.options.steps} steps"
+    message = f"{trainer.recipe.arch} stopped {why} at {_where(trainer)}; {_same_command(trainer)} continues"
+    return Stopped(message, 128 + number if number else 0, already_reported=rank() > 0)
+
+
+def _broken(trainer: Trainer, error: BrokenImage) -> UserError:
+    """What ends a run that has met broken images: as after a signal, everything up to there is saved."""
+    if not trainer.state.epoch and not trainer.state.step:
+        return error
+    trainer.run.record_broken(error.files)
+    trainer.save()
+    message = f"{trainer.recipe.arch} stopped at {_where(trainer)}: {error.named}; mended, {_same_command(trainer)} "
+    message += "continues; without them it does with --skip-bad-images --allow-data-change"
+    return Stopped(message, 2, already_reported=rank() > 0)
+
+
+def _where(trainer: Trainer) -> str:
+    state = trainer.state
+    step = f"step {state.step} of {trainer.data.steps_per_epoch}"
+    return f"epoch {state.epoch + 1}, {step}; saved in {trainer.run.path}"
+
+
+def _same_command(trainer: Trainer) -> str:
+    return f"--output {trainer.run.path} in place of --fresh" if trainer.options.fresh else "the same command"
