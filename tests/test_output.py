@@ -17,7 +17,7 @@ NAME = "'caf\\udce9 \\xe9 \\u65e5'"  # in Python's spelling: Latin-1 of a file s
 
 def python(body: str, **streams: object) -> "subprocess.CompletedProcess[bytes]":
     """Run `body`, in the main function of a command."""
-    code = f"import sys\nfrom distill import cli\ndef main(argv):\n    {body}\ncli.run(main)\n"
+    code = f"import sys\nfrom distill.config import cli\ndef main(argv):\n    {body}\ncli.run(main)\n"
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False, **settings)  # type: ignore[call-overload, no-any-return]
 
@@ -59,7 +59,7 @@ def test_closed_streams(tmp_path: Path) -> None:
     file = tmp_path / "data"
     body = f"f = open({str(file)!r}, 'wb'); print('x', file=sys.stdout); print('y', file=sys.stderr); f.write(b'data')"
     closing = 'exec "$0" -c "$1" <&- >&- 2>&-'
-    code = f"import sys\nfrom distill import cli\ndef main(argv):\n    {body}; assert f.fileno() > 2\ncli.run(main)\n"
+    code = f"import sys\nfrom distill.config import cli\ndef main(argv):\n    {body}; assert f.fileno() > 2\ncli.run(main)\n"
     found = subprocess.run(["sh", "-c", closing, sys.executable, code], cwd=ROOT, timeout=60, check=False)
     assert found.returncode == 0
     assert file.read_bytes() == b"data"
