@@ -46,6 +46,7 @@ class Classifier(nn.Module):
     `classes`: what the outputs stand for, () where nobody says. `precision`: of convolutions and matrix products. It is
     chosen in here since DataParallel's threads would run an autocast of their caller in float16, whatever its type is.
     `training_size`: pixels that the images are resized to in training mode alone, None for the network's own size.
+    `init_digest`: of the weights that it started from, None for random ones.
     """
 
     mean: Tensor
@@ -61,6 +62,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.precision, self.classes = precision, tuple(classes)
         self.training_size: int | None = None
+        self.init_digest: str | None = None
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.empty(1, 3, 1, 1), persistent=False)

@@ -34,6 +34,11 @@ class Weights:
     note: str = ""
     published: bool = False  # by the network's authors
 
+    @property
+    def title(self) -> str:
+        """What they are called beside the name of their network."""
+        return "its published weights" if self.published else self.source
+
 
 def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weights:
     """The weights in a checkpoint of ours or of others, bare, wrapped or prefixed. Raises CheckpointError.

@@ -26,7 +26,7 @@ STORES = CHECKPOINTS / "stores"
 FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
 
 
-def answered(
+def cache_teachers(
     recipe: Recipe, options: Options, data: Images, training: ViewedData, teachers: Ensemble
 ) -> "AnsweredData":
     """The training data with the mean of the teachers' answers, each from its store unless that is turned off or would

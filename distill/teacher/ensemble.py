@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class Ensemble:
 
     archs: tuple[str, ...]
     members: tuple[Teacher, ...]
+    report: TeacherReport  # of all of them together
 
     @property
     def digest(self) -> str:
@@ -37,6 +38,11 @@ class Ensemble:
     @property
     def first(self) -> Teacher:
         return self.members[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What identifies them in a run."""
+        return {"teacher_digest": self.digest, "teacher_precision": self.report.precision["precision"]}
 
     def check_untouched(self) -> None:
         """Raises RuntimeError if a teacher has changed since the start."""
@@ -62,7 +68,7 @@ def load_members(
     options: AnyOptions,
     load: Callable[[AnyRecipe, AnyOptions], tuple[Teacher, TeacherReport]],
     labels: Tensor,
-) -> tuple[Ensemble, TeacherReport]:
+) -> Ensemble:
     """The teachers of `recipe`, each by `load`, and what they know together; printed if there are several.
 
     load: takes the recipe and the options of one teacher. labels: of the test images, (N,).
@@ -73,16 +79,16 @@ def load_members(
         load(replace(recipe, teacher_arch=arch, ensemble="logits"), replace(options, teacher_checkpoint=file))
         for arch, file in zip(archs, files, strict=True)
     ]
-    ensemble = Ensemble(archs, tuple(teacher for teacher, _ in found))
-    known = [one for _, one in found]
-    if len(known) == 1:
-        return ensemble, known[0]
-    logits = known[0].logits
-    for number, other in enumerate(known[1:], start=2):
+    members = tuple(teacher for teacher, _ in found)
+    reports = [report for _, report in found]
+    if len(reports) == 1:
+        return Ensemble(archs, members, reports[0])
+    logits = reports[0].logits
+    for number, other in enumerate(reports[1:], start=2):
         logits = add_to_mean(logits, other.logits, number, recipe.ensemble, recipe.temperature)
-    together = replace(known[0], accuracy=accuracy(logits, labels.cpu()), logits=logits)
+    together = replace(reports[0], accuracy=accuracy(logits, labels.cpu()), logits=logits)
     print(f"teachers: together, by the mean of their {WAYS[recipe.ensemble]}, test accuracy {together.accuracy:.2f} %")
-    return ensemble, together
+    return Ensemble(archs, members, together)
 
 
 def member_files(recipe: Recipe, options: Options) -> Sequence[str | None]:

@@ -24,8 +24,9 @@ from distill.parallel.devices import (
     seed_generators,
 )
 from distill.parallel.processes import any_of, broadcast_buffers, gather, on_main, rank, reduce, world_size
-from distill.run.directory import RunDirectory, differing, tell
+from distill.run.identity import differing, format_diff
 from distill.run.outcome import BEST, best_epoch, diverged, tell_divergence
+from distill.run.run import Run
 from distill.training.evaluation import Evaluation, EvaluationStopped, evaluate, raise_broken
 from distill.training.metrics import Tally
 from distill.training.objectives import Objective
@@ -80,7 +81,7 @@ class Trainer:
 
     def __init__(
         self,
-        run: RunDirectory,
+        run: Run,
         recipe: Recipe,
         options: Options,
         student: Classifier,
@@ -209,7 +210,7 @@ class Trainer:
         changed = [key for key in differing(before, now) if not allowed.get(key)]
         if changed:
             hint = "; --extend allows more epochs" if changed == ["epochs"] else ""
-            raise checkpoint.CheckpointError(f"{source} is of another run: {tell(changed, before, now)}{hint}")
+            raise checkpoint.CheckpointError(f"{source} is of another run: {format_diff(changed, before, now)}{hint}")
 
     # ------------------------------------------------------------------------------------------------------- the steps
     def train_epoch(self, stop: StopRequest) -> bool:
@@ -358,15 +359,13 @@ class Trainer:
 
 
 def fit(
-    run: RunDirectory,
-    recipe: Recipe,
-    options: Options,
+    run: Run,
     *,
     student: Classifier,
-    objective: Objective,
+    loss: Objective,
     data: TrainingData,
     tests: Mapping[str, TestData],
-    facts: dict[str, Any],
+    teacher: Any = None,
 ) -> Fitted:
     """Train `student` to the end of the recipe, continuing where the run's checkpoint stands; evaluate each epoch.
 
@@ -378,6 +377,7 @@ def fit(
     Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
     image file cannot be decoded (2).
     """
+    recipe, options, facts, objective, data = run.recipe, run.options, run.facts, loss, teacher or data
     if any(differing(facts, other) for other in gather(facts)):
         raise UserError("the processes of this run do not have the same data, teacher or initial weights")
     # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.

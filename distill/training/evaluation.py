@@ -15,7 +15,7 @@ from distill.errors import BrokenImage
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from distill.parallel.processes import any_of, broadcast_buffers, gather, rank, rank_and_world_size, reduce
-from distill.run.directory import open_run
+from distill.run.paths import find_directory
 from distill.training.metrics import Tally
 
 Settings = TypeVar("Settings", bound=Options)
@@ -85,11 +85,12 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
 
 
 def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
-    """With --evaluate the student starts from what is evaluated: --resume, --init or the run's last checkpoint."""
+    """Return `options` whose init is what --evaluate asks for: --resume, --init, or the run's last checkpoint."""
     if not options.evaluate:
         return options
     named = options.resume or options.init
-    return replace(options, init=named or str(open_run(options, recipe, data).path / checkpoint.LAST))
+    path = find_directory(options, recipe, data.name, data.digest)
+    return replace(options, init=named or str(path / checkpoint.LAST))
 
 
 def evaluate_student(student: Classifier, test: TestData) -> dict[str, Any]:

@@ -217,3 +217,6 @@ def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:
             f"for {world_size()} of them"
         )
     return Distillation(logit_loss(recipe), *recipe.shares, recipe.ramp or 0.0, recipe.label_smoothing, labelled)
+
+
+build_loss = objective
