@@ -9,7 +9,7 @@ from cifar10.data import load_data, prepare
 from distill.config.recipe import Options, Recipe
 from distill.files import checkpoint
 from distill.models.classifier import Classifier, InputSpec
-from distill.run.directory import RunDirectory
+from distill.run.run import Run
 from distill.teacher.cached import AnsweredData
 from distill.teacher.store import Encoding
 from distill.teacher.teacher import Teacher
@@ -47,16 +47,13 @@ def train(
     data = load_data(str(npz))
     views, tests = prepare(data, recipe, CPU)
     facts = {"data": data.name, "data_digest": data.digest}
-    with RunDirectory(path) as run:
+    with Run(path, recipe, options or Options(), facts) as run:
         return fit(
             run,
-            recipe,
-            options or Options(),
             student=student or small_network(),
-            objective=objective or (taught(3.0, 0.8) if teacher else CrossEntropy()),
+            loss=objective or (taught(3.0, 0.8) if teacher else CrossEntropy()),
             data=AnsweredData(views, teacher, None, Encoding(4)) if teacher else views,
             tests=tests,
-            facts=facts,
         )
 
 

@@ -13,7 +13,8 @@ from cifar10.data import load_data
 from distill.config.recipe import Options
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.run.directory import RunDirectory, open_run
+from distill.run.paths import find_directory
+from distill.run.run import Run
 from distill.teacher.store import LogitStore
 from distill.training import engine
 from distill.training.stop import Stopped
@@ -99,9 +100,9 @@ def test_photos_are_known_by_their_paths_below_the_directory(
 
 def begin(path: Path, epochs: int = 0, digest: str = "1", **change: object) -> Path:
     """A run that has begun, with so many epochs recorded."""
-    with RunDirectory(path) as run:
-        recipe = replace(SMALL, epochs=9, **change)  # type: ignore[arg-type]
-        run.claim(recipe, {"data": path.parts[-3], "data_digest": digest}, torch.device("cpu"))
+    recipe = replace(SMALL, epochs=9, **change)  # type: ignore[arg-type]
+    with Run(path, recipe, Options(), {"data": path.parts[-3], "data_digest": digest}) as run:
+        run.record_start(torch.device("cpu"))
         run.write_metrics([{"epoch": k} for k in range(epochs)])
         (path / "last.pt").touch()
     return path
@@ -114,7 +115,7 @@ def test_which_run_is_taken(home: Path, small_npz: Path, capsys: pytest.CaptureF
     recipe, name = replace(SMALL, epochs=9), Path("densenet_cifar") / "ce-seed0"
 
     def taken(options: Options = Options(), change: int = 9) -> Path:  # noqa: B008 frozen
-        return open_run(options, replace(recipe, epochs=change), data).path
+        return find_directory(options, replace(recipe, epochs=change), data.name, data.digest)
 
     assert taken() == home / "mine" / name
     home.mkdir()

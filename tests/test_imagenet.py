@@ -38,7 +38,7 @@ from imagenet.data import PhotoTests, load_data, prepare
 from imagenet.decoding import Box, read_box, read_centre
 from imagenet.loader import Job, LoaderError, Workers
 from imagenet.recipes import RECIPES, STANDARD, ImageNetOptions
-from imagenet.teachers import _build, find_teacher
+from imagenet.task import PhotoTask
 from scripts import precompute, sweep
 
 CPU = torch.device("cpu")
@@ -467,7 +467,7 @@ def test_a_pretrained_student_gets_a_new_head(tmp_path: Path, capsys: pytest.Cap
     assert torch.equal(own["classifier.0.weight"], weights["classifier.0.weight"])
 
 
-def test_the_average_in_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_average_in_a_file_of_others(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--weights and --teacher-weights name torchvision's, or which of the two sets in a file."""
     state = models.find("shufflenet_v2_x0_5").build(num_classes=4).state_dict()
     average = {f"module.{key}": value / 2 for key, value in state.items() if value.is_floating_point()}
@@ -480,11 +480,12 @@ def test_the_average_in_a_file_of_others(tmp_path: Path, capsys: pytest.CaptureF
     assert "1 counters are left out (n_averaged)" in said
     assert "does not name its classes: taken to be in the data's order, a, b, c, d" in said
     taught = replace(RECIPES["standard_kd"], teacher_arch="shufflenet_v2_x0_5", teacher_weights="ema")
-    options = ImageNetOptions(teacher_checkpoint=file)
-    teacher, _ = _build(taught, options, find_teacher(taught, options), FIVE[:4], "float32", CPU)
+    options = ImageNetOptions(data=str(photos), workers=0, teacher_checkpoint=file)
+    with PhotoTask(taught, options) as task:
+        teacher = task.build_teacher(*task.find_teacher(taught, options, None), "float32")
     assert torch.equal(teacher.network.network.state_dict()["fc.bias"], state["fc.bias"] / 2)
     with pytest.raises(UserError, match="torchvision's weights of shufflenet_v2_x0_5 are IMAGENET1K_V1, not ema"):
-        find_teacher(taught, ImageNetOptions())
+        PhotoTask(taught, ImageNetOptions(data=str(photos)))
 
 
 def test_extras_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import teachers, train_ce, train_kd
-from cifar10.data import load_data
+from cifar10 import task, train_ce, train_kd
 from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
-from distill.config.recipe import Recipe
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.losses.methods import SETTINGS
 from distill.models.classifier import Classifier
@@ -434,20 +433,20 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_published() -> None:
     """Each file is the one that checkpoints/README.md tells of, and knows what its network should."""
     told = dict(re.findall(r"^\| `(\S+)` .* ([0-9a-f]{64}) \|$", publish.README.read_text(), re.MULTILINE))
-    files = {path.name: path for path in teachers.PUBLISHED.glob("*.pt")}
+    files = {path.name: path for path in task.PUBLISHED.glob("*.pt")}
     assert "densenet40-ce.pt" in files
     assert told == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    data = load_data("sample")
+    small = task.SmallImages(Recipe(), Options(data="sample", device="cpu"))
     for path in files.values():
         assert path.stat().st_size < 8e6
-        assert publish.measure(path, data, "cpu") > 85
+        assert publish.measure(path, small) > 85
 
 
 def test_published_weights(
     small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """float16, measured from the file, a line for each file, found by its architecture."""
-    monkeypatch.setattr(teachers, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(task, "PUBLISHED", tmp_path / "published")
     monkeypatch.setattr(publish, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text("Text.\n")
     data = ["--data", str(small_npz)]

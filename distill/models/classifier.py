@@ -81,8 +81,11 @@ class Classifier(nn.Module):
         return logits.float()
 
     def normalise(self, images: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3) -> float32 (B, 3, S, S), channels_last, resized to the network's own S where the
-        images were made for another network, or `training_size` asks for it."""
+        """Return images uint8 (B, H, W, 3) as float32 (B, 3, S, S), channels_last, as the network wants them.
+
+        They are resized to the network's own S if they were made for another network, or if `training_size` asks for
+        it.
+        """
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
         size = self.spec.size if self.spec.resized else images.shape[1]
         size = (self.training and self.training_size) or size

@@ -33,6 +33,7 @@ class Evaluation:
     predictions: Tensor
 
     def to_dict(self) -> dict[str, Any]:
+        """Return accuracy, top5, loss, images and images_per_second."""
         rate = self.images / max(self.seconds, 1e-9)
         named = {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
         return {**named, "images": self.images, "images_per_second": rate}
@@ -58,8 +59,11 @@ def raise_broken(broken: dict[str, str]) -> None:
 
 @torch.no_grad()
 def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lambda: False) -> Evaluation:
-    """Cross-entropy and accuracies of `network` in eval mode. Each process takes its share of the images, each image is
-    seen once, and every process gets the whole result. Raises EvaluationStopped, and BrokenImage on every process."""
+    """Cross-entropy and accuracies of `network` in eval mode.
+
+    Each process takes its share of the images, each image is seen once, and every process gets the whole result. Raises
+    EvaluationStopped, and BrokenImage on every process.
+    """
     device = network.mean.device
     tally, start = Tally(device), time.perf_counter()
     predictions = [torch.empty(0, dtype=torch.int64, device=device)]
