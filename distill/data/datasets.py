@@ -16,7 +16,8 @@ from distill.data.views import ViewPolicy, mix
 
 class Images(Protocol):
     """What runs and stores have to know of the images they are about: they are told apart by `digest`; `name` is for
-    people."""
+    people.
+    """
 
     @property
     def name(self) -> str: ...
@@ -31,7 +32,8 @@ class Images(Protocol):
 @dataclass(frozen=True)
 class Mixture:
     """What the images of a batch are mixed with: the partners' labels int64 (B,), and the mixing coefficient float32
-    (B,) in [0, 1], the weight of the image itself."""
+    (B,) in [0, 1], the weight of the image itself.
+    """
 
     labels: Tensor
     coefficient: Tensor
@@ -41,7 +43,8 @@ class Mixture:
 class Batch:
     """One step's input. images: uint8 (B, H, W, 3), the rest int64 (B,); `indices` count in the whole training set.
     teacher_logits: float32 (B, C) where a teacher takes part, or what is kept of them, kd_loss.TopKLogits. epoch: from
-    0, for losses whose weight depends on it."""
+    0, for losses whose weight depends on it.
+    """
 
     images: Tensor
     labels: Tensor
@@ -103,7 +106,8 @@ class TestData(Protocol):
 
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 (B, H, W, 3) and labels (B,); process `rank` gets its part of `world_size`
-        consecutive ones, and each image is in one of them."""
+        consecutive ones, and each image is in one of them.
+        """
         ...
 
 
@@ -121,7 +125,8 @@ class TensorData:
         self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy, mixup: ViewDraws | None = None
     ) -> None:
         """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device, negative where there are none; mixup: draws of
-        two columns."""
+        two columns.
+        """
         self.images, self.labels, self.plan, self.policy, self.mixup = images, labels, plan, policy, mixup
         self.image_count, self.device = len(images), images.device
         self.steps_per_epoch, self.labelled = plan.steps_per_epoch, bool((labels >= 0).all())

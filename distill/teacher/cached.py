@@ -30,7 +30,8 @@ def cache_teachers(
     recipe: Recipe, options: Options, data: Images, training: ViewedData, teachers: Ensemble
 ) -> "AnsweredData":
     """The training data with the mean of the teachers' answers, each from its store unless that is turned off or would
-    be too large."""
+    be too large.
+    """
     found: Any = training
     for number, (arch, teacher) in enumerate(zip(teachers.archs, teachers.members, strict=True), start=1):
         title = f" {arch}" if len(teachers.archs) > 1 else ""
@@ -80,7 +81,8 @@ def tell(data: object) -> None:
 @torch.no_grad()
 def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: TeacherReport) -> float | None:
     """|g_k - g| / |g| of the gradient of the term on logits, on test images before training; printed. None without
-    --top-k."""
+    --top-k.
+    """
     if not recipe.top_k:
         return None
     found: list[Tensor] = []
@@ -101,7 +103,8 @@ def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: Te
 
 class Part(NamedTuple):
     """A teacher's place among several: its number, from 1, how their answers become one (ensemble.py), and what it is
-    called in a line."""
+    called in a line.
+    """
 
     number: int = 1
     how: str = "logits"
@@ -184,7 +187,8 @@ class AnsweredData:
 
     def verify(self, count: int) -> tuple[int, int, float]:
         """Ask the teacher again for a random sample of what is stored: (answers compared, how many are the same bits,
-        largest difference of a logit, as a share of the largest logit beside it, or of 1)."""
+        largest difference of a logit, as a share of the largest logit beside it, or of 1).
+        """
         assert self.store
         chance, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
         count_of_views = self.data.plan.order.view_count

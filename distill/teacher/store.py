@@ -49,7 +49,7 @@ class Encoding:
         return 2 * self.top_k + 1 + 2 * len(TEMPERATURES) if self.top_k else self.classes
 
     def encode(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits float32 (B, C) that float16 has, labels (B,) -> float16 (B, width)."""
+        """Logits float32 (B, C) that float16 has, labels (B,) -> float16 (B, width)."""
         if not self.top_k:
             return logits.half()
         kept = top_k_logits(logits, labels, self.top_k)
@@ -70,7 +70,8 @@ class Encoding:
 @dataclass
 class Column:
     """The answers to one slot: `rows` float16 (N, width), on the data's device, and which of the N are there, on the
-    CPU."""
+    CPU.
+    """
 
     rows: Tensor
     answered: NDArray[np.bool_]
@@ -159,7 +160,8 @@ def _nameless(key: dict[str, Any]) -> dict[str, Any]:
 
 def _of_the_old_form(root: Path, key: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """Path and key of the store that has the most answers of those that `key` describes but for the images' name, and
-    whose digests cover that name as well; None if there is none."""
+    whose digests cover that name as well; None if there is none.
+    """
     found = []
     for file in sorted(root.glob(f"*/{KEY}")):
         try:
@@ -205,7 +207,8 @@ def store_key(
 def list_stores(root: Path) -> list[dict[str, Any]]:
     """Of each store below `root`: path, key, bytes on disk, views (slots) and answers that it has, from the names of
     its segments; answers that two runs gave at once count twice. The key is a line that says why where it cannot be
-    read."""
+    read.
+    """
     found = []
     for file in sorted(root.glob(f"*/{KEY}")):
         segments = [path for path in file.parent.glob("*.pt") if SEGMENT.fullmatch(path.name)]
@@ -232,7 +235,8 @@ def fits(
     slots: int, images: int, encoding: Encoding, limit_gb: float, root: Path, present: int = 0
 ) -> tuple[bool, str]:
     """Whether `slots` columns fit the limit and the disk, on which `present` bytes of them lie already, and a line that
-    says what they take."""
+    says what they take.
+    """
     needed = 2 * slots * images * encoding.width
     existing = next(path for path in (root, *root.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free

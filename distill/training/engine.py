@@ -53,7 +53,8 @@ class State:
 @dataclass(frozen=True)
 class Fitted:
     """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, speeds, and the loss in nats of
-    the first step, None in a run that was begun before that was kept."""
+    the first step, None in a run that was begun before that was kept.
+    """
 
     records: list[dict[str, Any]]
     test: Evaluation

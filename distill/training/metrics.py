@@ -6,7 +6,8 @@ from torch import Tensor
 
 class Tally:
     """Sums over images: how many, their loss in nats, how many right, how many within the five largest logits, and
-    further named `parts` of the loss. `sums` is one float64 tensor, so that it fits a checkpoint."""
+    further named `parts` of the loss. `sums` is one float64 tensor, so that it fits a checkpoint.
+    """
 
     def __init__(self, device: torch.device, parts: tuple[str, ...] = ()) -> None:
         self.names = ("images", "loss", "accuracy", "top5", *parts)
@@ -14,7 +15,7 @@ class Tally:
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor, parts: tuple[Tensor, ...] = ()) -> None:
-        """logits (B, C), labels (B,); mean_loss and parts: means over these B images."""
+        """Logits (B, C), labels (B,); mean_loss and parts: means over these B images."""
         largest = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (largest == labels.view(-1, 1)).double()
         images = torch.full((), float(len(labels)), dtype=torch.float64, device=self.sums.device)

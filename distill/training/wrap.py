@@ -49,7 +49,8 @@ def check_batch_norm(
 ) -> None:
     """Raises UserError if `network` cannot see images of the smallest size that it is shown, or if a BatchNorm of it
     gets one value a channel from the smallest part of a batch that is computed at a time, by a process, by a GPU of
-    DataParallel, or by --accumulate. work: as for trial.wants_two."""
+    DataParallel, or by --accumulate. work: as for trial.wants_two.
+    """
     smallest_size = min(filter(None, map(recipe.size_at, range(recipe.epochs))), default=None)
     if work is None and (smallest_size or recipe.image_size):
         check_size(network, arch, "--sizes" if smallest_size else "--image-size", smallest_size)
