@@ -153,7 +153,7 @@ def _build(
 
 def check_feature_points(recipe: Recipe, student: Classifier, classes: int) -> None:
     """Raises UserError where --overhaul finds no stages in one of the networks, before a teacher is trained for it."""
-    if recipe.overhaul:
+    if recipe.features:
         arch = recipe.teacher_arch or ""
         find_feature_points(student, recipe.arch)
         with torch.random.fork_rng(devices=[]):

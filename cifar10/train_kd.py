@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
         prog="trainKD.sh",
         recipes=RECIPES,
         default="kd",
-        description=f"Train a student taught by a teacher.\n\n  {cli.LOSS_FORMULA}\n\n{cli.LOSS_LEGEND}",
+        description="Train a student taught by a teacher.",
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
     train(recipe, options)
@@ -44,11 +44,11 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.teachers import check_feature_points, load_teachers, show_features
     from distill.parallel.devices import start
     from distill.run.directory import identity, open_run
-    from distill.teacher.cached import answered, measure_top_k, tell
+    from distill.teacher.cached import answered, tell
     from distill.teacher.report import agreement
     from distill.training.engine import fit
     from distill.training.evaluation import evaluate_student, to_evaluate
-    from distill.training.objectives import objective
+    from distill.training.objectives import build_loss, measure_top_k
     from distill.training.wrap import check_batch_norm
 
     device = start(options.device, deterministic=options.deterministic)
@@ -76,9 +76,9 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
         if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary
-        answers = training if recipe.method == "none" else answered(recipe, options, data, training, teachers)
+        answers = answered(recipe, options, data, training, teachers) if recipe.uses_teacher_logits else training
         error = measure_top_k(recipe, student, tests["test"], known)
-        aim = objective(recipe, student, teachers.first, training, options.device)
+        aim = build_loss(recipe, student, teachers.first, training, options.device)
         fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
         teachers.check_untouched()
         tell(answers)

@@ -101,7 +101,7 @@ def _build(
 
 def check_feature_points(recipe: ImageNetRecipe, known: Network, student: Classifier, classes: int) -> None:
     """Raises UserError where --overhaul finds no stages in one of the networks, before anything is fetched for it."""
-    if recipe.overhaul:
+    if recipe.features:
         find_feature_points(student, recipe.arch)
         with torch.random.fork_rng(devices=[]):
             find_feature_points(Classifier(known.build(num_classes=classes), known.spec), known.arch)

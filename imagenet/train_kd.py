@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         prog="train.sh",
         recipes=RECIPES,
         default="standard_kd",
-        description=f"Train a network on photos, taught by another.\n\n  {cli.LOSS_FORMULA}\n\n{cli.LOSS_LEGEND}",
+        description="Train a network on photos, taught by another.",
         examples=(__doc__ or "").split("\n\n", 1)[1],
         options=ImageNetOptions(),
         positional="data",
@@ -41,11 +41,11 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     # torch takes seconds to load: only now, after the flags were found right
     from distill.parallel.devices import start
     from distill.run.directory import identity, open_run
-    from distill.teacher.cached import answered, measure_top_k, tell
+    from distill.teacher.cached import answered, tell
     from distill.teacher.report import agreement
     from distill.training.engine import fit
     from distill.training.evaluation import evaluate_student, to_evaluate
-    from distill.training.objectives import objective
+    from distill.training.objectives import build_loss, measure_top_k
     from distill.training.wrap import check_batch_norm
     from imagenet.data import known_to, load_data, prepare
     from imagenet.loader import Workers
@@ -83,9 +83,9 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
             if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
-            answers = training if recipe.method == "none" else answered(recipe, options, photos, training, teachers)
+            answers = answered(recipe, options, photos, training, teachers) if recipe.uses_teacher_logits else training
             error = measure_top_k(recipe, student, tests["test"], known)
-            aim = objective(recipe, student, teachers.first, training, options.device)
+            aim = build_loss(recipe, student, teachers.first, training, options.device)
             fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
             teachers.check_untouched()
             tell(answers)

@@ -24,6 +24,7 @@ from cifar10 import recipes as small  # noqa: E402
 from distill.config import cli  # noqa: E402
 from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
+from distill.losses.kd_loss import KD  # noqa: E402
 from distill.options import option  # noqa: E402
 from imagenet import recipes as photos  # noqa: E402
 
@@ -117,7 +118,7 @@ def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[R
 
     device = start(options.device, deterministic=options.deterministic)
     # answers do not depend on the method, and this one takes images without labels
-    recipe = recipe.changed({"method": "kd", "w": 1.0, "standardize": False, "overhaul": False})
+    recipe = replace(recipe, method=KD(w=1.0), features=None)
     recipe = replace(recipe, teacher_arch=resolve(recipe.teacher_arch or ""))
     data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     print(data)

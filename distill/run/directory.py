@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from distill.config.recipe import Options, Recipe
+from distill.config.method_flags import FEATURE_FLAGS, METHOD_FLAGS
+from distill.config.recipe import Options, Recipe, flatten
 from distill.data.datasets import Images
 from distill.errors import UserError
 from distill.files import checkpoint
@@ -203,7 +204,7 @@ class RunDirectory:
     @on_main
     def finish(self, recipe: Recipe, facts: dict[str, Any], student: Classifier, **results: Any) -> dict[str, Any]:
         """Write and print summary.json: what the run is, `results` (percent, nats, seconds), and what computed it."""
-        taught, kept = recipe.objective == "kd", self.best()
+        kept = self.best()
         if best := results.get("best_epoch"):
             best["weights"] = BEST if kept == best["epoch"] else None
         summary: dict[str, Any] = {
@@ -211,10 +212,9 @@ class RunDirectory:
             "teacher_arch": recipe.teacher_arch,
             "objective": recipe.objective,
             "trained_by": recipe.trained_by,
-            "method": recipe.method if taught else None,
-            "T": recipe.T if taught else None,
-            "w": recipe.w if taught else None,
-            "formula": recipe.formula if taught else None,
+            "method": recipe.method.to_dict() if recipe.method else None,
+            "features": recipe.features.to_dict() if recipe.features else None,
+            "formula": recipe.formula or None,
             "seed": recipe.seed,
             "view_seed": recipe.view_seed,
             "data": {"name": facts["data"], "digest": facts["data_digest"]},
@@ -255,7 +255,8 @@ def identity(data: Images, init_digest: str | None, device_name: str) -> dict[st
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The fields in which two runs (recipe and facts together) differ."""
+    """The fields in which two runs (recipe and facts together) differ, those of the method by its flags."""
+    before, now = flatten(before), flatten(now)
     return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FOR_READING]
 
 
@@ -267,7 +268,9 @@ def _counts(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def tell(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
     """`--lr was 0.1, is 0.2, data_digest was 1, is 2`: flags of the recipe, and facts."""
+    before, now = flatten(before), flatten(now)
     known = {name for owner in (Recipe, *Recipe.__subclasses__()) for name in vars(owner)["__dataclass_fields__"]}
+    known = known - {"features"} | {*METHOD_FLAGS, *FEATURE_FLAGS}
     shown = [{key: str(values.get(key))[:24] for key in changed} for values in (before, now)]  # of a digest enough
     return ", ".join(f"{flag(k) if k in known else k} was {shown[0][k]}, is {shown[1][k]}" for k in changed)
 
