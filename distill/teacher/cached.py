@@ -11,16 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import Batch, Images, TestData, ViewedData
-from distill.losses.kd_loss import top_k_error
-from distill.models.classifier import Classifier
+from distill.data.datasets import Batch, Images, ViewedData
 from distill.parallel.processes import gather
 from distill.run.directory import CHECKPOINTS
 from distill.teacher.ensemble import Ensemble, add_to_mean
-from distill.teacher.report import COMPARED, TeacherReport
 from distill.teacher.store import Column, Encoding, LogitStore, fits, store_key
 from distill.teacher.teacher import Teacher
-from distill.training.objectives import logit_loss
 
 STORES = CHECKPOINTS / "stores"
 FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
@@ -76,29 +72,6 @@ def tell(data: object) -> None:
         answered, known = map(sum, zip(*gather((data.answered, data.known)), strict=True))
         kept = f"{known:,} were in the store" if data.store else "no store"
         print(f"teacher{data.part.title}: {answered:,} views answered, {kept}")
-
-
-@torch.no_grad()
-def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: TeacherReport) -> float | None:
-    """|g_k - g| / |g| of the gradient of the term on logits, on test images before training; printed. None without
-    --top-k.
-    """
-    if not recipe.top_k:
-        return None
-    found: list[Tensor] = []
-    for images, _ in test.batches():
-        found.append(student.eval()(images).cpu())
-        if sum(map(len, found)) >= COMPARED:
-            break
-    logits = torch.cat(found)[:COMPARED]
-    with torch.enable_grad():
-        labels = test.labels[:COMPARED].cpu()
-        error = top_k_error(logit_loss(recipe), logits, known.logits[: len(logits)], labels, recipe.top_k)
-    print(
-        f"top-k: with {recipe.top_k} logits of an answer the gradient of the term on logits differs by "
-        f"{100 * error:.2g} % from that with all, on {len(logits)} test images, the student as before training"
-    )
-    return error
 
 
 class Part(NamedTuple):
