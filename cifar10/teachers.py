@@ -12,7 +12,7 @@ from cifar10.data import ImageData
 from cifar10.models import CIFAR_INPUT, MODELS, find, find_trained
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import EvaluationSet
+from distill.data.datasets import TensorTestData
 from distill.errors import UserError
 from distill.features.overhaul import FeatureLoss
 from distill.features.points import find_feature_points
@@ -50,7 +50,7 @@ def load_teachers(
     recipe: Recipe,
     options: Options,
     data: ImageData,
-    test: EvaluationSet,
+    test: TensorTestData,
     train: Callable[[Recipe, Options], Any],
     auto_precision: str | None = None,
     trained_on: str | None = None,
@@ -69,7 +69,7 @@ def load_teacher(
     recipe: Recipe,
     options: Options,
     data: ImageData,
-    test: EvaluationSet,
+    test: TensorTestData,
     train: Callable[[Recipe, Options], Any],
     auto_precision: str | None = None,
     trained_on: str | None = None,
@@ -103,11 +103,11 @@ def load_teacher(
     return teacher, known
 
 
-def compare_normalisations(network: Classifier, test: EvaluationSet, *flags: str) -> str:
+def compare_normalisations(network: Classifier, test: TensorTestData, *flags: str) -> str:
     """A line with the accuracy of `network` on some test images under the usual normalisations, and the `flags` for the
     best of them."""
     step = -(-len(test.labels) // COMPARED)  # images may come class by class
-    some, own = EvaluationSet(test.images[::step], test.labels[::step]), network.spec
+    some, own = TensorTestData(test.images[::step], test.labels[::step]), network.spec
     looks = {title: replace(own, mean=mean, std=std) for title, (mean, std) in NORMALISATIONS.items()}
     ours = next((title for title, look in looks.items() if look == own), "the one that it has")
     found = {}
@@ -180,7 +180,7 @@ def _trained(
     recipe: Recipe,
     options: Options,
     data: ImageData,
-    test: EvaluationSet,
+    test: TensorTestData,
     train: Callable[[Recipe, Options], Any],
     trained_on: str | None,
 ) -> Path:
@@ -240,7 +240,7 @@ def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path,
     return next_free(path) if RunDirectory(path).has_begun() else path, expected
 
 
-def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet) -> None:
+def _announce(recipe: Recipe, student: str, data: ImageData, test: TensorTestData) -> None:
     """Say that the teacher is trained first, how long that may take here, and what would be cheaper."""
     images = recipe.epochs * len(data.train_images)
     times = {arch: images * _seconds_per_image(arch, data, test) for arch in {recipe.arch, *CHEAP}}
@@ -256,7 +256,7 @@ def _announce(recipe: Recipe, student: str, data: ImageData, test: EvaluationSet
     )
 
 
-def _seconds_per_image(arch: str, data: ImageData, test: EvaluationSet) -> float:
+def _seconds_per_image(arch: str, data: ImageData, test: TensorTestData) -> float:
     device = test.images.device
     with torch.random.fork_rng(devices=[]):
         known = find(arch)

@@ -63,7 +63,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
             recipe,
             options,
             student=student,
-            objective=CrossEntropy(recipe.label_smoothing),
+            loss=CrossEntropy(recipe.label_smoothing),
             data=training,
             tests=tests,
             facts=facts,

@@ -44,7 +44,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from cifar10.teachers import check_feature_points, load_teachers, show_features
     from distill.parallel.devices import start
     from distill.run.directory import identity, open_run
-    from distill.teacher.cached import answered, measure_top_k, tell
+    from distill.teacher.cached import cache_teachers, measure_top_k
     from distill.teacher.report import agreement
     from distill.training.engine import fit
     from distill.training.evaluation import evaluate_student, to_evaluate
@@ -76,12 +76,12 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
         facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
         if summary := run.claim(recipe, facts, device, **options.allowed):
             return summary
-        answers = training if recipe.method == "none" else answered(recipe, options, data, training, teachers)
+        cached = cache_teachers(recipe, options, data, training, teachers)
         error = measure_top_k(recipe, student, tests["test"], known)
         aim = objective(recipe, student, teachers.first, training, options.device)
-        fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
+        given = {"student": student, "loss": aim, "data": training, "teacher": cached, "tests": tests}
+        fitted = fit(run, recipe, options, **given, facts=facts)
         teachers.check_untouched()
-        tell(answers)
         return run.finish(
             recipe,
             facts,

@@ -21,7 +21,7 @@ from distill.run.directory import CHECKPOINTS
 from distill.teacher.ensemble import Ensemble, load_members, member_files
 from distill.teacher.report import TeacherReport, introduce
 from distill.teacher.teacher import Teacher
-from imagenet.data import Photos, PhotoTests
+from imagenet.data import Photos, PhotoTestData
 from imagenet.loader import Workers
 from imagenet.models import CLASSES, class_names, find_trained
 from imagenet.recipes import ImageNetOptions, ImageNetRecipe
@@ -77,7 +77,7 @@ def load_teacher(
     """
     precision = (auto_precision or "auto") if recipe.teacher_precision == "auto" else recipe.teacher_precision
     teacher, source = _build(recipe, options, known, photos.classes, precision, device)
-    test = PhotoTests(photos.val_files, photos.val_labels, known.spec, workers, device, recipe.decoder)
+    test = PhotoTestData(photos.val_files, photos.val_labels, known.spec, workers, device, recipe.decoder)
     digest = checkpoint.digest([photos.digest, test.name, str(known.spec)])
     return teacher, introduce(teacher, test, digest, f"{known.arch} from {source}", CHECKPOINTS / "cache" / "teachers")
 

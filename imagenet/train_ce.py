@@ -64,10 +64,8 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             survey(training, tests, workers)
             if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
-            objective = CrossEntropy(recipe.label_smoothing)
-            fitted = fit(
-                run, recipe, options, student=student, objective=objective, data=training, tests=tests, facts=facts
-            )
+            loss = CrossEntropy(recipe.label_smoothing)
+            fitted = fit(run, recipe, options, student=student, loss=loss, data=training, tests=tests, facts=facts)
             views = training.plan.order.view_count or recipe.epochs
             return run.finish(recipe, facts, student, views=views, **fitted.to_dict())
 

@@ -41,7 +41,7 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
     # torch takes seconds to load: only now, after the flags were found right
     from distill.parallel.devices import start
     from distill.run.directory import identity, open_run
-    from distill.teacher.cached import answered, measure_top_k, tell
+    from distill.teacher.cached import cache_teachers, measure_top_k
     from distill.teacher.report import agreement
     from distill.training.engine import fit
     from distill.training.evaluation import evaluate_student, to_evaluate
@@ -83,12 +83,12 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
             facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
             if summary := run.claim(recipe, facts, device, **options.allowed):
                 return summary
-            answers = training if recipe.method == "none" else answered(recipe, options, photos, training, teachers)
+            cached = cache_teachers(recipe, options, photos, training, teachers)
             error = measure_top_k(recipe, student, tests["test"], known)
             aim = objective(recipe, student, teachers.first, training, options.device)
-            fitted = fit(run, recipe, options, student=student, objective=aim, data=answers, tests=tests, facts=facts)
+            given = {"student": student, "loss": aim, "data": training, "teacher": cached, "tests": tests}
+            fitted = fit(run, recipe, options, **given, facts=facts)
             teachers.check_untouched()
-            tell(answers)
             found = {"teacher_accuracy": known.accuracy, "teacher_precision": known.precision, "top_k_error": error}
             found["agreement"] = agreement(fitted.test.predictions, known.logits.argmax(1))
             found["views"] = training.plan.order.view_count or recipe.epochs

@@ -112,7 +112,7 @@ def _small(options: Evaluate, arch: str, given: Any, device: Any, _: ExitStack) 
     from cifar10.classes import class_names
     from cifar10.data import load_data
     from cifar10.models import find_trained, resolve
-    from distill.data.datasets import EvaluationSet
+    from distill.data.datasets import TensorTestData
     from distill.models.classifier import Classifier
     from distill.models.network import load_into
     from distill.parallel.devices import choose_precision
@@ -126,14 +126,14 @@ def _small(options: Evaluate, arch: str, given: Any, device: Any, _: ExitStack) 
     load_into(classifier, given, known, class_names(data.classes, options.class_order))
     train = options.split == "train"
     images, labels = (data.train_images, data.train_labels) if train else (data.test_images, data.test_labels)
-    return classifier.to(device), EvaluationSet(images.to(device), labels.to(device), options.batch_size)
+    return classifier.to(device), TensorTestData(images.to(device), labels.to(device), options.batch_size)
 
 
 def _photos(options: Evaluate, arch: str, given: Any, device: Any, stack: ExitStack) -> tuple[Any, Any]:
     """The network of photos, with what the file holds or its published weights, and the photos."""
     from distill.models.classifier import Classifier
     from distill.parallel.devices import choose_precision
-    from imagenet.data import PhotoTests, load_data
+    from imagenet.data import PhotoTestData, load_data
     from imagenet.loader import Workers
     from imagenet.models import find_trained
     from imagenet.teachers import load_weights
@@ -146,7 +146,7 @@ def _photos(options: Evaluate, arch: str, given: Any, device: Any, stack: ExitSt
     load_weights(classifier, known, options.checkpoint, given, options.class_order, flag="--checkpoint")
     train = options.split == "train"
     files, labels = (data.train_files, data.train_labels) if train else (data.val_files, data.val_labels)
-    return classifier.to(device), PhotoTests(files, labels, known.spec, workers, device, options.decoder)
+    return classifier.to(device), PhotoTestData(files, labels, known.spec, workers, device, options.decoder)
 
 
 if __name__ == "__main__":

@@ -153,16 +153,18 @@ def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -
     """Fill the store of `teacher` for these views, or ask again for a sample of it."""
     from tqdm import tqdm
 
-    from distill.teacher.cached import answered
+    from distill.teacher.cached import cache_teachers
     from distill.teacher.ensemble import Ensemble
 
     teachers = Ensemble(recipe.teacher_archs, (teacher,))
     slots = training.plan.order.view_count or recipe.epochs
-    answers = answered(replace(recipe, epochs=slots), replace(options, store=True), data, training, teachers)
-    if not answers.store:
+    cached = cache_teachers(replace(recipe, epochs=slots), replace(options, store=True), data, training, teachers)
+    assert cached
+    (cache,) = cached.caches
+    if not cache.store:
         raise UserError("nothing was stored; --store-limit GB allows more, --views K takes less")
     if options.verify:
-        compared, equal, largest = answers.verify(options.verify)
+        compared, equal, largest = cache.verify(training, options.verify)
         print(
             f"{compared:,} answers asked again: {equal:,} the same to the bit, the others differ by "
             f"{largest:.3g} of the largest logit at most"
@@ -171,11 +173,11 @@ def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -
     total = slots * len(training.plan.indices)
     with tqdm(total=total, unit=" views", unit_scale=True, disable=None, smoothing=0.05) as bar:
         for slot in range(slots):
-            for count in answers.fill(slot):
+            for count in cached.fill(slot):
                 bar.update(count)
             if bar.disable:
-                print(f"view {slot + 1} of {slots}: {answers.answered:,} answered by this call")
-    print(f"{total:,} views are in {answers.store.path}, {answers.answered:,} of them answered by this call")
+                print(f"view {slot + 1} of {slots}: {cache.misses:,} computed by this call")
+    print(f"{total:,} views are in {cache.store.path}, {cache.misses:,} of them computed by this call")
     return 0
 
 

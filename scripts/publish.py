@@ -96,7 +96,7 @@ def measure(path: Path, data: "ImageData", device_name: str) -> float:
     """Percent of the test images that the network in `path` knows."""
     from cifar10.classes import class_names
     from cifar10.models import find_trained
-    from distill.data.datasets import EvaluationSet
+    from distill.data.datasets import TensorTestData
     from distill.models import weights
     from distill.models.classifier import Classifier
     from distill.models.network import load_into
@@ -109,7 +109,7 @@ def measure(path: Path, data: "ImageData", device_name: str) -> float:
     network, precision = known.build(num_classes=len(data.classes)), choose_precision("float32", device)
     classifier = Classifier(network, known.spec, precision, data.classes)
     load_into(classifier, given, known, class_names(data.classes, "names"))
-    test = EvaluationSet(data.test_images.to(device), data.test_labels.to(device))
+    test = TensorTestData(data.test_images.to(device), data.test_labels.to(device))
     return evaluate(classifier.to(device), test).accuracy
 
 

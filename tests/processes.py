@@ -30,7 +30,7 @@ from distill.training.evaluation import evaluate
 from distill.training.objectives import CrossEntropy, Objective, Step, objective
 from distill.training.stop import Stopped
 from imagenet import survey, train_ce
-from imagenet.data import PhotoTests
+from imagenet.data import PhotoTestData
 from imagenet.data import load_data as load_data_of_photos
 from imagenet.loader import Workers
 from imagenet.models import build_student as build_photo_student
@@ -55,7 +55,7 @@ def evaluate_photos(source: str, directory: Path) -> None:
         photos = load_data_of_photos(source, workers)
         recipe = replace(STANDARD, arch="resnet18", image_size=32)
         student, _ = build_photo_student(recipe, photos.classes, Options(), torch.device("cpu"))
-        test = PhotoTests(photos.val_files, photos.val_labels, student.spec, workers, torch.device("cpu"), "pillow")
+        test = PhotoTestData(photos.val_files, photos.val_labels, student.spec, workers, torch.device("cpu"), "pillow")
         found = evaluate(student, test)
     result = {"predictions": found.predictions, "found": found.to_dict()}
     torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")

@@ -34,7 +34,7 @@ from distill.models.classifier import Classifier, InputSpec
 from distill.teacher.teacher import _block
 from imagenet import models, train_ce, train_kd
 from imagenet.augment import DRAWS, PhotoViews, random_box
-from imagenet.data import PhotoTests, load_data, prepare
+from imagenet.data import PhotoTestData, load_data, prepare
 from imagenet.decoding import Box, read_box, read_centre
 from imagenet.loader import Job, LoaderError, Workers
 from imagenet.recipes import RECIPES, STANDARD, ImageNetOptions
@@ -353,7 +353,7 @@ def test_views_at_the_teachers_size_and_mixtures(photos: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_each_photo_is_evaluated_once(count: int, photos: Path) -> None:
     data = load_data(str(photos), NONE)
-    test = PhotoTests(data.val_files, data.val_labels, InputSpec(32, (0, 0, 0), (1, 1, 1), 36), NONE, CPU, "pillow")
+    test = PhotoTestData(data.val_files, data.val_labels, InputSpec(32, (0, 0, 0), (1, 1, 1), 36), NONE, CPU, "pillow")
     shares = [batch for rank in range(count) for batch in test.batches(rank, count)]
     whole = list(test.batches())
     for k in (0, 1):

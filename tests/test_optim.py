@@ -11,7 +11,7 @@ from torch import nn
 
 from cifar10.data import load_data, prepare
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import Batch, EvaluationSet, Mixture
+from distill.data.datasets import Batch, Mixture, TensorTestData
 from distill.errors import UserError
 from distill.files import checkpoint
 from distill.models import weights
@@ -212,7 +212,7 @@ def test_tally_counts_like_a_loop() -> None:
 def test_evaluation_sees_each_image_once() -> None:
     network, images = small_network(), torch.randint(0, 256, (21, 32, 32, 3), dtype=torch.uint8)
     labels = torch.randint(0, 4, (21,))
-    found = evaluate(network, EvaluationSet(images, labels, batch_size=8))
+    found = evaluate(network, TensorTestData(images, labels, batch_size=8))
     expected = network.eval()(images)
     assert found.images == 21
     assert torch.equal(found.predictions, expected.argmax(1))

@@ -1,4 +1,4 @@
-"""Several teachers as one: the mean of what they answer, each from its own store."""
+"""Several teachers as one: the mean of their logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -44,17 +44,20 @@ class Ensemble:
             member.check_untouched()
 
 
-def add_to_mean(before: Tensor, logits: Tensor, number: int, how: str, temperature: float) -> Tensor:
-    """The mean of `number` teachers' logits (B, C), from the mean of those before and the last one's.
+def mean_logits(members: Sequence[Tensor], how: str, temperature: float) -> Tensor:
+    """Returns the mean of the logits (B, C) of one teacher or several.
 
     how: `logits`, or `probabilities`: z with softmax(z/T) = the mean of softmax(t_i/T), so that KL at temperature T
     from z is that from the mean of the teachers' distributions.
     """
-    if how == "logits":
-        return before + (logits - before) / number
-    shares = log((number - 1) / number), log(1 / number)
-    known, new = (F.log_softmax(value / temperature, 1) for value in (before, logits))
-    return temperature * torch.logaddexp(known + shares[0], new + shares[1])
+    mean = members[0]
+    for number, logits in enumerate(members[1:], start=2):
+        if how == "logits":
+            mean = mean + (logits - mean) / number
+        else:
+            former, new = (F.log_softmax(value / temperature, 1) for value in (mean, logits))
+            mean = temperature * torch.logaddexp(former + log((number - 1) / number), new + log(1 / number))
+    return mean
 
 
 def load_members(
@@ -63,24 +66,21 @@ def load_members(
     load: Callable[[AnyRecipe, AnyOptions], tuple[Teacher, TeacherReport]],
     labels: Tensor,
 ) -> tuple[Ensemble, TeacherReport]:
-    """The teachers of `recipe`, each by `load`, and what they know together; printed if there are several.
+    """Returns the teachers of `recipe`, each by `load`, and the report on their mean; printed if there are several.
 
     load: takes the recipe and the options of one teacher. labels: of the test images, (N,).
     """
     archs = recipe.teacher_archs
     files = member_files(recipe, options)
-    found = [
+    loaded = [
         load(replace(recipe, teacher_arch=arch, ensemble="logits"), replace(options, teacher_checkpoint=file))
         for arch, file in zip(archs, files, strict=True)
     ]
-    ensemble = Ensemble(archs, tuple(teacher for teacher, _ in found))
-    known = [one for _, one in found]
-    if len(known) == 1:
-        return ensemble, known[0]
-    logits = known[0].logits
-    for number, other in enumerate(known[1:], start=2):
-        logits = add_to_mean(logits, other.logits, number, recipe.ensemble, recipe.temperature)
-    together = replace(known[0], accuracy=accuracy(logits, labels.cpu()), logits=logits)
+    ensemble, reports = Ensemble(archs, tuple(teacher for teacher, _ in loaded)), [report for _, report in loaded]
+    if len(reports) == 1:
+        return ensemble, reports[0]
+    logits = mean_logits([report.logits for report in reports], recipe.ensemble, recipe.temperature)
+    together = replace(reports[0], accuracy=accuracy(logits, labels.cpu()), logits=logits)
     print(f"teachers: together, by the mean of their {WAYS[recipe.ensemble]}, test accuracy {together.accuracy:.2f} %")
     return ensemble, together
 

@@ -38,7 +38,7 @@ class Objective(Protocol):
         ...
 
     @property
-    def learner(self) -> Connected | None:
+    def model(self) -> Connected | None:
         """What is trained in the student's place: the student and what learns beside it. None: the student alone."""
         ...
 
@@ -64,7 +64,7 @@ class CrossEntropy:
 
     label_smoothing: float = 0.0
     parts: tuple[str, ...] = ()
-    learner: None = None
+    model: None = None
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         return self.step(student(batch.images), batch)
@@ -115,7 +115,7 @@ class Distillation:
     ramp: float = 0.0
     label_smoothing: float = 0.0
     labelled: bool = True
-    learner: None = None
+    model: None = None
 
     def __post_init__(self) -> None:
         if not self.labelled and self.ce_weight:
@@ -154,7 +154,7 @@ class Overhaul:
         return ("features", *(self.logits.parts or ("ce",)))
 
     @property
-    def learner(self) -> Connected:
+    def model(self) -> Connected:
         return self.features.learner
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
