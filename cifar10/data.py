@@ -69,6 +69,7 @@ class ImageData:
 
     @property
     def counts(self) -> str:
+        """Return `50000 training, 10000 test images`."""
         kind = "training" if self.labelled else "unlabelled training"
         return f"{len(self.train_images)} {kind}, {len(self.test_images)} test images"
 
@@ -88,11 +89,13 @@ def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = F
 
 
 def read_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = False) -> ImageData:
-    """`sample`, a directory with train/CLASS/* and test/CLASS/*, or with the archive of CIFAR-10 or CIFAR-100 or its
-    unpacked batches, or a .npz file. None is data/cifar10, which is filled by download when it is not there.
+    """Return the images that --data names. Raises UserError.
+
+    source: `sample`, a directory with train/CLASS/* and test/CLASS/*, or with the archive of CIFAR-10 or CIFAR-100 or
+    its unpacked batches, or a .npz file. None is data/cifar10, which is filled by download when it is not there.
 
     Images of another size are resized to 32x32, with a line that says so. A train/ that holds images and no folders is
-    unlabelled. Raises UserError.
+    unlabelled.
     """
     if source == "sample":
         return _from_arrays("sample", _read_sample(), str(SAMPLE))

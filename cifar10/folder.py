@@ -52,7 +52,9 @@ class Split:
 
 def read_folder(path: Path, workers: int, skip_bad_images: bool) -> dict[str, NDArray[Any]]:
     """Decode train/CLASS/* (or unlabelled train/*) and test/CLASS/*, or take what an earlier call decoded from them.
-    Raises BrokenImage with all files that cannot be decoded, UserError for folders that do not fit."""
+
+    Raises BrokenImage with all files that cannot be decoded, UserError for folders that do not fit.
+    """
     names, files = list_images(path, "train", "test", unlabelled=True)
     cache = CHECKPOINTS / "cache" / f"images-{_stamp(path, files['train'] + files['test'], skip_bad_images)}.pt"
     if cache.exists():

@@ -39,6 +39,7 @@ class Published:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """Return the names of all its files."""
         return (*self.train, self.test, self.meta)
 
 
@@ -84,6 +85,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Builds plain values and numpy arrays; anything else in the pickle raises UnpicklingError with its name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return one of the allowed types. Raises UnpicklingError for any other."""
         today = module.replace("numpy.core", "numpy._core")
         if (today, name) not in ARRAY_PIECES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no piece of an array")
@@ -205,8 +207,10 @@ def _is_integer(value: Any) -> bool:
 
 
 def download(directory: Path) -> None:
-    """Fetch CIFAR-10's archive into `directory`, verified by sha256. Raises UserError that says which file to put
-    where."""
+    """Fetch CIFAR-10's archive into `directory`, verified by sha256.
+
+    Raises UserError that says which file to put where.
+    """
     elsewhere = f"put {CIFAR10.archive} from {CIFAR10.url} into a directory of yours and name that by --data"
     elsewhere += ", or try --data sample"
     try:

@@ -7,7 +7,6 @@ bash scripts/trainCE.sh --recipe teacher --arch resnet152      a teacher
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from distill.config.recipe import Options, Recipe
 
 
 def main(argv: Sequence[str]) -> None:
+    """Parse the flags, and train. Raises UserError."""
     recipe, options = cli.parse(
         argv,
         prog="trainCE.sh",
@@ -37,45 +37,23 @@ def main(argv: Sequence[str]) -> None:
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
-    from cifar10.data import load_data, prepare
-    from cifar10.models import build_student, resolve
-    from distill.parallel.devices import start
-    from distill.run.directory import identity, open_run
+    from cifar10.task import SmallImages
     from distill.training.engine import fit
-    from distill.training.evaluation import evaluate_student, to_evaluate
+    from distill.training.evaluation import evaluate_student
     from distill.training.objectives import CrossEntropy
+    from distill.training.task import open_run, results
 
-    device = start(options.device, deterministic=options.deterministic)
-    recipe = replace(recipe, arch=resolve(recipe.arch))
-    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
-    print(data)
-    training, tests = prepare(data, recipe, device)
-    options = to_evaluate(options, recipe, data)
-    student, init_digest = build_student(recipe, data.classes, options, device, training.examples())
-    facts = identity(data, init_digest, options.device)
-    if options.evaluate:
-        return evaluate_student(student, tests["test"])
-    with open_run(options, recipe, data) as run:
-        if summary := run.claim(recipe, facts, device, **options.allowed):
-            return summary
-        fitted = fit(
-            run,
-            recipe,
-            options,
-            student=student,
-            loss=CrossEntropy(recipe.label_smoothing),
-            data=training,
-            tests=tests,
-            facts=facts,
-        )
-        return run.finish(
-            recipe,
-            facts,
-            student,
-            views=training.plan.order.view_count or recipe.epochs,
-            **fitted.to_dict(),
-            data_content=data.content,
-        )
+    with SmallImages(recipe, options) as task:
+        student = task.build_student()
+        training, tests = task.prepare(student.spec)
+        if options.evaluate:
+            return evaluate_student(student, tests["test"])
+        with open_run(task, student, training, tests) as (run, _):
+            if run.summary:
+                return run.summary
+            loss = CrossEntropy(recipe.label_smoothing)
+            fitted = fit(run, student=student, loss=loss, data=training, tests=tests)
+            return run.finish(student, **results(task, fitted, training))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ bash scripts/trainKD.sh --teacher-arch resnet152 --teacher-checkpoint ckpt.pth -
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from distill.config.recipe import Options, Recipe
 
 
 def main(argv: Sequence[str]) -> None:
+    """Parse the flags, and train. Raises UserError."""
     recipe, options = cli.parse(
         argv,
         prog="trainKD.sh",
@@ -39,61 +39,30 @@ def main(argv: Sequence[str]) -> None:
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
-    from cifar10.data import load_data, prepare
-    from cifar10.models import build_student, resolve
-    from cifar10.teachers import check_feature_points, load_teachers, show_features
-    from distill.parallel.devices import start
-    from distill.run.directory import identity, open_run
+    from cifar10.task import SmallImages
     from distill.teacher.cached import cache_teachers, measure_top_k
-    from distill.teacher.report import agreement
     from distill.training.engine import fit
-    from distill.training.evaluation import evaluate_student, to_evaluate
-    from distill.training.objectives import objective
-    from distill.training.wrap import check_batch_norm
+    from distill.training.evaluation import evaluate_student
+    from distill.training.objectives import build_loss
+    from distill.training.task import open_run, results
 
-    device = start(options.device, deterministic=options.deterministic)
-    assert recipe.teacher_arch
-    recipe = replace(recipe, arch=resolve(recipe.arch), teacher_arch=",".join(map(resolve, recipe.teacher_archs)))
-    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
-    print(data)
-    training, tests = prepare(data, recipe, device)
-    options = to_evaluate(options, recipe, data)
-    student, init_digest = build_student(recipe, data.classes, options, device, training.examples())
-    if options.evaluate:
-        return evaluate_student(student, tests["test"])
-    if options.show_features:
-        show_features(recipe, options, student, data)
-        return None
-    check_feature_points(recipe, student, len(data.classes))
-    check_batch_norm(student, recipe.arch, recipe, options.device)  # before a teacher is trained
-    facts = identity(data, init_digest, options.device)
-    with open_run(options, recipe, data) as run:
-        run.check(recipe, facts, **options.allowed)  # before hours of a teacher's training
-        if not options.teacher_checkpoint and (summary := run.report(recipe)):
-            return summary
-        began = run.recorded("teacher_precision"), run.recorded("data_digest")  # a run goes on with its teacher
-        teachers, known = load_teachers(recipe, options, data, tests["test"], train_ce.train, *began)
-        facts |= {"teacher_digest": teachers.digest, "teacher_precision": known.precision["precision"]}
-        if summary := run.claim(recipe, facts, device, **options.allowed):
-            return summary
-        cached = cache_teachers(recipe, options, data, training, teachers)
-        error = measure_top_k(recipe, student, tests["test"], known)
-        aim = objective(recipe, student, teachers.first, training, options.device)
-        given = {"student": student, "loss": aim, "data": training, "teacher": cached, "tests": tests}
-        fitted = fit(run, recipe, options, **given, facts=facts)
-        teachers.check_untouched()
-        return run.finish(
-            recipe,
-            facts,
-            student,
-            **fitted.to_dict(),
-            data_content=data.content,
-            views=training.plan.order.view_count or recipe.epochs,
-            teacher_accuracy=known.accuracy,
-            teacher_precision=known.precision,
-            top_k_error=error,
-            agreement=agreement(fitted.test.predictions, known.logits.argmax(1)),
-        )
+    with SmallImages(recipe, options, train_ce.train) as task:
+        student = task.build_student()
+        training, tests = task.prepare(student.spec)
+        if options.evaluate:
+            return evaluate_student(student, tests["test"])
+        if options.show_features:
+            task.show_features(student)
+            return None
+        task.check_student(student)
+        with open_run(task, student, training, tests, task.load_teachers) as (run, teachers):
+            if run.summary or not teachers:
+                return run.summary
+            cached = cache_teachers(run.recipe, options, task.data, training, teachers)
+            top_k_error = measure_top_k(run.recipe, student, tests["test"], teachers.report)
+            loss = build_loss(run.recipe, student, teachers.first, training, options.device)
+            fitted = fit(run, student=student, loss=loss, data=training, teacher=cached, tests=tests)
+            return run.finish(student, **results(task, fitted, training, teachers, top_k_error))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def _digest(
 ) -> str:
     """Of classes, names and sizes, which are the same in a copy of the directory. A file without a class folder counts
     as if it lay in one. former: sizes of some files, by their paths wherever the directory was, that count in place of
-    what they are. Raises BrokenImage for files that are not there."""
+    what they are. Raises BrokenImage for files that are not there.
+    """
     sizes, broken = list[str | int](), {}
     for split, pairs in listed.items():
         for file, label in pairs:
@@ -104,7 +105,8 @@ def _digest(
 
 def known_to(run: RunDirectory, photos: Photos) -> Photos:
     """`photos`, under the digest by which the run knows them where nothing has changed but files that it found broken:
-    nobody has seen these before."""
+    nobody has seen these before.
+    """
     before, broken = run.recorded("data_digest"), run.broken()
     if before in (None, photos.digest) or not broken:
         return photos
@@ -212,7 +214,8 @@ def prepare(
     device: torch.device,
 ) -> tuple[PhotoData, dict[str, PhotoTestData]]:
     """The training views of `recipe`, and what its epochs are evaluated on: `test` (val/), and `val` if photos of
-    train/ are held out. `spec`, `teacher_spec`: of the student and the teacher. Raises UserError."""
+    train/ are held out. `spec`, `teacher_spec`: of the student and the teacher. Raises UserError.
+    """
     count = len(photos.train_files)
     if count - recipe.val_split < recipe.batch_size:
         held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""

@@ -34,11 +34,9 @@ class Box(NamedTuple):
 
 
 def read_box(file: str, box_of: Callable[[int, int], Box], size: int, decoder: str) -> Tensor:
-    """The part `box_of(height, width)` of a photo, resized to `size` x `size`: uint8 (3, size, size), bilinear with
-    antialiasing.
+    """Return the part `box_of(height, width)` of a photo, resized to `size` x `size`, as uint8 (3, size, size).
 
-    Where the part is at least twice as large on both sides, a JPEG file is decoded at a half, a quarter or an eighth.
-    Raises BrokenImage.
+    It is resized bilinearly with antialiasing.
     """
 
     def part(image: Image.Image, content: bytes) -> Tensor:

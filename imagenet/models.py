@@ -100,8 +100,10 @@ def build_student(
 
 
 def find_trained(name: str, flag: str | None, told: Weights | None) -> Network:
-    """find(), and where `told` is of a checkpoint of ours the size and the look that it was trained for. `flag`: of
-    --weights."""
+    """find(), and where `told` is of a checkpoint of ours the size and the look that it was trained for.
+
+    `flag`: of --weights.
+    """
     recipe = (told.recipe if told else None) or {}
     known = find(name, (theirs(flag) if told else flag) or theirs(recipe.get("weights")))
     return known.at(recipe.get("image_size") or (told.spec.size if told and told.spec else None)).shown(told)
@@ -240,7 +242,7 @@ def _efficientnet_names(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_swish(network: Any) -> nn.Module:
-    """torch's own SiLU: as lean as the library's in memory, and compilers can read it."""
+    """Return the network with torch's own SiLU, as lean as the library's in memory, which compilers can read."""
     network.set_swish(memory_efficient=False)
     return network
 

@@ -21,12 +21,16 @@ class Photos(Protocol):
     """What is known of photos here."""
 
     @property
-    def files(self) -> Sequence[str]: ...
+    def files(self) -> Sequence[str]:
+        """Return the paths."""
+        ...
 
 
 def survey(training: Photos, tests: Mapping[str, Photos], workers: Workers) -> None:
-    """Decode all photos of `tests` and the first 1,000 of `training`, say what is odd about them, and raise BrokenImage
-    with all that cannot be decoded. Of several processes on a machine one decodes."""
+    """Decode all photos of `tests` and the first 1,000 of `training`, and print what is odd about them.
+
+    Of several processes on a machine one decodes. Raises BrokenImage with all that cannot be decoded.
+    """
     start = list(training.files[:FIRST])
     with first_here():
         evaluated = look([file for test in tests.values() for file in test.files], "photos to evaluate on", workers)

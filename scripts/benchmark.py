@@ -173,7 +173,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from distill.data.datasets import TrainingData
     from distill.models.classifier import Classifier
     from distill.parallel.devices import choose_teacher_precision
-    from distill.run.directory import RunDirectory
+    from distill.run.run import Run
     from distill.teacher.cached import CachedTeacher, LogitCache
     from distill.teacher.store import Encoding, LogitStore
     from distill.teacher.teacher import Teacher
@@ -214,8 +214,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
             cache = LogitCache(teacher, store, encoding)
             cached = CachedTeacher(data, [cache]) if recipe.method != "none" else None
         settings = Options(device=str(device))  # one GPU, as the other rows
-        run = RunDirectory(Path(name))
-        trainer = Trainer(run, recipe, settings, student=student, loss=aim, data=data, teacher=cached, facts={})
+        trainer = Trainer(Run(Path(name), recipe, settings), student, aim, data, cached)
         trainer.model.train(None)
         for epoch in range(recipe.epochs):
             if row == "empty_store" and cached:

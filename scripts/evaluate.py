@@ -9,16 +9,16 @@ Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.config import cli  # noqa: E402
+from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import check_normalisation, option, validate  # noqa: E402
+from scripts.dataset import DATASETS, Dataset  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -75,78 +75,44 @@ class Evaluate:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Evaluate(), prog="evaluate.py", description=__doc__ or "")
-    photos = options.dataset == "imagenet"
-    if not options.checkpoint and not photos:
+    dataset, small = DATASETS[options.dataset], options.dataset == "cifar10"
+    if not options.checkpoint and small:
         raise UserError("--checkpoint is needed; --help shows an example")
-    if options.split == ("test" if photos else "val"):
-        raise UserError(f"--split {options.split}: {options.dataset} has {'val' if photos else 'test'} and train")
-    if options.weights and not photos and options.weights not in ("raw", "ema"):
+    if options.split not in (None, "train", dataset.test_split):
+        raise UserError(f"--split {options.split}: {dataset.name} has {dataset.test_split} and train")
+    if small and options.weights not in (None, "raw", "ema"):
         raise UserError(f"--weights must be one of raw, ema for small images, got {options.weights!r}")
     cli.check_file(options.json)
     from distill.files import checkpoint
     from distill.models import weights
-    from distill.parallel.devices import start
+    from distill.models.network import kind_of
+    from distill.parallel.devices import choose_precision
     from distill.training.evaluation import evaluate
 
-    device = start(options.device)
-    kind = options.weights if options.weights in weights.WHICH else None
-    given = weights.load(Path(options.checkpoint), kind) if options.checkpoint else None
-    if not (arch := options.arch or (given.arch if given else None)):
+    given = weights.load(Path(options.checkpoint), kind_of(options.weights)) if options.checkpoint else None
+    arch = options.arch or (given.arch if given else None)
+    if not arch:
         of_file = f": {options.checkpoint} does not say what network it is of" if given else ""
         raise UserError(f"--arch is needed{of_file}")
-    with ExitStack() as stack:
-        classifier, test = (_photos if photos else _small)(options, arch, given, device, stack)
-        found = evaluate(classifier, test)
-        if given and not given.spec and not photos:
-            from cifar10.teachers import WEAK, compare_normalisations
-
-            if found.accuracy < WEAK:
-                print(f"note: {compare_normalisations(classifier, test, '--mean', '--std')}")
-    print(found)
+    with dataset.open(*settings(dataset, options, arch)) as task:
+        network = task.find_trained(arch, given)
+        given = given or task.published(network, "--checkpoint")
+        classifier = task.build_classifier(network, given, choose_precision(options.precision, task.device))
+        split = "train" if options.split == "train" else "test"
+        result = evaluate(classifier, task.test_data(network.spec, split, options.batch_size))
+        if small and not given.spec:
+            task.suggest_normalisation(classifier, result.accuracy, "note", "--mean", "--std")
+    print(result)
     if options.json:
-        checkpoint.write_atomically(Path(options.json), (json.dumps(found.to_dict()) + "\n").encode())
+        checkpoint.write_atomically(Path(options.json), (json.dumps(result.to_dict()) + "\n").encode())
 
 
-def _small(options: Evaluate, arch: str, given: Any, device: Any, _: ExitStack) -> tuple[Any, Any]:
-    """The network of small images, with what the file holds, and the images."""
-    from cifar10.classes import class_names
-    from cifar10.data import load_data
-    from cifar10.models import find_trained, resolve
-    from distill.data.datasets import TensorTestData
-    from distill.models.classifier import Classifier
-    from distill.models.network import load_into
-    from distill.parallel.devices import choose_precision
-
-    known = find_trained(resolve(arch), given, options.image_size).shown(None, options.mean, options.std)
-    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
-    if options.split == "train" and not data.labelled:
-        raise UserError("the training images have no labels to evaluate on")
-    network, precision = known.build(num_classes=len(data.classes)), choose_precision(options.precision, device)
-    classifier = Classifier(network, known.spec, precision, data.classes)
-    load_into(classifier, given, known, class_names(data.classes, options.class_order))
-    train = options.split == "train"
-    images, labels = (data.train_images, data.train_labels) if train else (data.test_images, data.test_labels)
-    return classifier.to(device), TensorTestData(images.to(device), labels.to(device), options.batch_size)
-
-
-def _photos(options: Evaluate, arch: str, given: Any, device: Any, stack: ExitStack) -> tuple[Any, Any]:
-    """The network of photos, with what the file holds or its published weights, and the photos."""
-    from distill.models.classifier import Classifier
-    from distill.parallel.devices import choose_precision
-    from imagenet.data import PhotoTestData, load_data
-    from imagenet.loader import Workers
-    from imagenet.models import find_trained
-    from imagenet.teachers import load_weights
-
-    known = find_trained(arch, options.weights, given).shown(None, options.mean, options.std)
-    workers = stack.enter_context(Workers(options.workers))
-    data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
-    network = known.build(num_classes=len(data.classes))
-    classifier = Classifier(network, known.spec, choose_precision(options.precision, device), data.classes)
-    load_weights(classifier, known, options.checkpoint, given, options.class_order, flag="--checkpoint")
-    train = options.split == "train"
-    files, labels = (data.train_files, data.train_labels) if train else (data.val_files, data.val_labels)
-    return classifier.to(device), PhotoTestData(files, labels, known.spec, workers, device, options.decoder)
+def settings(dataset: Dataset, options: Evaluate, arch: str) -> tuple[Recipe, Options]:
+    """Return recipe and options of a run whose student is the network that is evaluated."""
+    names = ["mean", "std", "weights", "image_size"] + ["decoder"] * hasattr(dataset.recipe_type, "decoder")
+    recipe = dataset.recipe_type(arch=arch, **{name: getattr(options, name) for name in names})
+    names = ["data", "workers", "skip_bad_images", "class_order", "device"]
+    return recipe, dataset.options_type(**{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":

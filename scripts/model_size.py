@@ -25,6 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.config import cli  # noqa: E402
 from distill.options import option, validate  # noqa: E402
+from scripts.dataset import DATASETS, Dataset  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def main(argv: Sequence[str]) -> None:
 
     device = devices(options.device)[0]
     choose_precision("float32", device)  # the times are of float32, not of TF32
-    photos = options.dataset == "imagenet"
-    other = "efficientnet-b0" if photos and options.vs == "efficientnet_b0" else options.vs
-    classes = options.classes or (1000 if photos else 10)
-    networks = {arch: build(arch, photos, classes, device) for arch in (options.arch, other) if arch}
+    dataset = DATASETS[options.dataset]
+    other = dataset.recipe_type().arch if options.vs == "efficientnet_b0" else options.vs
+    classes = options.classes or {"cifar10": 10, "imagenet": 1000}[dataset.name]
+    networks = {arch: build(arch, dataset, classes, device) for arch in (options.arch, other) if arch}
     found = measure(networks, options.batch_size, options.rounds)
     print(f"{options.dataset}, {classes} classes, {describe_device(device)}, batch {options.batch_size}")
     show(found)
@@ -79,19 +80,12 @@ def main(argv: Sequence[str]) -> None:
         Path(options.json).write_text(json.dumps([asdict(size) for size in found], indent=2) + "\n")
 
 
-def build(arch: str, photos: bool, classes: int, device: Any) -> Any:
-    """The classifier of that name, with random weights, in eval mode."""
+def build(arch: str, dataset: Dataset, classes: int, device: Any) -> Any:
+    """Return the classifier of that name, with random weights, in eval mode."""
     from distill.models.classifier import Classifier
 
-    if photos:
-        from imagenet.models import find
-
-        known = find(arch)
-        return Classifier(known.build(num_classes=classes), known.spec).to(device).eval()
-    from cifar10.models import find as find_small
-
-    known = find_small(arch)
-    return Classifier(known.build(num_classes=classes), known.spec).to(device).eval()
+    network = dataset.module("models").find(arch)
+    return Classifier(network.build(num_classes=classes), network.spec).to(device).eval()
 
 
 def measure(networks: dict[str, Any], batch_size: int, rounds: int) -> list[Size]:

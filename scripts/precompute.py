@@ -13,19 +13,16 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cifar10 import recipes as small  # noqa: E402
 from distill.config import cli  # noqa: E402
-from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option  # noqa: E402
-from imagenet import recipes as photos  # noqa: E402
+from scripts.dataset import take_dataset  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -38,26 +35,16 @@ class Stores:
     yes: bool = option(False, "remove without asking", group="stores")
 
 
-@dataclass(frozen=True)
-class SmallStores(Stores, Options):
-    """The flags of trainKD.sh and these."""
-
-
-@dataclass(frozen=True)
-class PhotoStores(Stores, photos.ImageNetOptions):
-    """The flags of train.sh --kd and these."""
-
-
 def main(argv: Sequence[str]) -> int:
-    dataset, argv = cli.take_dataset(argv)
+    dataset, argv = take_dataset(argv)
     recipe, options = cli.parse(
         argv,
         prog="precompute.py",
-        recipes=photos.RECIPES if dataset == "imagenet" else small.RECIPES,
-        default="standard_kd" if dataset == "imagenet" else "kd",
+        recipes=dataset.recipes,
+        default=dataset.default_kd,
         description="Let a teacher answer views ahead of time.",
         examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
-        options=PhotoStores() if dataset == "imagenet" else SmallStores(),
+        options=dataset.with_flags(Stores)(),
     )
     if options.list:
         return show()
@@ -68,8 +55,11 @@ def main(argv: Sequence[str]) -> int:
             "precompute.py fills the store of one teacher: call it for each of --teacher-arch, for photos with the "
             "--render-size of the largest"
         )
-    with ExitStack() as stack:
-        return work(*(prepare_photos if dataset == "imagenet" else prepare_small)(recipe, options, stack), options)
+    # Logits do not depend on the method, and this one takes images without labels; one image a step leaves out none.
+    recipe = recipe.changed({"method": "kd", "w": 1.0, "standardize": False, "overhaul": False})
+    more = {"train": dataset.module("train_ce").train} if dataset.name == "cifar10" else {}
+    with dataset.open(replace(recipe, batch_size=1, accumulate=1), options, **more) as task:
+        return work(task, options)
 
 
 def stores() -> dict[str, dict[str, Any]]:
@@ -107,58 +97,19 @@ def prune(name: str, sure: bool) -> int:
     return 0
 
 
-def prepare_small(recipe: Recipe, options: SmallStores, _: ExitStack) -> tuple[Recipe, Any, Any, Any]:
-    """The recipe, and its images, their views, and its teacher."""
-    from cifar10.data import load_data, prepare
-    from cifar10.models import resolve
-    from cifar10.teachers import load_teacher
-    from cifar10.train_ce import train
-    from distill.parallel.devices import start
-
-    device = start(options.device, deterministic=options.deterministic)
-    # answers do not depend on the method, and this one takes images without labels
-    recipe = recipe.changed({"method": "kd", "w": 1.0, "standardize": False, "overhaul": False})
-    recipe = replace(recipe, teacher_arch=resolve(recipe.teacher_arch or ""))
-    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
-    print(data)
-    training, tests = prepare(data, replace(recipe, batch_size=1, accumulate=1), device)
-    teacher = load_teacher(recipe, options, data, tests["test"], train)[0]
-    return recipe, data, training, teacher
-
-
-def prepare_photos(
-    recipe: photos.ImageNetRecipe, options: PhotoStores, stack: ExitStack
-) -> tuple[Recipe, Any, Any, Any]:
-    """The recipe, and its photos, their views, and its teacher."""
-    from distill.models.network import theirs
-    from distill.parallel.devices import start
-    from imagenet.data import load_data, prepare
-    from imagenet.loader import Workers
-    from imagenet.models import find
-    from imagenet.teachers import find_teacher, load_teacher
-
-    device = start(options.device, deterministic=options.deterministic)
-    known = find_teacher(recipe, options)
-    recipe = replace(recipe, teacher_arch=known.arch)
-    workers = stack.enter_context(Workers(options.workers, options.loader_minutes))
-    data = load_data(options.data, workers, skip_bad_images=options.skip_bad_images)
-    print(data)
-    spec = find(recipe.arch, theirs(recipe.weights)).at(recipe.image_size).spec
-    training, _ = prepare(data, replace(recipe, batch_size=1, accumulate=1), spec, known.spec, workers, device)
-    teacher = load_teacher(recipe, options, known, data, workers, device)[0]
-    return recipe, data, training, teacher
-
-
-def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -> int:
-    """Fill the store of `teacher` for these views, or ask again for a sample of it."""
+def work(task: Any, options: Any) -> int:
+    """Fill the store of the teacher of `task` for its views, or ask again for a sample of it."""
     from tqdm import tqdm
 
     from distill.teacher.cached import cache_teachers
     from distill.teacher.ensemble import Ensemble
 
-    teachers = Ensemble(recipe.teacher_archs, (teacher,))
-    slots = training.plan.order.view_count or recipe.epochs
-    cached = cache_teachers(replace(recipe, epochs=slots), replace(options, store=True), data, training, teachers)
+    recipe = task.recipe
+    training, _ = task.prepare(task.find(recipe.arch).spec)
+    teacher, report = task.load_teacher(recipe, options)
+    view_count = training.plan.order.view_count or recipe.epochs
+    recipe, options = replace(recipe, epochs=view_count), replace(options, store=True)
+    cached = cache_teachers(recipe, options, task.data, training, Ensemble(recipe.teacher_archs, (teacher,), report))
     assert cached
     (cache,) = cached.caches
     if not cache.store:
@@ -170,13 +121,13 @@ def work(recipe: Recipe, data: Any, training: Any, teacher: Any, options: Any) -
             f"{largest:.3g} of the largest logit at most"
         )
         return int(largest > 0.03)  # a rounding in bfloat16 is 0.008 at most
-    total = slots * len(training.plan.indices)
+    total = view_count * len(training.plan.indices)
     with tqdm(total=total, unit=" views", unit_scale=True, disable=None, smoothing=0.05) as bar:
-        for slot in range(slots):
-            for count in cached.fill(slot):
+        for view in range(view_count):
+            for count in cached.fill(view):
                 bar.update(count)
             if bar.disable:
-                print(f"view {slot + 1} of {slots}: {cache.misses:,} computed by this call")
+                print(f"view {view + 1} of {view_count}: {cache.misses:,} computed by this call")
     print(f"{total:,} views are in {cache.store.path}, {cache.misses:,} of them computed by this call")
     return 0
 

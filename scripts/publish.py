@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from distill.config import cli  # noqa: E402
+from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option, validate  # noqa: E402
 from scripts import results  # noqa: E402
 
 if TYPE_CHECKING:
-    from cifar10.data import ImageData
+    from cifar10.task import SmallImages
 
 README = ROOT / "checkpoints" / "README.md"
 HEAD = "| file | trained by | data | accuracy | epochs | commit | sha256 |\n|---|---|---|---|---|---|---|\n"
@@ -51,15 +52,15 @@ def main(argv: Sequence[str]) -> None:
     summary = results.read(run)
     if summary is None:
         raise UserError(f"{run} is not finished")
-    from cifar10.data import load_data
-    from cifar10.teachers import PUBLISHED
+    from cifar10.task import PUBLISHED, SmallImages
 
     name = summary["data"]["name"]
     if not summary.get("data_content"):
         raise UserError(f"{run} was trained on photos: only networks for small images are published")
     if not options.data and name != "cifar10":  # nothing is downloaded for another run
         raise UserError(f"{run} was trained on {name}: name that by --data")
-    data = load_data(options.data)
+    task = SmallImages(Recipe(arch=summary["arch"]), Options(data=options.data, device=options.device))
+    data = task.data
     if data.content != summary["data_content"]:
         raise UserError(f"{run} was trained on {name}, with other images than those of --data")
     path = PUBLISHED / f"{summary['arch']}-{summary['objective']}.pt"
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     new = path.with_name(f"{path.name}.new")  # the former file stays where this one cannot be measured
     try:
         write(new, run, summary, data.classes)
-        accuracy = measure(new, data, options.device)
+        accuracy = measure(new, task)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
@@ -92,25 +93,16 @@ def write(path: Path, run: Path, summary: dict[str, Any], classes: Sequence[str]
     checkpoint.save(path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **told, **known})
 
 
-def measure(path: Path, data: "ImageData", device_name: str) -> float:
-    """Percent of the test images that the network in `path` knows."""
-    from cifar10.classes import class_names
-    from cifar10.models import find_trained
-    from distill.data.datasets import TensorTestData
+def measure(path: Path, task: "SmallImages") -> float:
+    """Return the percent of the test images that the network in `path` gets right."""
     from distill.models import weights
-    from distill.models.classifier import Classifier
-    from distill.models.network import load_into
-    from distill.parallel.devices import choose_precision, start
+    from distill.parallel.devices import choose_precision
     from distill.training.evaluation import evaluate
 
-    device = start(device_name)
     given = weights.load(path)
-    known = find_trained(given.arch or "", given)
-    network, precision = known.build(num_classes=len(data.classes)), choose_precision("float32", device)
-    classifier = Classifier(network, known.spec, precision, data.classes)
-    load_into(classifier, given, known, class_names(data.classes, "names"))
-    test = TensorTestData(data.test_images.to(device), data.test_labels.to(device))
-    return evaluate(classifier.to(device), test).accuracy
+    network = task.find_trained(given.arch or "", given)
+    classifier = task.build_classifier(network, given, choose_precision("float32", task.device))
+    return evaluate(classifier, task.test_data(network.spec)).accuracy
 
 
 def describe(path: Path, summary: dict[str, Any], accuracy: float, *, finetuned: bool) -> str:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
 
 def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     """The runs in their order. Raises UserError for flags that a table cannot have, before anything is trained."""
-    from cifar10.teachers import named
+    from cifar10.task import find_file
     from distill.run.directory import CHECKPOINTS
     from distill.teacher.ensemble import member_files
 
@@ -134,7 +134,7 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     for other in runs:
         files = member_files(other.recipe, other.options)
         for arch, file in zip(other.recipe.teacher_archs, files, strict=True):
-            named(arch, replace(other.options, teacher_checkpoint=file))  # a published one that there is not
+            find_file(arch, replace(other.options, teacher_checkpoint=file))  # a published one that there is not
     for other in runs:
         if differs := results.differs(table, other.name, other.recipe):
             print(f"note: {differs}: not the table's, so it is not recorded", file=sys.stderr)

@@ -10,17 +10,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cifar10 import recipes as small  # noqa: E402
 from distill.config import cli  # noqa: E402
-from distill.config.recipe import Options  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option  # noqa: E402
-from imagenet import recipes as photos  # noqa: E402
+from scripts.dataset import take_dataset  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -31,26 +28,16 @@ class Sweep:
     w_list: str = option("0.5,0.8,0.9", "shares of the KD term, with commas", group="sweep")
 
 
-@dataclass(frozen=True)
-class SmallSweep(Sweep, Options):
-    """The flags of trainKD.sh and these."""
-
-
-@dataclass(frozen=True)
-class PhotoSweep(Sweep, photos.ImageNetOptions):
-    """The flags of train.sh --kd and these."""
-
-
 def main(argv: Sequence[str]) -> None:
-    dataset, argv = cli.take_dataset(argv)
+    dataset, argv = take_dataset(argv)
     recipe, options = cli.parse(
         argv,
         prog="sweep.py",
-        recipes=photos.RECIPES if dataset == "imagenet" else small.RECIPES,
-        default="standard_kd" if dataset == "imagenet" else "kd",
+        recipes=dataset.recipes,
+        default=dataset.default_kd,
         description="Train a student for each T and w.",
         examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
-        options=PhotoSweep(kd=True) if dataset == "imagenet" else SmallSweep(),
+        options=dataset.with_flags(Sweep)(),
     )
     if options.output:
         raise UserError("--output names one run: a sweep's runs lie side by side in checkpoints/")
@@ -58,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("a sweep goes through --T and --w of --method kd: leave out --method, --kd-weight, --ce-weight")
     pairs = [(T, w) for T in numbers(options.T_list, "--T-list") for w in numbers(options.w_list, "--w-list")]
     recipes = [replace(recipe, T=T, w=w) for T, w in pairs]  # all of them are checked before the first one trains
-    train = import_module(f"{dataset}.train_kd").train
+    train = dataset.module("train_kd").train
     start, rows = time.perf_counter(), []
     for each in recipes:
         print(f"== T {each.T:g}, w {each.w:g}")

@@ -62,15 +62,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where runs land by default."""
-    for module in (
+    modules = (
         "distill.run.directory",
-        "cifar10.teachers",
+        "distill.run.paths",
+        "distill.training.task",
+        "cifar10.task",
         "cifar10.folder",
-        "imagenet.teachers",
         "imagenet.survey",
-    ):
+    )
+    for module in modules:
         monkeypatch.setattr(f"{module}.CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr("cifar10.teachers.CACHE", tmp_path / "checkpoints" / "cache")
     monkeypatch.setattr("distill.teacher.cached.STORES", tmp_path / "checkpoints" / "stores")
     return tmp_path / "checkpoints"
 

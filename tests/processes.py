@@ -23,7 +23,7 @@ from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
 from distill.models.classifier import Classifier
 from distill.parallel import devices, processes
-from distill.run.directory import RunDirectory
+from distill.run.run import Run
 from distill.teacher.teacher import Teacher
 from distill.training.engine import fit
 from distill.training.evaluation import evaluate
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         with_features = replace(recipe, teacher_arch="resnet18", overhaul=True, method="none", T=None, w=None)
         aim = objective(with_features, student, teacher, training)
     if one_step:  # in float64: float32's own rounding grows to 1e-4 of the largest gradient on some processors
-        learner = (aim.learner or student).double()
+        learner = (aim.model or student).double()
         norms = [module for module in learner.modules() if isinstance(module, nn.BatchNorm2d)]
         for module in norms:
             module.momentum = 1.0
@@ -94,25 +94,17 @@ def main(argv: list[str]) -> None:
             module.eval()
             module.train = lambda _mode=True, module=module: module  # type: ignore[method-assign]
     options = Options(steps=1 if one_step else None)
-    with RunDirectory(directory / f"run{processes.world_size()}") as run:
+    facts = {"world_size": processes.world_size()}
+    with Run(directory / f"run{processes.world_size()}", recipe, options, facts) as run:
         try:
-            fit(
-                run,
-                recipe,
-                options,
-                student=student,
-                objective=aim,
-                data=training,
-                tests=tests,
-                facts={"world_size": processes.world_size()},
-            )
+            fit(run, student=student, loss=aim, data=training, tests=tests)
         except Stopped:
             if case == "nan":
                 unchanged = torch.stack([p.detach().double().sum() for p in student.parameters()])
                 torch.save(unchanged, directory / f"weights-{processes.rank()}.pt")
                 raise
         found = evaluate(student, tests["test"])
-        gradients = {k: p.grad for k, p in (aim.learner or student).named_parameters() if p.grad is not None}
+        gradients = {k: p.grad for k, p in (aim.model or student).named_parameters() if p.grad is not None}
         result = {"gradients": gradients, "predictions": found.predictions, "found": found.to_dict()}
         torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")
 

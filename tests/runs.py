@@ -9,8 +9,8 @@ from cifar10.data import load_data, prepare
 from distill.config.recipe import Options, Recipe
 from distill.files import checkpoint
 from distill.models.classifier import Classifier, InputSpec
-from distill.run.directory import RunDirectory
-from distill.teacher.cached import AnsweredData
+from distill.run.run import Run
+from distill.teacher.cached import CachedTeacher, LogitCache
 from distill.teacher.store import Encoding
 from distill.teacher.teacher import Teacher
 from distill.training.engine import Fitted, fit
@@ -39,24 +39,22 @@ def train(
     npz: Path,
     recipe: Recipe = RECIPE,
     options: Options | None = None,
-    objective: Objective | None = None,
+    loss: Objective | None = None,
     student: Classifier | None = None,
     teacher: Teacher | None = None,
 ) -> Fitted:
-    """With a teacher by KD, where no objective is given, else by CE."""
+    """With a teacher by KD, where no loss is given, else by CE."""
     data = load_data(str(npz))
     views, tests = prepare(data, recipe, CPU)
     facts = {"data": data.name, "data_digest": data.digest}
-    with RunDirectory(path) as run:
+    with Run(path, recipe, options or Options(), facts) as run:
         return fit(
             run,
-            recipe,
-            options or Options(),
             student=student or small_network(),
-            objective=objective or (taught(3.0, 0.8) if teacher else CrossEntropy()),
-            data=AnsweredData(views, teacher, None, Encoding(4)) if teacher else views,
+            loss=loss or (taught(3.0, 0.8) if teacher else CrossEntropy()),
+            data=views,
+            teacher=CachedTeacher(views, [LogitCache(teacher, None, Encoding(4))]) if teacher else None,
             tests=tests,
-            facts=facts,
         )
 
 

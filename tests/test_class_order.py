@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
-from cifar10 import teachers, train_ce, train_kd
+from cifar10 import task, train_ce, train_kd
 from cifar10.classes import CLASSES, class_names
 from cifar10.data import load_data
 from cifar10.models import CIFAR_INPUT, MODELS
@@ -92,7 +92,7 @@ def test_numbered_classes_and_folders_of_numbers(some: Any, tmp_path: Path, caps
     np.savez(tmp_path / "numbers.npz", **{key: value.numpy() for key, value in arrays.items()})
     data = load_data(str(tmp_path / "numbers.npz"))
     source = folder(tmp_path / "folders", {name: name for name in data.classes}, data)
-    state = dict(weights.load(teachers.PUBLISHED / "airbench94-ce.pt").state)
+    state = dict(weights.load(task.PUBLISHED / "airbench94-ce.pt").state)
     state["linear.weight"] = torch.cat([state["linear.weight"], torch.zeros(2, 256)])
     file = str(tmp_path / "teacher.pt")
     checkpoint.save(Path(file), {"student": state, "arch": "airbench94", "classes": list(data.classes)})
@@ -113,7 +113,7 @@ def test_numbered_classes_and_folders_of_numbers(some: Any, tmp_path: Path, caps
 def test_init_is_put_in_order_and_saved_in_it(some: Any, tmp_path: Path) -> None:
     """The student that starts from a file, and what it saves: both in the order of the folders."""
     source = folder(tmp_path / "alias", ALIASES, some)
-    published = teachers.PUBLISHED / "airbench94-ce.pt"
+    published = task.PUBLISHED / "airbench94-ce.pt"
     options = Options(data=source, init=str(published), output=str(tmp_path / "run"), steps=1)
     recipe = replace(CE, arch="airbench94", lr=1e-9)
     with pytest.raises(UserError, match="stopped after 1 steps"):

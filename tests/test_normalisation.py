@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar10 import teachers, train_ce, train_kd
+from cifar10 import task, train_ce, train_kd
 from cifar10.data import load_data
 from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
@@ -29,7 +29,7 @@ HALF = {"mean": "0.5", "std": "0.5"}
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The published airbench94 as of a person who showed it images by 0.5 and 0.5: its first layer makes up for it."""
-    given = weights.load(teachers.PUBLISHED / "airbench94-ce.pt")
+    given = weights.load(task.PUBLISHED / "airbench94-ce.pt")
     state = {key: value.float() if value.is_floating_point() else value for key, value in given.state.items()}
     first = next(key for key, value in state.items() if value.dim() == 4)
     state[first] = state[first] * (0.5 / torch.tensor(CIFAR_INPUT.std)).view(1, 3, 1, 1)
@@ -66,10 +66,10 @@ def test_a_foreign_teacher_and_its_normalisation(
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(recipe, options)
     accuracy, said = said_of_teacher(capsys)
-    assert accuracy < teachers.WEAK
+    assert accuracy < task.WEAK
     (line,) = [line for line in said.splitlines() if "does not tell its normalisation" in line]
     assert "pytorch-cifar's is taken; on 200 test images pytorch-cifar's " in line
-    assert all(f"{title} " in line for title in teachers.NORMALISATIONS)
+    assert all(f"{title} " in line for title in task.NORMALISATIONS)
     assert line.endswith("--teacher-mean 0.5,0.5,0.5 --teacher-std 0.5,0.5,0.5 takes the best")
     told = replace(recipe, teacher_mean="0.5", teacher_std="0.5")
     with pytest.raises(UserError, match=r"holds another run: --teacher-mean was None, is 0.5, --teacher-std"):
@@ -117,7 +117,7 @@ def test_a_checkpoint_keeps_its_normalisation(small_npz: Path, tmp_path: Path) -
         replace(KD, teacher_arch="densenet_cifar"),
         Options(data=str(small_npz), teacher_checkpoint=file, output=str(tmp_path / "kd"), store=False),
     )
-    taught = RunDirectory(tmp_path / "kd").finished(CE)
+    taught = RunDirectory(tmp_path / "kd").load_summary(CE.epochs)
     assert taught is not None
     assert taught["teacher_accuracy"] == summary["test_accuracy"]
 

@@ -59,7 +59,8 @@ def test_closed_streams(tmp_path: Path) -> None:
     file = tmp_path / "data"
     body = f"f = open({str(file)!r}, 'wb'); print('x', file=sys.stdout); print('y', file=sys.stderr); f.write(b'data')"
     closing = 'exec "$0" -c "$1" <&- >&- 2>&-'
-    code = f"import sys\nfrom distill.config import cli\ndef main(argv):\n    {body}; assert f.fileno() > 2\ncli.run(main)\n"
+    imports = "import sys\nfrom distill.config import cli\n"
+    code = f"{imports}def main(argv):\n    {body}; assert f.fileno() > 2\ncli.run(main)\n"
     found = subprocess.run(["sh", "-c", closing, sys.executable, code], cwd=ROOT, timeout=60, check=False)
     assert found.returncode == 0
     assert file.read_bytes() == b"data"

@@ -18,10 +18,23 @@ import torch
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.run import provenance
-from distill.run.directory import RunDirectory, next_free, open_run
+from distill.run.directory import RunDirectory
+from distill.run.paths import find_directory, next_free
+from distill.run.run import Run
 
 CPU = torch.device("cpu")
 FACTS = {"data": "x", "data_digest": "1"}
+
+
+def begin(path: Path, recipe: Recipe, facts: dict[str, str] = FACTS, *, extend: bool = False) -> Run:
+    """A run as opening it begins it."""
+    run = Run(path, recipe, Options(extend=extend), facts)
+    with run:
+        run.check()
+        run.report()
+        if not run.summary:
+            run.record_start(CPU)
+    return run
 
 
 def hold(path: Path, barrier: Barrier, results: "multiprocessing.Queue[str]") -> None:
@@ -53,11 +66,10 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
         pass
 
 
-def test_claim_records_what_the_run_is(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path / "run") as run:
-        assert run.claim(Recipe(), FACTS, CPU) is None
-        (tmp_path / "run" / "last.pt").touch()
-        assert run.claim(Recipe(), FACTS, CPU) is None
+def test_a_start_records_what_the_run_is(tmp_path: Path) -> None:
+    begin(tmp_path / "run", Recipe())
+    (tmp_path / "run" / "last.pt").touch()
+    begin(tmp_path / "run", Recipe())
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert Recipe.from_dict(config["recipe"]) == Recipe()
     assert config["facts"] == FACTS
@@ -89,23 +101,21 @@ def test_the_commit_is_that_of_this_tree(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_recipe_of_an_older_version_has_the_defaults_of_what_came_later(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path) as run:
-        run.claim(Recipe(), FACTS, CPU)
-        (tmp_path / "last.pt").touch()
-        config = json.loads((tmp_path / "config.json").read_text())
-        del config["recipe"]["label_smoothing"]
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        run.claim(Recipe(), FACTS, CPU)
+    begin(tmp_path, Recipe())
+    (tmp_path / "last.pt").touch()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["recipe"]["label_smoothing"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    begin(tmp_path, Recipe())
 
 
 def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunDirectory(tmp_path) as run:
-        run.claim(Recipe(), FACTS, CPU)
-        (tmp_path / "last.pt").touch()
-        config = json.loads((tmp_path / "config.json").read_text())
-        config["starts"][0]["machine"]["device"] = "NVIDIA H200"
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        run.claim(Recipe(), FACTS, CPU)
+    begin(tmp_path, Recipe())
+    (tmp_path / "last.pt").touch()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["starts"][0]["machine"]["device"] = "NVIDIA H200"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    begin(tmp_path, Recipe())
     assert "note: device NVIDIA H200 before, cpu" in capsys.readouterr().out
 
 
@@ -122,20 +132,18 @@ def test_the_former_holder_is_not_named(tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_refused_with_the_fields(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path) as run:
-        run.claim(Recipe(epochs=9, lr=1e9), FACTS, CPU)
-        run.claim(Recipe(epochs=3), FACTS, CPU)  # the former never saved anything
-        (tmp_path / "last.pt").touch()
-        with pytest.raises(UserError, match=r"--lr was 0\.1, is 0\.2, data_digest was 1, is 2"):
-            run.claim(Recipe(epochs=3, lr=0.2), {**FACTS, "data_digest": "2"}, CPU)
-        with pytest.raises(UserError, match=r"--epochs was 3, is 5; --extend"):
-            run.claim(Recipe(epochs=5), FACTS, CPU)
-        with pytest.raises(UserError, match="--epochs was 3, is 2"):
-            run.claim(Recipe(epochs=2), FACTS, CPU, extend=True)
-        run.claim(Recipe(epochs=5), FACTS, CPU, extend=True)
-        config = run.read_config()
-        assert config is not None
-        assert config["recipe"]["epochs"] == 5
+    begin(tmp_path, Recipe(epochs=9, lr=1e9))
+    begin(tmp_path, Recipe(epochs=3))  # the former never saved anything
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError, match=r"--lr was 0\.1, is 0\.2, data_digest was 1, is 2"):
+        begin(tmp_path, Recipe(epochs=3, lr=0.2), {**FACTS, "data_digest": "2"})
+    with pytest.raises(UserError, match=r"--epochs was 3, is 5; --extend"):
+        begin(tmp_path, Recipe(epochs=5))
+    with pytest.raises(UserError, match="--epochs was 3, is 2"):
+        begin(tmp_path, Recipe(epochs=2), extend=True)
+    config = begin(tmp_path, Recipe(epochs=5), extend=True).read_config()
+    assert config is not None
+    assert config["recipe"]["epochs"] == 5
 
 
 @pytest.mark.parametrize(
@@ -143,8 +151,8 @@ def test_another_recipe_is_refused_with_the_fields(tmp_path: Path) -> None:
 )
 def test_damaged_config(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with RunDirectory(tmp_path) as run, pytest.raises(UserError, match=r"config\.json"):
-        run.claim(Recipe(), FACTS, CPU)
+    with pytest.raises(UserError, match=r"config\.json"):
+        begin(tmp_path, Recipe())
 
 
 def test_unknown_fields_of_another_version() -> None:
@@ -162,9 +170,14 @@ def test_names_and_fresh(tmp_path: Path) -> None:
     kd = replace(Recipe(), teacher_arch="resnet152", seed=2)
     assert kd.run_name == "kd-resnet152-T3-w0.8-seed2"
     images = SimpleNamespace(name="cifar10", digest="1", classes=())
-    assert open_run(Options(), kd, images).path.parts[-3:] == ("cifar10", "efficientnet_b0", kd.run_name)
+    assert find_directory(Options(), kd, images.name, images.digest).parts[-3:] == (
+        "cifar10",
+        "efficientnet_b0",
+        kd.run_name,
+    )
     for expected in ("run", "run-2", "run-3"):
-        path = open_run(Options(output=str(tmp_path / "run"), fresh=True), kd, images).path
+        options = Options(output=str(tmp_path / "run"), fresh=True)
+        path = find_directory(options, kd, images.name, images.digest)
         assert path == next_free(tmp_path / "run") == tmp_path / expected
         path.mkdir()
 

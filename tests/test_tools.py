@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import teachers, train_ce, train_kd
-from cifar10.data import load_data
+from cifar10 import task, train_ce, train_kd
 from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
-from distill.config.recipe import Recipe
+from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.losses.methods import SETTINGS
 from distill.models.classifier import Classifier
@@ -39,11 +38,11 @@ def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.C
     assert "80 views are in" in capsys.readouterr().out
     assert precompute.main([*flags, "--views", "3"]) == 0
     said = capsys.readouterr().out
-    assert "view 2 of 3: 0 answered by this call" in said
+    assert "view 2 of 3: 0 computed by this call" in said
     assert "120 views are in" in said
-    assert "40 of them answered by this call" in said
+    assert "40 of them computed by this call" in said
     train_kd.main([*flags, "--arch", "densenet_cifar", "--epochs", "3", "--batch-size", "8"])
-    assert "teacher: 0 views answered, 120 were in the store" in capsys.readouterr().out
+    assert "teacher: 0 views computed, 120 were in the store" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", [["--method", "dist"], ["--overhaul"], ["--kd-weight", "9", "--ce-weight", "0.1"]])
@@ -53,7 +52,7 @@ def test_answers_do_not_depend_on_the_method(
     precompute.main([*flags, "--views", "1"])
     capsys.readouterr()
     assert precompute.main([*flags, "--views", "1", *method]) == 0
-    assert "0 of them answered by this call" in capsys.readouterr().out
+    assert "0 of them computed by this call" in capsys.readouterr().out
     with pytest.raises(UserError, match="a sweep goes through --T and --w of --method kd"):
         sweep.main([*flags, *method])
 
@@ -130,8 +129,8 @@ def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--arch", "densenet_cifar", "--epochs", "1", "--batch-size", "8", "--T-list", "1,4", "--w-list", "0.5"]
     sweep.main([*flags, *more])
     said = capsys.readouterr().out
-    assert "40 views answered" in said
-    assert "0 views answered" in said
+    assert "40 views computed" in said
+    assert "0 views computed" in said
     assert len(re.findall(r"^\| [14] \| 0.5 \| [\d.]+ % \| [\d.]+ % \| \d+ \|$", said, flags=re.MULTILINE)) == 2
     sweep.main([*flags, *more])
     assert capsys.readouterr().out.count("finished before") == 2
@@ -434,20 +433,20 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_published() -> None:
     """Each file is the one that checkpoints/README.md tells of, and knows what its network should."""
     told = dict(re.findall(r"^\| `(\S+)` .* ([0-9a-f]{64}) \|$", publish.README.read_text(), re.MULTILINE))
-    files = {path.name: path for path in teachers.PUBLISHED.glob("*.pt")}
+    files = {path.name: path for path in task.PUBLISHED.glob("*.pt")}
     assert "densenet40-ce.pt" in files
     assert told == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    data = load_data("sample")
+    small = task.SmallImages(Recipe(), Options(data="sample", device="cpu"))
     for path in files.values():
         assert path.stat().st_size < 8e6
-        assert publish.measure(path, data, "cpu") > 85
+        assert publish.measure(path, small) > 85
 
 
 def test_published_weights(
     small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """float16, measured from the file, a line for each file, found by its architecture."""
-    monkeypatch.setattr(teachers, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(task, "PUBLISHED", tmp_path / "published")
     monkeypatch.setattr(publish, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text("Text.\n")
     data = ["--data", str(small_npz)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar10 import teachers, train_ce, train_kd
+from cifar10 import task, train_ce, train_kd
 from cifar10.data import load_data
 from cifar10.models import MODELS
 from cifar10.recipes import RECIPES
@@ -183,8 +183,8 @@ def test_a_cheaper_pair_is_suggested(
     seconds: dict[str, float],
     advice: str,
 ) -> None:
-    assert all(MODELS.resolve(arch) == arch for arch in teachers.CHEAP)
-    monkeypatch.setattr(teachers, "_seconds_per_image", lambda arch, *_: seconds[arch])
+    assert all(MODELS.resolve(arch) == arch for arch in task.CHEAP)
+    monkeypatch.setattr(task, "_seconds_per_image", lambda arch, *_: seconds[arch])
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(KD, Options(data=str(small_npz), steps=1))
     assert advice in capsys.readouterr().out

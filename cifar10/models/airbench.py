@@ -46,8 +46,10 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Airbench(nn.Module):
-    """A 2x2 convolution without padding, three blocks at 15, 7 and 3 pixels, the largest of each channel, and a linear
-    layer whose result is divided by 9."""
+    """A 2x2 convolution without padding, three blocks at 15, 7 and 3 pixels, and a linear layer.
+
+    That layer sees the largest value of each channel, and its result is divided by 9.
+    """
 
     def __init__(self, num_classes: int, widths: tuple[int, int, int], depth: int) -> None:
         super().__init__()
@@ -59,8 +61,11 @@ class Airbench(nn.Module):
 
     @torch.no_grad()
     def initialise(self, images: Tensor) -> None:
-        """Let the first convolution whiten 2x2 patches of `images`, normalised float32 (N, 3, H, W): its kernels become
-        the eigenvectors of the patches' covariance over the root of the eigenvalue, and their negatives."""
+        """Let the first convolution whiten 2x2 patches of `images`, normalised float32 (N, 3, H, W).
+
+        Its kernels become the eigenvectors of the patches' covariance over the root of the eigenvalue, and their
+        negatives.
+        """
         patches = F.unfold(images.double(), 2).transpose(1, 2).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         kernels = (vectors / (values + EPSILON).sqrt()).T.flip(0)  # the largest first

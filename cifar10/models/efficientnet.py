@@ -13,6 +13,8 @@ from cifar10.models.registry import MODELS
 
 
 class Stage(NamedTuple):
+    """A row of table 1 of the paper: blocks that are alike, of which the first has the stride."""
+
     expansion: int
     channels: int
     depth: int
@@ -74,6 +76,8 @@ class Block(nn.Module):
 
 
 class EfficientNet(nn.Module):
+    """A stem of stride 1, the stages, the mean over the image, and a linear layer."""
+
     def __init__(self, stages: list[Stage], dropout: float, num_classes: int) -> None:
         super().__init__()
         self.dropout = dropout

@@ -33,6 +33,8 @@ class Block(nn.Module):
 
 
 class MobileNetV2(nn.Module):
+    """A stem of stride 1, the stages, a 1x1 convolution, the mean over the image, and a linear layer."""
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)

@@ -11,6 +11,8 @@ from cifar10.models.resnet import Bottleneck
 
 
 class ResNeXt(nn.Module):
+    """A stem of stride 1, three stages of grouped bottlenecks, the mean over the image, and a linear layer."""
+
     layer1: nn.Sequential
     layer2: nn.Sequential
     layer3: nn.Sequential

@@ -103,7 +103,8 @@ def parse_flags(
     argv: Sequence[str], defaults: Settings, *, prog: str, description: str, positional: str | None = None
 ) -> Settings:
     """`defaults`, a dataclass made with `option`, with the flags in `argv`; `positional`: see parse(). Raises
-    UserError."""
+    UserError.
+    """
     parser = Parser(prog=prog, usage=_usage(positional), description=description)
     _add_positional(parser, positional)
     _add_flags(parser, type(defaults), defaults, ())
@@ -187,7 +188,8 @@ def read_flags(
     positional: str | None = None,
 ) -> tuple[dict[str, Any], Settings]:
     """The fields of a recipe that `argv` gives, by name, and `options` with those that it gives. The flags of
-    distillation exist where `base` has a teacher. Raises UserError."""
+    distillation exist where `base` has a teacher. Raises UserError.
+    """
     hidden = DISTILLATION_FIELDS if base.objective == "ce" else ()
     parser = Parser(prog=prog, usage=_usage(positional), description=description, epilog=epilog)
     _add_positional(parser, positional)

@@ -56,8 +56,11 @@ def is_joined(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def cores(system: Path = Path("/")) -> int:
-    """The processors this process may use, at least 1: those of its affinity, and no more than the quotas of its
-    cgroups, v1 and v2, rounded up. system: where /proc and /sys lie."""
+    """Return the number of processors that this process may use, at least 1.
+
+    These are those of its affinity, and no more than the quotas of its cgroups, v1 and v2, rounded up. system: where
+    /proc and /sys lie.
+    """
     able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([able, *(-(-quota // period) for quota, period in _quotas(system))]))
 

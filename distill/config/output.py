@@ -21,9 +21,9 @@ class OutputError(UserError):
 class Stream(io.TextIOWrapper):
     """File descriptor 1 or 2 as text, line by line, so that a log file has every line, also of a run that is killed.
 
-    What its encoding lacks is written as `\\xe9` or `\\udce9`. A terminal that is gone is written no more, and nothing
-    is raised: the run goes on, or ends by the SIGHUP that comes with it. So it is with any trouble on 2. Otherwise
-    writing raises OutputError, or BrokenPipeError.
+    What its encoding lacks is written as an escape with a backslash. A terminal that is gone is written no more, and
+    nothing is raised: the run goes on, or ends by the SIGHUP that comes with it. So it is with any trouble on 2.
+    Otherwise writing raises OutputError, or BrokenPipeError.
     """
 
     def __init__(self, descriptor: int, encoding: str | None) -> None:
@@ -32,9 +32,11 @@ class Stream(io.TextIOWrapper):
         self._descriptor, self._terminal = descriptor, os.isatty(descriptor)
 
     def write(self, text: str) -> int:
+        """Write text."""
         return self._guarded(lambda: super(Stream, self).write(text), len(text))
 
     def flush(self) -> None:
+        """Write what waits."""
         self._guarded(super().flush, None)
 
     def _guarded(self, work: Callable[[], Result], otherwise: Result) -> Result:
@@ -54,8 +56,10 @@ class Stream(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Make the three standard streams of this process usable, also where it was started with them closed: the next
-    files to be opened would take their numbers, and what is printed to those would go into them."""
+    """Make the three standard streams of this process usable, also where it was started with them closed.
+
+    Otherwise the next files to be opened would take their numbers, and what is printed would go into these files.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -18,7 +18,8 @@ Self = TypeVar("Self", bound="Recipe")
 @dataclass(frozen=True)
 class Recipe:
     """What a run computes. Raises UserError, naming the flag, for a value out of range, and for a flag that the method
-    does not use. Flags of the method that are None become its authors' defaults for the kind of images (methods.py)."""
+    does not use. Flags of the method that are None become its authors' defaults for the kind of images (methods.py).
+    """
 
     photos: ClassVar[bool] = False  # whose defaults a method takes
 
@@ -279,7 +280,8 @@ class Recipe:
 
     def changed(self: Self, given: Mapping[str, Any]) -> Self:
         """The recipe with the fields `given`. Where that means another method, it comes with its own defaults, not with
-        what this one's flags are; replace() would keep them."""
+        what this one's flags are; replace() would keep them.
+        """
         given = dict(given)
         overhaul = given.get("overhaul", self.overhaul)
         asks_for_logits = bool({"T", "w", "kd_weight"} & given.keys())
@@ -305,7 +307,8 @@ class Recipe:
 
     def size_at(self, epoch: int) -> int | None:
         """Pixels that the student sees in `epoch`, from 0; None where they are its own. Raises UserError for --sizes
-        that do not have the form PIXELS:EPOCHS,..."""
+        that do not have the form PIXELS:EPOCHS,...
+        """
         for part in self.sizes.split(",") if self.sizes else ():
             pixels, _, epochs = part.strip().partition(":")
             if not (pixels.isdecimal() and epochs.isdecimal() and 8 <= int(pixels) <= 2048 and int(epochs)):

@@ -18,7 +18,8 @@ from distill.losses.kd_loss import TopKLogits
 
 class Images(Protocol):
     """What runs and stores have to know of the images they are about: they are told apart by `digest`; `name` is for
-    people."""
+    people.
+    """
 
     @property
     def name(self) -> str: ...
@@ -32,7 +33,8 @@ class Images(Protocol):
 
 class Mixture(NamedTuple):
     """What the images of a batch are mixed with: the partners' labels int64 (B,), and the mixing coefficient float32
-    (B,) in [0, 1], the weight of the image itself."""
+    (B,) in [0, 1], the weight of the image itself.
+    """
 
     labels: Tensor
     coefficient: Tensor
@@ -57,9 +59,11 @@ class Batch:
     def split(self, count: int) -> "list[Batch]":
         """Returns the batch in `count` equal parts, in order."""
         size = len(self.labels) // count
-        values = (self.images, self.labels, self.indices, self.mixture, self.teacher_logits)
-        slices = [slice(k * size, (k + 1) * size) for k in range(count)]
-        return [Batch(*(_rows(value, rows) for value in values), epoch=self.epoch) for rows in slices]
+        return [self._part(slice(k * size, (k + 1) * size)) for k in range(count)]
+
+    def _part(self, rows: slice) -> "Batch":
+        mixture, teacher_logits = _rows(self.mixture, rows), _rows(self.teacher_logits, rows)
+        return Batch(self.images[rows], self.labels[rows], self.indices[rows], mixture, teacher_logits, self.epoch)
 
 
 def _rows(value: Any, rows: slice) -> Any:
@@ -115,7 +119,8 @@ class TensorData(TrainingData):
         self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy, mixup: ViewDraws | None = None
     ) -> None:
         """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device, negative where there are none; mixup: draws of
-        two columns."""
+        two columns.
+        """
         self.images, self.labels, self.plan, self.policy = images, labels, plan, policy
         self.mixup, self._draws = mixup is not None, mixup
         self.image_count, self.device = len(images), images.device
@@ -156,7 +161,8 @@ class TestData(Protocol):
 
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Images uint8 (B, H, W, 3) and labels (B,); process `rank` gets its part of `world_size`
-        consecutive ones, and each image is in one of them."""
+        consecutive ones, and each image is in one of them.
+        """
         ...
 
 

@@ -27,7 +27,8 @@ def uniforms(seed: int, purpose: str, counter: int, shape: tuple[int, ...]) -> N
 
 def uniforms_of(seed: int, purpose: str, counter: int, row: int, columns: int) -> NDArray[np.float64]:
     """Row `row` of uniforms(seed, purpose, counter, (any, columns)), without those before it; columns: a multiple of 4,
-    the numbers that Philox makes at each count."""
+    the numbers that Philox makes at each count.
+    """
     assert columns % 4 == 0
     key = hashlib.sha256(f"{seed}/{purpose}/{counter}".encode()).digest()[:16]
     words = np.frombuffer(key, dtype="<u8").astype(np.uint64)

@@ -57,8 +57,10 @@ def _sorted_in(
 
 
 def _list_split(path: Path, split: str, needed: str) -> dict[str, list[str]]:
-    """Class -> image files in order of their names, NO_CLASS -> images where there are no class folders.
-    Hidden files and folders, and files that are no images by name, are passed by."""
+    """Return class -> image files in order of their names, NO_CLASS -> images where there are no class folders.
+
+    Hidden files and folders, and files that are no images by name, are passed by. Raises UserError.
+    """
     root = path / split
     if not root.is_dir():
         other = {"test": "val", "val": "test"}.get(split, "")
@@ -96,8 +98,11 @@ def _owners(root: Path, folders: list[Path]) -> dict[Identity, str]:
 
 
 def _files_below(folder: Path, owners: dict[Identity, str]) -> list[str]:
-    """The files below a class's folder, hidden ones passed by. Each real directory is visited once, links after all
-    others, so that a link into the class itself adds nothing. Raises UserError where a directory is another class's."""
+    """Return the files below a class's folder; hidden ones are passed by.
+
+    Each real directory is visited once, links after all others, so that a link into the class itself adds nothing.
+    Raises UserError where a directory is another class's.
+    """
     files: list[str] = []
     pending, links = [str(folder)], list[str]()
     while pending or links:

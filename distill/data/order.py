@@ -120,6 +120,7 @@ class EpochPlan:
 
 def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(training indices, validation indices), each ascending. The same split for every seed and network, so that a
-    teacher can be trained on images that no student of it validates on."""
+    teacher can be trained on images that no student of it validates on.
+    """
     order = permutation(0, "validation split", 0, image_count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -48,8 +48,10 @@ def open_image(file: str, largest: int) -> Iterator[tuple[Image.Image, bytes]]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, 8 bits a channel, of the same size, whatever Pillow's mode is. Raises ValueError for numbers without a known
-    range."""
+    """Return an image as RGB, 8 bits a channel, of the same size, whatever Pillow's mode is.
+
+    Raises ValueError for numbers without a known range.
+    """
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_grey(image)).convert("RGB")
     if image.mode == "La":

@@ -32,7 +32,8 @@ class ViewPolicy(Views, Protocol):
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3) on any device, indices, views: int64 (B,) on the CPU, where parameters are drawn
-        without waiting for a device -> uint8 (B, H, W, 3) on the images' device, row by row independent."""
+        without waiting for a device -> uint8 (B, H, W, 3) on the images' device, row by row independent.
+        """
         ...
 
 
@@ -46,6 +47,6 @@ def check_cutout(cutout: int, side: int) -> None:
 
 
 def mix(images: Tensor, others: Tensor, coefficient: Tensor) -> Tensor:
-    """c * images + (1 - c) * others, rounded to uint8; images, others: uint8 (B, H, W, 3), coefficient c: (B,)."""
+    """C * images + (1 - c) * others, rounded to uint8; images, others: uint8 (B, H, W, 3), coefficient c: (B,)."""
     weight = coefficient.view(-1, 1, 1, 1)
     return (weight * images + (1 - weight) * others).round().to(torch.uint8)

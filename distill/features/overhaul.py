@@ -144,7 +144,8 @@ class FeatureLoss:
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
         """Where the teacher has no BatchNorm at a place: the mean of a channel's negative values over `batches`, as far
-        as MEASURED images."""
+        as MEASURED images.
+        """
         missing = [k for k, found in enumerate(self.margins) if found is None]
         if not missing:
             return

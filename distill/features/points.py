@@ -46,14 +46,17 @@ class FeaturePoint:
 
 
 class FeatureExtractor(nn.Module):
-    """A classifier that returns its features beside its logits: images -> (logits (B, C), [(B, C_i, H_i, W_i)]), those
-    at `places`."""
+    """A classifier that returns its features at `places` beside its logits.
+
+    images -> (logits (B, C), [(B, C_i, H_i, W_i)]).
+    """
 
     def __init__(self, classifier: Classifier, places: Iterable[FeaturePoint]) -> None:
         super().__init__()
         self.classifier, self.places = classifier, tuple(places)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return (logits, features). Raises UserError if the network does not reach a place."""
         with _Tap(self.places) as tap:
             logits = self.classifier(images)
         found = [tap.found.get(place) for place in self.places]
@@ -133,7 +136,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _batch_norm(args: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """weight and bias of F.batch_norm(input, running_mean, running_var, weight, bias, ...)."""
+    """Return weight and bias of F.batch_norm(input, running_mean, running_var, weight, bias, ...)."""
     names = ("input", "running_mean", "running_var", "weight", "bias")
     known = {**dict(zip(names, args, strict=False)), **given}
     return known.get("weight"), known.get("bias")

@@ -21,7 +21,7 @@ class Inert:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def __new__(cls, *_: Any) -> "Inert":
+    def __new__(cls, *_: Any) -> "Inert":  # noqa: D102 as object has it
         return super().__new__(cls)
 
     def __setstate__(self, _: Any) -> None: ...
@@ -46,7 +46,7 @@ class Array(Inert):
         self.state = state
 
     def tensor(self) -> Tensor | None:
-        """The numbers, in the memory that they were read into; None where it holds anything else."""
+        """Return the numbers, in the memory that they were read into; None where it holds anything else."""
         try:
             _, shape, kind, by_columns, content = self.state
             if not re.fullmatch(r"[biuf]\d", kind.code) or kind.order not in "=|<":

@@ -1,5 +1,6 @@
 """Losses of distillation on logits: pure functions of tensors. All compute in float32 and are means over the images, in
-nats; the gradient goes to the student alone; shapes that do not fit raise ValueError."""
+nats; the gradient goes to the student alone; shapes that do not fit raise ValueError.
+"""
 
 import math
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def _divergence_of_gap(gap: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _log_mean_exp(gap: Tensor, log_p: Tensor) -> Tensor:
-    """log sum p e^gap, (B, C), (B, C) -> (B,): also where the gap is so small that the sum rounds to 1."""
+    """Log sum p e^gap, (B, C), (B, C) -> (B,): also where the gap is so small that the sum rounds to 1."""
     with torch.no_grad():
         p = log_p.exp()
         mean = (p * gap).sum(1, keepdim=True) / p.sum(1, keepdim=True)
@@ -101,7 +102,8 @@ def dkd(
 
 def _label_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """KL(b_t || b_s) of logits (B, C) that are divided by T, mean over the images, b the distribution over (label, not
-    label)."""
+    label).
+    """
     known = _label_or_not(teacher, labels)
     if temperature <= EXACT_ABOVE:
         return F.kl_div(_label_or_not(student, labels), known, reduction="batchmean", log_target=True)
@@ -180,7 +182,7 @@ def _others(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _label_or_not(logits: Tensor, labels: Tensor) -> Tensor:
-    """log (p(label), 1 - p(label)): (B, 2)."""
+    """Log (p(label), 1 - p(label)): (B, 2)."""
     label = logits.gather(1, labels.view(-1, 1))
     others = torch.logsumexp(_others(logits, labels), dim=1, keepdim=True)
     return F.log_softmax(torch.cat([label, others], dim=1), dim=1)
@@ -201,7 +203,8 @@ TEMPERATURES = (1.0, 2.0, 3.0, 4.0)  # at which a top-k answer knows what the ot
 
 class TopKLogits(NamedTuple):
     """What is kept of a teacher's logits (B, C): the k largest, `values` (B, k) of `classes` int64 (B, k), that of the
-    label (B,), and of all classes but the k largest `rest` (B, 4), logsumexp(logits / T) at T = 1, 2, 3, 4."""
+    label (B,), and of all classes but the k largest `rest` (B, 4), logsumexp(logits / T) at T = 1, 2, 3, 4.
+    """
 
     values: Tensor
     classes: Tensor
@@ -257,7 +260,8 @@ def _rest(teacher: TopKLogits, temperature: float) -> Tensor:
 
 def _merged(student_logits: Tensor, teacher: TopKLogits, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Student's and teacher's logits, both (B, k + 1): of the label, of the k largest without it (where it is not among
-    them, without the smallest of them), and of all other classes as one, whose mass at T is theirs together."""
+    them, without the smallest of them), and of all other classes as one, whose mass at T is theirs together.
+    """
     column, count = labels.view(-1, 1), teacher.classes.shape[1]
     known, rest = teacher.values / temperature, _rest(teacher, temperature).unsqueeze(1)
     label = teacher.label.unsqueeze(1) / temperature
@@ -285,7 +289,8 @@ def top_k_error(
     k: int,
 ) -> float:
     """|g_k - g| / |g|: how far the gradient of `loss` on student_logits (B, C) is with the k largest of the teacher's
-    logits from that with all of them."""
+    logits from that with all of them.
+    """
     student = student_logits.detach().float().requires_grad_()
     (near,) = torch.autograd.grad(loss(student, top_k_logits(teacher_logits, labels, k), labels), student)
     (exact,) = torch.autograd.grad(loss(student, teacher_logits, labels), student)

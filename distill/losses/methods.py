@@ -18,7 +18,8 @@ FEATURE_WEIGHT = {False: 1e-3, True: 1e-4}  # of --overhaul, on small images and
 @dataclass(frozen=True)
 class Method:
     """A loss on logits. `formula`: of its term, and a `note` on what stands in it. `small`, `photos`: its flags, with
-    its authors' values on CIFAR and on ImageNet; `weights`: those that weigh it against CE."""
+    its authors' values on CIFAR and on ImageNet; `weights`: those that weigh it against CE.
+    """
 
     formula: str
     source: str

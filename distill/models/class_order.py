@@ -25,10 +25,10 @@ class ClassNames:
     usual: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def order_of(self, theirs: Sequence[str], source: str) -> list[int] | None:
-        """For each class of the data the number that it has in the file `source`, None where they are the same; what
-        is assumed or done is printed.
+        """Return for each class of the data the number that it has in the file `source`, None where all are the same.
 
-        theirs: the names in the file, () where it has none. Raises UserError where it names other classes.
+        theirs: the names in the file, () where it has none. What is assumed or done is printed. Raises UserError where
+        the file names other classes.
         """
         if self.mode == "ignore" or tuple(theirs) == self.names:
             return None
@@ -65,8 +65,11 @@ class ClassNames:
 
 
 def _match(theirs: Sequence[str], ours: Sequence[str], aliases: Mapping[str, str]) -> list[int] | None:
-    """Where each of `ours` stands in `theirs`, None if they are other classes: by exact names, else by plain forms,
-    else without capitals and aliases. (ImageNet has a cardigan and a Cardigan.)"""
+    """Return where each of `ours` stands in `theirs`, None if they are other classes.
+
+    They are compared by exact names, else by plain forms, else without capitals and aliases. (ImageNet has a cardigan
+    and a Cardigan.)
+    """
     for form in (str, _plain, lambda name: aliases.get(_plain(name.casefold()), _plain(name.casefold()))):
         places = {form(name): number for number, name in enumerate(theirs)}
         wanted = [form(name) for name in ours]

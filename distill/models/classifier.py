@@ -46,6 +46,7 @@ class Classifier(nn.Module):
     `classes`: what the outputs stand for, () where nobody says. `precision`: of convolutions and matrix products. It is
     chosen in here since DataParallel's threads would run an autocast of their caller in float16, whatever its type is.
     `training_size`: pixels that the images are resized to in training mode alone, None for the network's own size.
+    `init_digest`: of the weights that it started from, None for random ones.
     """
 
     mean: Tensor
@@ -61,6 +62,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.precision, self.classes = precision, tuple(classes)
         self.training_size: int | None = None
+        self.init_digest: str | None = None
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.empty(1, 3, 1, 1), persistent=False)
@@ -79,8 +81,11 @@ class Classifier(nn.Module):
         return logits.float()
 
     def normalise(self, images: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3) -> float32 (B, 3, S, S), channels_last, resized to the network's own S where the
-        images were made for another network, or `training_size` asks for it."""
+        """Return images uint8 (B, H, W, 3) as float32 (B, 3, S, S), channels_last, as the network wants them.
+
+        They are resized to the network's own S if they were made for another network, or if `training_size` asks for
+        it.
+        """
         pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # NHWC in memory is channels_last after the permute
         size = self.spec.size if self.spec.resized else images.shape[1]
         size = (self.training and self.training_size) or size

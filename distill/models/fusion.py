@@ -1,5 +1,8 @@
-"""A frozen network rewritten for inference: BatchNorm folded into convolutions, weights in one type, and on a CPU
-convolution, addition and ReLU in one pass over memory. ResNet-152 answers 2.5 times as fast as under autocast."""
+"""Rewrite a frozen network for inference.
+
+BatchNorm is folded into convolutions, weights are in one type, and on a CPU convolution, addition and ReLU are one pass
+over memory. ResNet-152 computes logits 2.5 times as fast as under autocast.
+"""
 
 import copy
 import operator
@@ -25,17 +28,18 @@ class Rewritten(nn.Module):
         self.network, self.dtype, self.steps = network, dtype, steps
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
         found: Tensor = self.network(images.to(self.dtype))
         return found
 
 
 @torch.no_grad()
 def rewrite(network: nn.Module, dtype: torch.dtype, example: Tensor) -> Rewritten:
-    """A copy of `network` for inference in `dtype` on batches like `example`, float32 (B, 3, H, W), channels_last, of
-    images that differ.
+    """Return a copy of `network` for inference in `dtype` on batches like `example`.
 
-    Each step of the rewriting is kept only if the network still computes the same on `example`, in float32: one that
-    torch.fx cannot follow, or that it follows wrongly, is converted to `dtype` as it is.
+    example: float32 (B, 3, H, W), channels_last, of images that differ. Each step of the rewriting is kept only if the
+    network still computes the same on `example`, in float32: a network that torch.fx cannot follow, or that it follows
+    wrongly, is converted to `dtype` as it is.
     """
     best = copy.deepcopy(network).float().eval().requires_grad_(False)
     steps: tuple[str, ...] = ()
@@ -57,14 +61,18 @@ def rewrite(network: nn.Module, dtype: torch.dtype, example: Tensor) -> Rewritte
 
 
 class FusedConvolution(nn.Module):
-    """relu(conv(x)), or relu(other + conv(x)), which overwrites `other`: oneDNN's fused operators, which torch.compile
-    calls as well. The weight is not packed ahead: that is no faster here, and half as fast for 48 k channels."""
+    """Computes relu(conv(x)), or relu(other + conv(x)), which overwrites `other`.
+
+    These are oneDNN's fused operators, which torch.compile calls as well. The weight is not packed ahead: that is no
+    faster here, and half as fast for 48 k channels.
+    """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.convolution = convolution
 
     def forward(self, images: Tensor, other: Tensor | None = None) -> Tensor:
+        """Return relu(conv(images)), or relu(other + conv(images))."""
         c = self.convolution
         settings = (c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups)
         found: Tensor

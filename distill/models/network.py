@@ -64,12 +64,14 @@ def build_student(
     device: torch.device,
     examples: Tensor | None = None,
 ) -> tuple[Classifier, str | None]:
-    """The network of `recipe`, initialised from its seed, from the file --init or, if `pretrained`, from its published
-    weights; and the digest of those weights. Where they are of another number of classes the last layer is fresh.
+    """Return the network of `recipe` as it is before training, and the digest of the weights it was given, if any.
+
+    It is initialised from the recipe's seed, from the file --init or, if `pretrained`, from its published weights.
+    Where these are of another number of classes the last layer is fresh.
 
     classes: those of the data, as they are compared with the weights that are given.
     examples: training images uint8 (N, H, W, 3), for a network that starts from their statistics: one with a method
-    `initialise(images)` that takes them normalised, float32 (N, 3, H, W).
+    `initialise(images)` that takes them normalised, float32 (N, 3, H, W). Raises UserError.
     """
     if kind_of(recipe.weights) and not options.init:
         raise UserError("--weights raw and ema are of a file: give --init FILE")

@@ -13,8 +13,10 @@ from distill.models.classifier import Classifier
 
 
 def unreached(network: nn.Module) -> list[nn.Parameter]:
-    """Parameters that get no gradient from any image (of EfficientNet's first block on small images). network: takes
-    uint8 images and has their size in the spec of a Classifier in it; it is left as it is."""
+    """Return the parameters that get no gradient from any image, as in EfficientNet's first block on small images.
+
+    network: takes uint8 images and has their size in the spec of a Classifier in it; it is left as it is.
+    """
     trial = copy.deepcopy(network).train()
     found = _shown(trial, trial, 2)
     logits, features = found if isinstance(found, tuple) else (found, [])
@@ -45,8 +47,10 @@ def wants_two(network: nn.Module, work: Callable[[Tensor], Any] | None = None, s
 
 @torch.no_grad()
 def check_size(network: nn.Module, arch: str, flag: str, size: int | None = None) -> None:
-    """Raises UserError, naming `flag`, if `network` cannot see images of `size` pixels, or of its own size. network: as
-    for `unreached`."""
+    """Raise UserError if `network` cannot see images of `size` pixels, or of its own size; `flag` is named.
+
+    network: as for `unreached`.
+    """
     trial = copy.deepcopy(network).eval()
     classifier = next(module for module in trial.modules() if isinstance(module, Classifier))
     seen = size or classifier.spec.size

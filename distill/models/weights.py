@@ -34,6 +34,11 @@ class Weights:
     note: str = ""
     published: bool = False  # by the network's authors
 
+    @property
+    def title(self) -> str:
+        """What they are called beside the name of their network."""
+        return "its published weights" if self.published else self.source
+
 
 def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weights:
     """The weights in a checkpoint of ours or of others, bare, wrapped or prefixed. Raises CheckpointError.
@@ -134,8 +139,10 @@ def give(
 
 
 def fitted(state: Mapping[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
-    """`state` without counters of other tools, and without a prefix of all keys where the rest is what `network` has;
-    both are printed."""
+    """Return `state` with the names that `network` has; what is changed is printed.
+
+    Counters of other tools are left out, and a prefix of all keys if the rest is what `network` has.
+    """
     own = network.state_dict().keys()
     dropped = [key for key in state if key not in own and key.rpartition(".")[2] in COUNTERS]
     kept = {key: value for key, value in state.items() if key not in dropped}

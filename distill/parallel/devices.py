@@ -69,8 +69,10 @@ def _limit_threads() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep large blocks that are freed. By default the system gives them anew in each step, page by
-    page: a fifth of a step's time on a CPU."""
+    """Let glibc's malloc keep large blocks that are freed.
+
+    By default the system gives them anew in each step, page by page: a fifth of a step's time on a CPU.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # other libraries have other ways
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
@@ -141,8 +143,10 @@ def choose_teacher_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def seed_generators(seed: int, device_name: str) -> None:
-    """Seed torch's generators: rank 0 with `seed`, other ranks, and further GPUs of one process, with numbers of their
-    own (the CPU's uses 32 bits)."""
+    """Seed torch's generators for a run.
+
+    Rank 0 has `seed`; other ranks, and further GPUs of one process, have numbers of their own (the CPU's uses 32 bits).
+    """
     torch.manual_seed(_own_seed(seed, rank()))
     for k, device in enumerate(_own_devices(device_name)[1:], start=1):
         with torch.cuda.device(device):

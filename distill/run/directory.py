@@ -1,49 +1,41 @@
 """One run, one directory: who holds it, what it is, what it has measured."""
 
-import glob
 import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-
-from distill.config.recipe import Options, Recipe
-from distill.data.datasets import Images
 from distill.errors import UserError
 from distill.files import checkpoint
 from distill.files.lock import DirectoryLock
-from distill.models.classifier import Classifier, count_parameters
-from distill.options import flag
-from distill.parallel.devices import describe_device, replicas
 from distill.parallel.processes import on_main, rank
 from distill.run import provenance
-from distill.run.outcome import BEST, describe
-from distill.run.provenance import commit, machine, versions
+from distill.run.outcome import BEST
 from distill.run.tensorboard import TensorBoardWriter
 
 ROOT = provenance.ROOT
 CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-FOR_READING = ("data", "images")  # facts that are no part of a run: what a directory of images is called, their count
+
+
+Held = TypeVar("Held", bound="RunDirectory")
 
 
 class RunDirectory:
     """A directory with config.json, metrics.jsonl, checkpoints and summary.json, held by one process at a time.
 
-    Use as a context manager. Entering raises UserError, naming the holder, if another process holds it (hold.py). Of
-    several processes of one run rank 0 holds it, reads and writes; the others get what it returns.
+    Use as a context manager. Entering raises UserError, naming the holder, if another process holds it (files/lock.py).
+    Of several processes of one run rank 0 holds it, reads and writes; the others get what it returns.
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool = False) -> None:
-        """tensorboard: a run that turns out to be finished is shown there too."""
-        self.path, self.tensorboard = path, tensorboard
+    def __init__(self, path: Path) -> None:
+        """Name a directory; entering the context takes hold of it."""
+        self.path = path
         self._lock: DirectoryLock | None = None
 
-    def __enter__(self) -> "RunDirectory":
+    def __enter__(self: Held) -> Held:
+        """Take hold of it."""
         self._hold()
         return self
 
@@ -62,35 +54,6 @@ class RunDirectory:
         if self._lock:
             self._lock.release()
             self._lock = None
-
-    @on_main
-    def check(
-        self, recipe: Recipe, facts: dict[str, Any], *, extend: bool = False, allow_data_change: bool = False
-    ) -> None:
-        """Raises UserError, naming the fields that differ, if the directory holds another run than that of `recipe`
-        and `facts` (digests of data, teacher, ...), as far as they are given. `extend` lets `epochs` grow,
-        `allow_data_change` lets the images be others."""
-        self._check(recipe, facts, extend, allow_data_change)
-
-    def _check(self, recipe: Recipe, facts: dict[str, Any], extend: bool, allow_data_change: bool) -> None:
-        config = self.read_config()
-        if not config or not self.has_begun():
-            return
-        before = type(recipe).from_dict(config["recipe"]).to_dict()
-        before |= {key: value for key, value in config["facts"].items() if key in facts}
-        now = {**recipe.to_dict(), **facts}
-        changed = differing(before, now)
-        grows = "epochs" in changed and recipe.epochs > before["epochs"]
-        if extend and grows:
-            changed.remove("epochs")
-        if allow_data_change and "data_digest" in changed:
-            changed.remove("data_digest")
-        if changed:
-            hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
-            if "data_digest" in changed:
-                hint += f"--allow-data-change goes on with {_counts(before, now)}, "
-            hint += "--fresh or another --output starts a new one"
-            raise UserError(f"{self.path} holds another run: {tell(changed, before, now)}; {hint}")
 
     @on_main
     def recorded(self, name: str) -> Any:
@@ -126,57 +89,6 @@ class RunDirectory:
             checkpoint.save(self.path / BEST, checkpoint.load(other.path / BEST))
 
     @on_main
-    def report(self, recipe: Recipe) -> dict[str, Any] | None:
-        """The summary, after printing it, if the run is finished."""
-        return self._report(recipe)
-
-    def _report(self, recipe: Recipe) -> dict[str, Any] | None:
-        summary = self.finished(recipe)
-        if summary:
-            print(f"finished before: {self.path}\n{describe(summary, self.best())}")
-            if self.tensorboard and (board := self.open_tensorboard()):
-                board.show(self.records())
-        return summary
-
-    @on_main
-    def claim(
-        self,
-        recipe: Recipe,
-        facts: dict[str, Any],
-        device: torch.device,
-        *,
-        extend: bool = False,
-        allow_data_change: bool = False,
-    ) -> dict[str, Any] | None:
-        """`check`, and `report` of a finished run; otherwise record in config.json that this process starts or
-        continues the run, with a line where the images, torch or the device are not those of the last time."""
-        self._check(recipe, facts, extend, allow_data_change)
-        if summary := self._report(recipe):
-            return summary
-        config = self.read_config()
-        starts = config["starts"] if config and self.has_begun() else []
-        start: dict[str, Any] = {"time": _now(), "argv": sys.argv, "commit": commit()}
-        start |= {"versions": versions(), "machine": machine(device)}
-        for what, value in (("versions", start["versions"]), ("device", start["machine"]["device"])):
-            former = {**starts[-1], **starts[-1]["machine"]}[what] if starts else value
-            if former != value:
-                print(f"note: {what} {former} before, {value} now: the result may differ in the last bits")
-        updated = {"recipe": recipe.to_dict(), "facts": facts, "starts": [*starts, start]}
-        if config and starts and not self._data_change(start, config["facts"], facts):
-            updated["broken"] = config.get("broken", {})
-        checkpoint.write_atomically(self.path / CONFIG, _json(updated))
-        return None
-
-    @staticmethod
-    def _data_change(start: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> bool:
-        """Whether the images are others than before: then it is recorded in `start`, and said."""
-        if before["data_digest"] == now["data_digest"]:
-            return False
-        start["data_change"] = {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
-        print(f"--allow-data-change: the run goes on with {_counts(before, now)}")
-        return True
-
-    @on_main
     def broken(self) -> dict[str, int]:
         """The image files that this run has found broken, and their sizes then."""
         config = self.read_config()
@@ -189,53 +101,16 @@ class RunDirectory:
         if config:
             sizes = {os.path.abspath(file): os.stat(file).st_size for file in files if os.path.exists(file)}
             config["broken"] = {**sizes, **config.get("broken", {})}
-            checkpoint.write_atomically(self.path / CONFIG, _json(config))
+            checkpoint.write_atomically(self.path / CONFIG, to_json(config))
 
     def read_config(self) -> dict[str, Any] | None:
         """config.json, or None in a new directory. Raises UserError if it cannot be read."""
         return _read_json(self.path / CONFIG, {"recipe": dict, "facts": dict, "starts": list})
 
-    def finished(self, recipe: Recipe) -> dict[str, Any] | None:
-        """summary.json, or None while the run is not at the end of `recipe` (it may have been extended since)."""
+    def load_summary(self, epochs: int) -> dict[str, Any] | None:
+        """Return summary.json, or None where the run has not trained for `epochs` (it may have been extended)."""
         summary = _read_json(self.path / SUMMARY, {"epochs": int})
-        return summary if summary and summary["epochs"] == recipe.epochs else None
-
-    @on_main
-    def finish(self, recipe: Recipe, facts: dict[str, Any], student: Classifier, **results: Any) -> dict[str, Any]:
-        """Write and print summary.json: what the run is, `results` (percent, nats, seconds), and what computed it."""
-        taught, kept = recipe.objective == "kd", self.best()
-        if best := results.get("best_epoch"):
-            best["weights"] = BEST if kept == best["epoch"] else None
-        summary: dict[str, Any] = {
-            "arch": recipe.arch,
-            "teacher_arch": recipe.teacher_arch,
-            "objective": recipe.objective,
-            "trained_by": recipe.trained_by,
-            "method": recipe.method if taught else None,
-            "T": recipe.T if taught else None,
-            "w": recipe.w if taught else None,
-            "formula": recipe.formula if taught else None,
-            "seed": recipe.seed,
-            "view_seed": recipe.view_seed,
-            "data": {"name": facts["data"], "digest": facts["data_digest"]},
-            "augment": recipe.augment,
-            "epochs": recipe.epochs,
-            "world_size": facts["world_size"],
-            "teacher_accuracy": None,
-            "agreement": None,
-            **results,
-            "parameters": count_parameters(student.network),
-            "precision": str(student.precision).removeprefix("torch."),
-            "device": describe_device(student.mean.device),
-            "torch": str(torch.__version__),
-            "commit": commit(),
-        }
-        config = self.read_config()
-        changes = [start["data_change"] for start in (config or {"starts": []})["starts"] if "data_change" in start]
-        summary |= {"data_changes": changes} if changes else {}
-        checkpoint.write_atomically(self.path / SUMMARY, _json(summary))
-        print(describe(summary, kept))
-        return summary
+        return summary if summary and summary["epochs"] == epochs else None
 
     @on_main
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
@@ -248,99 +123,8 @@ class RunDirectory:
         return TensorBoardWriter(self.path / "tensorboard") if rank() == 0 else None
 
 
-def identity(data: Images, init_digest: str | None, device_name: str) -> dict[str, Any]:
-    """The facts of a run that are known before its teacher is: its images, initial weights and parts of a batch."""
-    named = {"data": data.name, "data_digest": data.digest, "images": data.counts}
-    return {**named, "init_digest": init_digest, "world_size": replicas(device_name)}
-
-
-def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The fields in which two runs (recipe and facts together) differ."""
-    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in FOR_READING]
-
-
-def _counts(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """`23 training, 8 test images (24 training, 8 test images before)`, of what facts say of the images."""
-    same = before.get("images") == now.get("images")
-    return f"{now.get('images')} ({'as many, but others,' if same else before.get('images')} before)"
-
-
-def tell(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
-    """`--lr was 0.1, is 0.2, data_digest was 1, is 2`: flags of the recipe, and facts."""
-    known = {name for owner in (Recipe, *Recipe.__subclasses__()) for name in vars(owner)["__dataclass_fields__"]}
-    shown = [{key: str(values.get(key))[:24] for key in changed} for values in (before, now)]  # of a digest enough
-    return ", ".join(f"{flag(k) if k in known else k} was {shown[0][k]}, is {shown[1][k]}" for k in changed)
-
-
-def open_run(options: Options, recipe: Recipe, data: Images) -> RunDirectory:
-    """The directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free.
-
-    Where DATA has no such run yet, one of this recipe on the same images under another DATA is it: a job finds its run
-    wherever its images are staged.
-    """
-    return RunDirectory(_place(options, recipe, data.name, data.digest), tensorboard=options.tensorboard)
-
-
-@on_main
-def _place(options: Options, recipe: Recipe, data_name: str, data_digest: str) -> Path:
-    own = CHECKPOINTS / data_name / recipe.arch / recipe.run_name
-    path = Path(options.output) if options.output else own
-    if options.fresh and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        raise UserError("--fresh would start over at each restart: name a new --output in place of it")
-    if options.fresh and path.exists():
-        path = next_free(path)
-        print(f"starting over in {path}; to continue it, --output {path} in place of --fresh")
-    if options.fresh or options.output:
-        return path
-    known = runs_on(data_digest, recipe.arch, glob.escape(recipe.run_name), data_name)
-    found = [run for run, config in known if _is_of(config, recipe, options.extend)]
-    if found:  # of several under other names the one that is furthest
-        path = max(found, key=lambda run: (run.has_begun(), run.path == own, len(run.records()))).path
-    if path != own:
-        print(f"note: {path} is the run of this recipe on these images, under another name of theirs")
-    return path
-
-
-def _is_of(config: dict[str, Any], recipe: Recipe, extend: bool) -> bool:
-    """Whether config.json is of `recipe`; `extend`: or of fewer epochs of it."""
-    try:
-        before = type(recipe).from_dict(config["recipe"])
-    except (UserError, TypeError):  # of another version, or of another kind of images
-        return False
-    changed = differing(before.to_dict(), recipe.to_dict())
-    return not changed or (extend and changed == ["epochs"] and before.epochs < recipe.epochs)
-
-
-def runs_on(data_digest: str, arch: str, pattern: str, data_name: str) -> Iterator[tuple[RunDirectory, dict[str, Any]]]:
-    """The runs of `arch` in directories called `pattern` on images of this digest, under any name of theirs, that of
-    `data_name` first: each with its config.json. Raises UserError for one of that name that cannot be read."""
-    for place in sorted(CHECKPOINTS.glob("*"), key=lambda place: (place.name != data_name, place.name)):
-        for path in sorted((place / arch).glob(pattern)):
-            run = RunDirectory(path)
-            try:
-                config = run.read_config()
-            except UserError:
-                if place.name == data_name:
-                    raise
-                continue
-            if config and config["facts"].get("data_digest") == data_digest:
-                yield run, config
-
-
-def next_free(path: Path) -> Path:
-    """`path`, or with the first of -2, -3, ... that does not exist yet."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _json(content: dict[str, Any]) -> bytes:
+def to_json(content: dict[str, Any]) -> bytes:
+    """Return `content` as the bytes of a JSON file."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

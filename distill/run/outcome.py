@@ -13,8 +13,11 @@ def best_epoch(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def diverged(records: list[dict[str, Any]], first_loss: float | None) -> dict[str, Any] | None:
-    """The first epoch whose loss is more than a thousand times that of the first step, or epoch if that was less, and
-    more than 1: its number, its loss, and what it began with; None if there is none."""
+    """Return the first epoch whose loss is more than a thousand times that of the first step, None if there is none.
+
+    If the first epoch's loss was less than that of the first step it counts instead; only a loss of more than 1 has
+    diverged. The result has the epoch's number, its loss, and what the run began with.
+    """
     known = [loss for loss in (first_loss, records[0]["train_loss"] if records else None) if loss is not None]
     for record in records:
         if record["train_loss"] > ASTRAY * max(min(known), 1 / ASTRAY):

@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> str | None:
-    """The commit of this repository, with `-dirty` where tracked files differ from it; None for a tree that is none, be
-    it inside another repository."""
+    """Return the commit of this repository, with `-dirty` where tracked files differ from it.
+
+    None for a tree that is no checkout, be it inside another repository.
+    """
     if not (ROOT / ".git").exists():  # a directory, in a worktree a file; git itself would look further up
         return None
     elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # as hooks of git set them
@@ -30,8 +32,10 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """Return the name of the host, its system and the device."""
     return {"host": socket.gethostname(), "system": platform.platform(), "device": describe_device(device)}

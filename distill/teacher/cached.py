@@ -31,7 +31,8 @@ FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
 @torch.no_grad()
 def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: TeacherReport) -> float | None:
     """|g_k - g| / |g| of the gradient of the term on logits, on test images before training; printed. None without
-    --top-k."""
+    --top-k.
+    """
     if not recipe.top_k:
         return None
     found: list[Tensor] = []
@@ -63,7 +64,8 @@ class LogitCache:
 
     def verify(self, data: TrainingData, count: int) -> tuple[int, int, float]:
         """Computes a random sample of what is stored again: (views compared, how many are the same bits, largest
-        difference of a logit, as a share of the largest logit beside it, or of 1)."""
+        difference of a logit, as a share of the largest logit beside it, or of 1).
+        """
         assert self.store
         generator, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
         view_count, logits = data.plan.order.view_count, slice(0, self.encoding.top_k or None)
@@ -102,7 +104,7 @@ class CachedEpoch:
         sizes, decode = [len(batch.labels) for batch in group], self._cache.encoding.decode
         if not self._cache.store:
             rows = self._forward([batch.images for batch in group], [batch.labels for batch in group])
-            return [decode(part) for part in rows.split(sizes)]
+            return [decode(part) for part in torch.split(rows, sizes)]
         missing = [np.flatnonzero(self.missing(batch.indices.numpy())) for batch in group]
         self._cache.hits += sum(sizes) - sum(map(len, missing))
         parts = [(batch, rows) for batch, rows in zip(group, missing, strict=True) if len(rows)]

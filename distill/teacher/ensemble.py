@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import log
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,12 @@ class Ensemble:
 
     archs: tuple[str, ...]
     members: tuple[Teacher, ...]
+    report: TeacherReport  # of all of them together
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What identifies them in a run."""
+        return {"teacher_digest": self.digest, "teacher_precision": self.report.precision["precision"]}
 
     @property
     def digest(self) -> str:
@@ -65,8 +71,8 @@ def load_members(
     options: AnyOptions,
     load: Callable[[AnyRecipe, AnyOptions], tuple[Teacher, TeacherReport]],
     labels: Tensor,
-) -> tuple[Ensemble, TeacherReport]:
-    """Returns the teachers of `recipe`, each by `load`, and the report on their mean; printed if there are several.
+) -> Ensemble:
+    """Returns the teachers of `recipe`, each by `load`, with what they score together; printed if there are several.
 
     load: takes the recipe and the options of one teacher. labels: of the test images, (N,).
     """
@@ -76,13 +82,13 @@ def load_members(
         load(replace(recipe, teacher_arch=arch, ensemble="logits"), replace(options, teacher_checkpoint=file))
         for arch, file in zip(archs, files, strict=True)
     ]
-    ensemble, reports = Ensemble(archs, tuple(teacher for teacher, _ in loaded)), [report for _, report in loaded]
+    members, reports = zip(*loaded, strict=True)
     if len(reports) == 1:
-        return ensemble, reports[0]
+        return Ensemble(archs, members, reports[0])
     logits = mean_logits([report.logits for report in reports], recipe.ensemble, recipe.temperature)
     together = replace(reports[0], accuracy=accuracy(logits, labels.cpu()), logits=logits)
     print(f"teachers: together, by the mean of their {WAYS[recipe.ensemble]}, test accuracy {together.accuracy:.2f} %")
-    return ensemble, together
+    return Ensemble(archs, members, together)
 
 
 def member_files(recipe: Recipe, options: Options) -> Sequence[str | None]:

@@ -18,9 +18,11 @@ COMPARED = 1000  # images on which a rounded teacher is compared with its float3
 
 @dataclass(frozen=True)
 class TeacherReport:
-    """What a teacher knows of the test images: its accuracy in percent, its logits (N, C). And how its answers compare
-    with those in float32: `precision`, `images` compared, `agreement` of the arg max in percent, and `error`,
-    the mean absolute difference of a logit."""
+    """What a teacher knows of the test images: its accuracy in percent, its logits (N, C).
+
+    And how its answers compare with those in float32: `precision`, `images` compared, `agreement` of the arg max in
+    percent, and `error`, the mean absolute difference of a logit.
+    """
 
     accuracy: float
     logits: Tensor
@@ -51,8 +53,10 @@ def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> 
 
 
 def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cache: Path) -> TeacherReport:
-    """`examine`, and print what is found: accuracy, how its answers compare with float32, and a warning where it knows
-    hardly anything. `name`: of the teacher, and where it comes from. One process of a machine examines it."""
+    """Return what `examine` does, and print it, with a warning for a teacher that is hardly better than guessing.
+
+    name: of the teacher, and where it comes from. Of several processes on a machine one examines it.
+    """
     with first_here():
         known = examine(teacher, test, data_digest, cache)
     compared = known.precision

@@ -49,7 +49,7 @@ class Encoding:
         return 2 * self.top_k + 1 + 2 * len(TEMPERATURES) if self.top_k else self.classes
 
     def encode(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits float32 (B, C) that float16 has, labels (B,) -> float16 (B, width)."""
+        """Logits float32 (B, C) that float16 has, labels (B,) -> float16 (B, width)."""
         if not self.top_k:
             return logits.half()
         kept = top_k_logits(logits, labels, self.top_k)
@@ -174,7 +174,8 @@ def store_key(
 
 def list_stores(root: Path) -> list[dict[str, Any]]:
     """Returns of each store below `root` its path, key, bytes on disk, view indices and rows, from the names of its
-    segments; rows that two runs wrote at once count twice. A key that cannot be read is a line that says why."""
+    segments; rows that two runs wrote at once count twice. A key that cannot be read is a line that says why.
+    """
     stores = []
     for file in sorted(root.glob(f"*/{KEY}")):
         segments = [path for path in file.parent.glob("*.pt") if SEGMENT.fullmatch(path.name)]
@@ -201,7 +202,8 @@ def fits(
     views: int, images: int, encoding: Encoding, limit_gb: float, root: Path, present: int = 0
 ) -> tuple[bool, str]:
     """Returns whether `views` views of all images fit the limit and the disk, on which `present` bytes of them lie
-    already, and a line that says what they take."""
+    already, and a line that says what they take.
+    """
     needed = 2 * views * images * encoding.width
     existing = next(path for path in (root, *root.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free

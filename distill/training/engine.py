@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch, TestData, TrainingData
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from distill.parallel.devices import generator_states, restore_generators, seed_generators
 from distill.parallel.processes import any_of, gather, on_main, rank, reduce, world_size
-from distill.run.directory import RunDirectory, differing, tell
+from distill.run.identity import differing, format_diff
 from distill.run.outcome import BEST, best_epoch, diverged, tell_divergence
+from distill.run.run import Run
 from distill.teacher.cached import CachedTeacher
 from distill.training.evaluation import Evaluation, EvaluationStopped, evaluate, raise_broken
 from distill.training.metrics import Tally
@@ -48,7 +48,8 @@ class State:
 @dataclass(frozen=True)
 class Fitted:
     """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, speeds, and the loss in nats of
-    the first step."""
+    the first step.
+    """
 
     records: list[dict[str, Any]]
     test: Evaluation
@@ -76,24 +77,20 @@ class Trainer:
 
     def __init__(
         self,
-        run: RunDirectory,
-        recipe: Recipe,
-        options: Options,
-        *,
+        run: Run,
         student: Classifier,
         loss: Objective,
         data: TrainingData,
         teacher: CachedTeacher | None = None,
-        facts: dict[str, Any],
     ) -> None:
-        self.run, self.recipe, self.options, self.facts = run, recipe, options, facts
+        self.run, self.recipe, self.options = run, run.recipe, run.options
         self.loss, self.data, self.teacher = loss, data, teacher
-        self.model = TrainedModel(student, loss.model, recipe, options.device)
+        self.model = TrainedModel(student, loss.model, run.recipe, run.options.device)
         self.device = self.model.device
-        self.board = run.open_tensorboard() if options.tensorboard else None
-        self.optimizer = build_optimizer(self.model.module, recipe)
+        self.board = run.open_tensorboard() if run.options.tensorboard else None
+        self.optimizer = build_optimizer(self.model.module, run.recipe)
         self.state = State(Tally(self.device, loss.parts))
-        self.steps_left = options.steps
+        self.steps_left = run.options.steps
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.last_save = time.monotonic()
 
@@ -106,7 +103,7 @@ class Trainer:
         payload = {
             "format": FORMAT,
             "recipe": self.recipe.to_dict(),
-            "facts": self.facts,
+            "facts": self.run.facts,
             **self.model.student.described(),
             **self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -191,12 +188,12 @@ class Trainer:
             before = {**type(self.recipe).from_dict(payload["recipe"]).to_dict(), **payload["facts"]}
         except (KeyError, TypeError):
             raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
-        now = {**self.recipe.to_dict(), **self.facts}
+        now = {**self.recipe.to_dict(), **self.run.facts}
         allowed = {"epochs": self.options.extend, "data_digest": self.options.allow_data_change}
         changed = [key for key in differing(before, now) if not allowed.get(key)]
         if changed:
             hint = "; --extend allows more epochs" if changed == ["epochs"] else ""
-            raise checkpoint.CheckpointError(f"{source} is of another run: {tell(changed, before, now)}{hint}")
+            raise checkpoint.CheckpointError(f"{source} is of another run: {format_diff(changed, before, now)}{hint}")
 
     # ------------------------------------------------------------------------------------------------------- the steps
     def train_epoch(self, stop: StopRequest) -> bool:
@@ -354,32 +351,29 @@ class Trainer:
 
 
 def fit(
-    run: RunDirectory,
-    recipe: Recipe,
-    options: Options,
+    run: Run,
     *,
     student: Classifier,
     loss: Objective,
     data: TrainingData,
     teacher: CachedTeacher | None = None,
     tests: Mapping[str, TestData],
-    facts: dict[str, Any],
 ) -> Fitted:
-    """Trains `student` to the end of the recipe, from where the run's checkpoint stands, and evaluates each epoch.
+    """Trains `student` to the end of the run's recipe, from where the run's checkpoint stands, and evaluates each epoch.
 
     `teacher`: gives the batches of `data` their teacher logits, where the loss wants some. `tests`: what each epoch is evaluated on, by name; `test` must be there, and with `val` the weights of its best
     epoch are kept in best.pt. With an average of the weights (recipe.ema) it is the average that is evaluated and
-    counts; the raw weights stand beside it as `raw_test`. `facts`: digests of data, teacher and initial weights, which
-    belong to the run's identity. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and
+    counts; the raw weights stand beside it as `raw_test`. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and
     torch (on CUDA with --deterministic).
     Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
     image file cannot be decoded (2).
     """
-    if any(differing(facts, other) for other in gather(facts)):
+    recipe = run.recipe
+    if any(differing(run.facts, other) for other in gather(run.facts)):
         raise UserError("the processes of this run do not have the same data, teacher or initial weights")
     # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.
-    seed_generators(recipe.seed, options.device)
-    trainer = Trainer(run, recipe, options, student=student, loss=loss, data=data, teacher=teacher, facts=facts)
+    seed_generators(recipe.seed, run.options.device)
+    trainer = Trainer(run, student, loss, data, teacher)
     trainer.restore()
     state, evaluations = trainer.state, None
     if state.epoch or state.step:

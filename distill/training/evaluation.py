@@ -15,7 +15,7 @@ from distill.errors import BrokenImage
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from distill.parallel.processes import any_of, broadcast_buffers, gather, rank, rank_and_world_size, reduce
-from distill.run.directory import open_run
+from distill.run.paths import find_directory
 from distill.training.metrics import Tally
 
 Settings = TypeVar("Settings", bound=Options)
@@ -33,6 +33,7 @@ class Evaluation:
     predictions: Tensor
 
     def to_dict(self) -> dict[str, Any]:
+        """Return accuracy, top5, loss, images and images_per_second."""
         rate = self.images / max(self.seconds, 1e-9)
         named = {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
         return {**named, "images": self.images, "images_per_second": rate}
@@ -58,8 +59,11 @@ def raise_broken(broken: dict[str, str]) -> None:
 
 @torch.no_grad()
 def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lambda: False) -> Evaluation:
-    """Cross-entropy and accuracies of `network` in eval mode. Each process takes its share of the images, each image is
-    seen once, and every process gets the whole result. Raises EvaluationStopped, and BrokenImage on every process."""
+    """Cross-entropy and accuracies of `network` in eval mode.
+
+    Each process takes its share of the images, each image is seen once, and every process gets the whole result. Raises
+    EvaluationStopped, and BrokenImage on every process.
+    """
     device = network.mean.device
     tally, start = Tally(device), time.perf_counter()
     predictions = [torch.empty(0, dtype=torch.int64, device=device)]
@@ -85,11 +89,12 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
 
 
 def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
-    """With --evaluate the student starts from what is evaluated: --resume, --init or the run's last checkpoint."""
+    """Return `options` whose init is what --evaluate asks for: --resume, --init, or the run's last checkpoint."""
     if not options.evaluate:
         return options
     named = options.resume or options.init
-    return replace(options, init=named or str(open_run(options, recipe, data).path / checkpoint.LAST))
+    path = find_directory(options, recipe, data.name, data.digest)
+    return replace(options, init=named or str(path / checkpoint.LAST))
 
 
 def evaluate_student(student: Classifier, test: TestData) -> dict[str, Any]:

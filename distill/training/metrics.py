@@ -6,7 +6,8 @@ from torch import Tensor
 
 class Tally:
     """Sums over images: how many, their loss in nats, how many right, how many within the five largest logits, and
-    further named terms of the loss. `sums` is one float64 tensor, so that it fits a checkpoint."""
+    further named terms of the loss. `sums` is one float64 tensor, so that it fits a checkpoint.
+    """
 
     def __init__(self, device: torch.device, loss_terms: tuple[str, ...] = ()) -> None:
         self.names = ("images", "loss", "accuracy", "top5", *loss_terms)
@@ -18,12 +19,8 @@ class Tally:
         largest = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (largest == labels.view(-1, 1)).double()
         images = torch.full((), float(len(labels)), dtype=torch.float64, device=self.sums.device)
-        means = (
-            mean_loss.double(),
-            100 * hits[:, 0].mean(),
-            100 * hits.sum(1).mean(),
-            *(t.double() for t in loss_terms),
-        )
+        accuracies = 100 * hits[:, 0].mean(), 100 * hits.sum(1).mean()
+        means = (mean_loss.double(), *accuracies, *(term.double() for term in loss_terms))
         self.sums += images * torch.stack([torch.ones_like(images), *means])
 
     def summary(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What one training step minimises. An objective returns the logits, the loss and its named parts, so that one loop
-serves all of them."""
+serves all of them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float) -> Tenso
 @dataclass(frozen=True)
 class CrossEntropy:
     """CE(s, y) in nats, mean over the batch; `label_smoothing` e mixes the label with the uniform distribution,
-    (1 - e) * CE(s, y) + e * mean over classes of CE(s, class)."""
+    (1 - e) * CE(s, y) + e * mean over classes of CE(s, class).
+    """
 
     label_smoothing: float = 0.0
     parts: tuple[str, ...] = ()
@@ -142,7 +144,8 @@ class Distillation:
 class Overhaul:
     """weight * features(student, teacher) + ce_weight * CE(s, y), or in place of CE what `logits` minimises.
 
-    The student that it is called with is that of features.learner, which returns its features too."""
+    The student that it is called with is that of features.learner, which returns its features too.
+    """
 
     features: FeatureLoss
     weight: float
@@ -175,7 +178,8 @@ def objective(
     device_name: str = "cpu",
 ) -> Distillation | Overhaul:
     """What `recipe` minimises with `teacher`; printed with the values in force. data: where a margin is to be measured.
-    Raises UserError."""
+    Raises UserError.
+    """
     print(recipe.formula)
     if recipe.standardize or METHODS[recipe.method or "kd"].by_deviation:
         start_last_layer(student, recipe)
@@ -197,7 +201,8 @@ def objective(
 def start_last_layer(student: Classifier, recipe: Recipe) -> None:
     """Give a last layer of zeros, or of weights a hundredth of the usual, those that torch's layers start from, uniform
     in +-1 / sqrt(inputs), drawn from the recipe's seed; it says so. Logits that are all alike have no deviation, and a
-    loss that divides by it a gradient of millions, which ends the run in its first steps."""
+    loss that divides by it a gradient of millions, which ends the run in its first steps.
+    """
     layers = [(k, m) for k, m in student.network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     for name, layer in layers:
         weight, bound = layer.weight, layer.weight[0].numel() ** -0.5
@@ -217,3 +222,6 @@ def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:
             f"for {world_size()} of them"
         )
     return Distillation(logit_loss(recipe), *recipe.shares, recipe.ramp or 0.0, recipe.label_smoothing, labelled)
+
+
+build_loss = objective

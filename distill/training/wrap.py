@@ -24,7 +24,8 @@ from distill.training.optim import WeightAverage
 class TrainedModel:
     """The model that a run trains, one set of weights: `student`, the network that is evaluated and exported; `module`,
     all that learns, the student alone or with connectors beside it; `wrapped`, the module as a training step calls it;
-    and `average`, that of the student's weights, where the recipe wants one."""
+    and `average`, that of the student's weights, where the recipe wants one.
+    """
 
     def __init__(self, student: Classifier, connected: Connected | None, recipe: Recipe, device_name: str) -> None:
         """connected: the student with its connectors, where a loss has some."""
@@ -104,7 +105,8 @@ def check_batch_norm(
 ) -> None:
     """Raises UserError if `network` cannot see images of the smallest size that it is shown, or if a BatchNorm of it
     gets one value a channel from the smallest part of a batch that is computed at a time, by a process, by a GPU of
-    DataParallel, or by --accumulate. work: as for trial.wants_two."""
+    DataParallel, or by --accumulate. work: as for trial.wants_two.
+    """
     smallest_size = min(filter(None, map(recipe.size_at, range(recipe.epochs))), default=None)
     if work is None and (smallest_size or recipe.image_size):
         check_size(network, arch, "--sizes" if smallest_size else "--image-size", smallest_size)

@@ -1,0 +1,269 @@
+"""Small images as a run needs them, and where their teacher comes from: a file, an earlier CE run, or one made now."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar10 import models
+from cifar10.classes import class_names
+from cifar10.data import ImageData, load_data, prepare
+from cifar10.models import CIFAR_INPUT, MODELS
+from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
+from distill.config.recipe import Options, Recipe
+from distill.data.datasets import TensorData, TensorTestData
+from distill.data.order import split_validation
+from distill.errors import UserError
+from distill.files import checkpoint
+from distill.models import weights as files
+from distill.models.class_order import ClassNames
+from distill.models.classifier import Classifier, InputSpec
+from distill.models.network import Network, kind_of, theirs
+from distill.models.weights import Weights
+from distill.options import flag
+from distill.parallel.devices import choose_precision
+from distill.parallel.processes import on_main
+from distill.run.directory import CHECKPOINTS, ROOT, RunDirectory
+from distill.run.identity import differing
+from distill.run.paths import next_free, runs_on
+from distill.run.run import Run
+from distill.teacher.report import COMPARED, TeacherReport
+from distill.teacher.teacher import Teacher
+from distill.training.evaluation import evaluate, seconds_per_image
+from distill.training.task import Task
+
+# Options that are the student's alone, as they are when the teacher is trained.
+PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
+PUBLISHED = ROOT / "checkpoints" / "published"  # by scripts/publish.py
+WEAK = 80.0  # percent, below which a network whose normalisation is not known is tried with others
+NORMALISATIONS = {  # (mean, std)
+    "pytorch-cifar's": (CIFAR_INPUT.mean, CIFAR_INPUT.std),
+    "CIFAR-10's": (CIFAR_INPUT.mean, (0.2470, 0.2435, 0.2616)),
+    "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "0.5 and 0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none (0 and 1)": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+CHEAP = ("airbench94", "densenet_cifar")  # suggested in place of a big teacher
+EXAMPLES = 5000  # training images from whose statistics a network may start
+
+
+class SmallImages(Task[Recipe, Options]):
+    """CIFAR-10, or other small images, all as one tensor."""
+
+    teacher_size_flag = "--teacher-image-size"
+    data: ImageData
+
+    def __init__(self, recipe: Recipe, options: Options, train: Callable[[Recipe, Options], Any] | None = None) -> None:
+        """Load the images of `options`. train: trains a teacher by CE where there is none. Raises UserError."""
+        self.train = train
+        super().__init__(recipe, options)
+
+    def resolve(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with networks named as in files. Raises UserError for an unknown name."""
+        teachers = ",".join(map(models.resolve, recipe.teacher_archs)) or None
+        return replace(recipe, arch=models.resolve(recipe.arch), teacher_arch=teachers)
+
+    def load_data(self) -> ImageData:
+        """Return the images that the options name."""
+        options = self.options
+        return load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
+
+    def prepare(self, spec: InputSpec) -> tuple[TensorData, dict[str, TensorTestData]]:  # noqa: ARG002
+        """Return the training data, and by name what each epoch is evaluated on."""
+        return prepare(self.data, self.recipe, self.device)
+
+    def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> TensorTestData:  # noqa: ARG002
+        """Return the images of a split. Raises UserError for training images without labels."""
+        data = self.data
+        if split == "train" and not data.labelled:
+            raise UserError("the training images have no labels to evaluate on")
+        test = (data.test_images, data.test_labels)
+        images, labels = (data.train_images, data.train_labels) if split == "train" else test
+        return TensorTestData(images.to(self.device), labels.to(self.device), batch_size or TensorTestData.batch_size)
+
+    def build(self, options: Options) -> tuple[Classifier, str | None]:
+        """Return the student as it is before training, and the digest of the weights it was given, if any."""
+        trained, _ = split_validation(len(self.data.train_images), self.recipe.val_split)
+        examples = self.data.train_images[torch.from_numpy(trained[:EXAMPLES])]
+        return models.build_student(self.recipe, self.data.classes, options, self.device, examples)
+
+    def find(self, arch: str) -> Network:
+        """Return a network by its name, as the recipe's flags for the student want it."""
+        return models.find(arch, self.recipe.image_size, theirs(self.recipe.weights))
+
+    def find_trained(self, arch: str, weights: Weights | None) -> Network:
+        """Return a network as its weights were trained, with the size and normalisation of the recipe's flags."""
+        recipe = self.recipe
+        network = models.find_trained(models.resolve(arch), weights, recipe.image_size, theirs(recipe.weights))
+        return network.shown(None, recipe.mean, recipe.std)
+
+    def class_names(self, weights: Weights) -> ClassNames:  # noqa: ARG002
+        """Return the classes of the data, as they are compared with those of `weights`."""
+        return class_names(self.data.classes, self.options.class_order)
+
+    def enlarged(self, spec: InputSpec) -> str:
+        """Return `, at 96 pixels` where a network sees the images enlarged."""
+        return f", at {spec.size} pixels" if spec.size != self.data.test_images.shape[1] else ""
+
+    # ------------------------------------------------------------------------------------------------------ the teacher
+    def teacher_network(self) -> Network:
+        """Return the network of the first teacher, whatever its weights are."""
+        arch = self.recipe.teacher_archs[0]
+        return models.find(arch, None if arch in MODELS else self.recipe.teacher_image_size)
+
+    def find_teacher(self, recipe: Recipe, options: Options, run: Run | None) -> tuple[Network, Weights | None]:
+        """Return the one teacher of `recipe` with the weights of --teacher-checkpoint, or of its own CE run.
+
+        run: the run that it is for; where there are no weights yet the teacher is trained first. None: it is not.
+        Raises UserError.
+        """
+        arch = recipe.teacher_arch or ""
+        if kind_of(recipe.teacher_weights) and not options.teacher_checkpoint:
+            raise UserError("--teacher-weights raw and ema are of a file: give --teacher-checkpoint FILE")
+        if arch in MODELS and len(self.recipe.teacher_archs) > 1:
+            recipe = replace(recipe, teacher_image_size=None)  # it is that of the others
+        path = find_file(arch, options) or self._trained(recipe, run)
+        weights = on_main(files.load)(path, kind_of(recipe.teacher_weights), "--teacher-weights") if path else None
+        network = models.find_trained(arch, weights, recipe.teacher_image_size, theirs(recipe.teacher_weights))
+        return network.shown(None, recipe.teacher_mean, recipe.teacher_std), weights
+
+    def load_teacher(self, recipe: Recipe, options: Options, run: Run | None = None) -> tuple[Teacher, TeacherReport]:
+        """Return the one frozen teacher of `recipe`, and what it scores on the test images; both are printed."""
+        teacher, report = super().load_teacher(recipe, options, run)
+        path = find_file(recipe.teacher_arch or "", options)
+        if path and options.teacher_checkpoint == "published":
+            published = on_main(checkpoint.load)(path)
+            if published["data_content"] != self.data.content:
+                trained_on = f"was trained on {published['data']['name']}, not on {self.data.name}"
+                print(f"note: the published {recipe.teacher_arch} {trained_on}")
+        if path and not on_main(files.load)(path).spec:
+            flags = ("--teacher-mean", "--teacher-std")
+            self.suggest_normalisation(teacher.network, report.accuracy, "teacher", *flags)
+        return teacher, report
+
+    def suggest_normalisation(self, network: Classifier, accuracy: float, who: str, *flags: str) -> None:
+        """Print how a network of a file that does not tell its normalisation does with others, if it does badly."""
+        if accuracy < WEAK:
+            print(f"{who}: {compare_normalisations(network, self.test_data(network.spec), *flags)}")
+
+    def _trained(self, recipe: Recipe, run: Run | None) -> Path | None:
+        """Return the checkpoint of the teacher's own CE run on this data.
+
+        Without `run` None if that run is not finished; else it is finished first, and what may surprise is printed.
+        """
+        if not self.data.labelled:
+            if run is None:
+                return None
+            raise UserError(
+                "the training images have no labels to train a teacher with: give --teacher-checkpoint FILE"
+            )
+        expected = teacher_recipe(recipe)
+        digest = (run.recorded("data_digest") if run else None) or self.data.digest
+        path, actual = _find_run(expected, self.data.name, digest)
+        own_run = RunDirectory(path)
+        finished = on_main(own_run.load_summary)(actual.epochs) is not None
+        if run is None:
+            return path / checkpoint.LAST if finished else None
+        if path.parent.parent.name != self.data.name:
+            print(f"note: {path} is on these images, under another name of theirs")
+        if changed := differing(expected.to_dict(), actual.to_dict()):
+            what = ", ".join(f"{flag(key)} {getattr(actual, key)} for {getattr(expected, key)}" for key in changed)
+            print(f"note: the teacher in {path} has a recipe of its own: {what}; --teacher-checkpoint names another")
+        if actual.val_split < recipe.val_split:
+            print(
+                "warning: this teacher has seen images of the validation part; what is chosen on it is too optimistic"
+            )
+        if not finished:
+            announce_training(actual, recipe.arch, self.data, self.device)
+            assert self.train
+            self.train(actual, replace(self.options, output=str(path), **PLAIN))
+        return path / checkpoint.LAST
+
+
+def find_file(arch: str, options: Options) -> Path | None:
+    """Return the file of --teacher-checkpoint, if it is given. Raises UserError if `published` has none for `arch`."""
+    if options.teacher_checkpoint != "published":
+        return Path(options.teacher_checkpoint) if options.teacher_checkpoint else None
+    for path in (PUBLISHED / f"{arch}-ce.pt", PUBLISHED / f"{arch}-kd.pt"):
+        if path.exists():
+            return path
+    archs = sorted({path.stem.rsplit("-", 1)[0] for path in PUBLISHED.glob("*.pt")})
+    raise UserError(f"--teacher-checkpoint published: there is none of {arch}, but of {', '.join(archs) or 'nothing'}")
+
+
+def compare_normalisations(network: Classifier, test: TensorTestData, *flags: str) -> str:
+    """Return a line with the accuracies of `network` under the usual normalisations, and the `flags` for the best."""
+    step = -(-len(test.labels) // COMPARED)  # images may come class by class
+    some, given = TensorTestData(test.images[::step], test.labels[::step]), network.spec
+    specs = {title: replace(given, mean=mean, std=std) for title, (mean, std) in NORMALISATIONS.items()}
+    current = next((title for title, spec in specs.items() if spec == given), "the one that it has")
+    accuracies = {}
+    for title, spec in {current: given, **specs}.items():
+        network.look(spec)
+        accuracies[title] = evaluate(network, some).accuracy
+    network.look(given)
+    best = max(accuracies, key=accuracies.__getitem__)  # of equals the one that it has
+    listed = ", ".join(f"{title} {accuracy:.1f} %" for title, accuracy in accuracies.items())
+    line = f"the file does not tell its normalisation, {current} is taken; on {len(some.labels)} test images {listed}"
+    if best == current:
+        return f"{line}: none is better"
+    values = [",".join(f"{value:g}" for value in side) for side in NORMALISATIONS[best]]
+    return f"{line}: {flags[0]} {values[0]} {flags[1]} {values[1]} takes the best"
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe by which the teacher of `recipe` is trained if there is none."""
+    arch = recipe.teacher_arch or ""
+    common: dict[str, Any] = {"arch": arch, "mean": recipe.teacher_mean, "std": recipe.teacher_std}
+    common["val_split"] = recipe.val_split
+    if arch in MODELS:
+        lr = TEACHER.lr * recipe.batch_size / TEACHER.batch_size
+        return replace(TEACHER, **common, epochs=recipe.epochs, batch_size=recipe.batch_size, lr=lr)
+    usual = PRETRAINED_TEACHER
+    batch_size = min(usual.batch_size, recipe.batch_size)
+    common |= {"image_size": recipe.teacher_image_size, "weights": theirs(recipe.teacher_weights)}
+    return replace(usual, **common, batch_size=batch_size, lr=usual.lr * batch_size / usual.batch_size)
+
+
+@on_main
+def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path, Recipe]:
+    """Return directory and recipe of the teacher's CE run on this data: a finished one, else a begun one, else new."""
+    configs = runs_on(data_digest, expected.arch, "ce-*", data_name)
+    begun = [(run, Recipe.from_dict(config["recipe"])) for run, config in configs if run.has_begun()]
+    finished = [(run, recipe) for run, recipe in begun if run.load_summary(recipe.epochs)]
+    if begun:
+        run, recipe = (finished or begun)[0]
+        return run.path, recipe
+    path = CHECKPOINTS / data_name / expected.arch / expected.run_name
+    return next_free(path) if RunDirectory(path).has_begun() else path, expected
+
+
+def announce_training(recipe: Recipe, student: str, data: ImageData, device: torch.device) -> None:
+    """Print that the teacher is trained first, how long that may take here, and what would be cheaper."""
+    images = recipe.epochs * len(data.train_images)
+    times = {arch: images * _seconds_per_image(arch, data, device) for arch in {recipe.arch, *CHEAP}}
+    cheap = min(CHEAP, key=times.__getitem__)
+    advice = "fewer --epochs"
+    if times[cheap] < 0.7 * times[recipe.arch]:
+        advice = f"--teacher-arch {cheap} --arch {student}, about {_duration(times[cheap])}"
+    print(
+        f"teacher: {recipe.arch} has no finished run on {data.name}: it is trained first by CE"
+        f"{' from its ImageNet weights' if recipe.pretrained else ''}, {recipe.epochs} epochs, "
+        f"lr {recipe.lr:g}, batch {recipe.batch_size}, about {_duration(times[recipe.arch])}. "
+        f"Cheaper: {advice}. Or name its weights by --teacher-checkpoint FILE."
+    )
+
+
+def _seconds_per_image(arch: str, data: ImageData, device: torch.device) -> float:
+    with torch.random.fork_rng(devices=[]):
+        network = models.find(arch)
+        built = network.build(len(data.classes))
+    classifier = Classifier(built, network.spec, choose_precision("auto", device)).to(device)
+    count = 32 if device.type == "cpu" else 512  # a GPU has to be filled
+    return seconds_per_image(classifier, data.test_images[:count].to(device))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"

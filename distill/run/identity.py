@@ -1,0 +1,38 @@
+"""What tells one run from another: its recipe, and facts about images, weights and processes."""
+
+from typing import Any
+
+from distill.config.recipe import Recipe
+from distill.data.datasets import Images
+from distill.options import flag
+from distill.parallel.devices import replicas
+
+NOT_COMPARED = ("data", "images")  # facts for people: the name of the data, how many images it has
+
+
+def identify(data: Images, init_digest: str | None, device_name: str) -> dict[str, Any]:
+    """Return the facts of a run that do not depend on its teacher.
+
+    These are its images, the weights that it starts from, and into how many parts a batch is divided, each of which has
+    BatchNorm statistics of its own. `device_name`: as for parallel.devices.devices.
+    """
+    facts = {"data": data.name, "data_digest": data.digest, "images": data.counts}
+    return {**facts, "init_digest": init_digest, "world_size": replicas(device_name)}
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the fields in which two runs differ; each run is its recipe and facts in one dict."""
+    return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in NOT_COMPARED]
+
+
+def format_diff(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return `--lr was 0.1, is 0.2, data_digest was 1, is 2` for the `changed` fields of two runs."""
+    flags = {name for owner in (Recipe, *Recipe.__subclasses__()) for name in vars(owner)["__dataclass_fields__"]}
+    old, new = ({key: str(values.get(key))[:24] for key in changed} for values in (before, now))  # a digest is long
+    return ", ".join(f"{flag(key) if key in flags else key} was {old[key]}, is {new[key]}" for key in changed)
+
+
+def format_counts(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return `23 training, 8 test images (24 training, 8 test images before)` from the facts of two runs."""
+    same = before.get("images") == now.get("images")
+    return f"{now.get('images')} ({'as many, but others,' if same else before.get('images')} before)"

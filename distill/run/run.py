@@ -1,0 +1,141 @@
+"""A run in progress: what identifies it, when it was started, what has come of it."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config.recipe import Options, Recipe
+from distill.errors import UserError
+from distill.files import checkpoint
+from distill.models.classifier import Classifier, count_parameters
+from distill.parallel.devices import describe_device
+from distill.parallel.processes import on_main
+from distill.run.directory import CONFIG, SUMMARY, RunDirectory, to_json
+from distill.run.identity import differing, format_counts, format_diff
+from distill.run.outcome import BEST, describe
+from distill.run.provenance import commit, machine, versions
+
+
+class Run(RunDirectory):
+    """The directory of the run of `recipe`, with the `facts` that identify it beside the recipe.
+
+    facts: digests of data, teacher, initial weights (identity.py); what is not known yet is added later. summary: that
+    of the finished run, None until report() has found one.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, options: Options, facts: dict[str, Any] | None = None) -> None:
+        """Name a directory; entering the context takes hold of it."""
+        super().__init__(path)
+        self.recipe, self.options, self.facts = recipe, options, facts or {}
+        self.summary: dict[str, Any] | None = None
+
+    @on_main
+    def check(self) -> None:
+        """Raise UserError, naming the fields that differ, if the directory holds another run.
+
+        Facts are compared as far as they are known. --extend lets `epochs` grow, --allow-data-change lets the images be
+        others.
+        """
+        config = self.read_config()
+        if not config or not self.has_begun():
+            return
+        before = type(self.recipe).from_dict(config["recipe"]).to_dict()
+        before |= {key: value for key, value in config["facts"].items() if key in self.facts}
+        now = {**self.recipe.to_dict(), **self.facts}
+        changed = differing(before, now)
+        grows = "epochs" in changed and self.recipe.epochs > before["epochs"]
+        if self.options.extend and grows:
+            changed.remove("epochs")
+        if self.options.allow_data_change and "data_digest" in changed:
+            changed.remove("data_digest")
+        if changed:
+            hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
+            if "data_digest" in changed:
+                hint += f"--allow-data-change goes on with {format_counts(before, now)}, "
+            hint += "--fresh or another --output starts a new one"
+            raise UserError(f"{self.path} holds another run: {format_diff(changed, before, now)}; {hint}")
+
+    def report(self) -> None:
+        """Set `summary`, and print the result, if the run is finished."""
+        self.summary = self._reported()
+
+    @on_main
+    def _reported(self) -> dict[str, Any] | None:
+        summary = self.load_summary(self.recipe.epochs)
+        if summary:
+            print(f"finished before: {self.path}\n{describe(summary, self.best())}")
+            if self.options.tensorboard and (writer := self.open_tensorboard()):
+                writer.show(self.records())
+        return summary
+
+    @on_main
+    def record_start(self, device: torch.device) -> None:
+        """Record in config.json that this process starts or continues the run.
+
+        Prints a line where the images, torch or the device are not those of the last start.
+        """
+        config = self.read_config()
+        starts = config["starts"] if config and self.has_begun() else []
+        start: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": sys.argv, "commit": commit()}
+        start |= {"versions": versions(), "machine": machine(device)}
+        for what, value in (("versions", start["versions"]), ("device", start["machine"]["device"])):
+            former = {**starts[-1], **starts[-1]["machine"]}[what] if starts else value
+            if former != value:
+                print(f"note: {what} {former} before, {value} now: the result may differ in the last bits")
+        updated = {"recipe": self.recipe.to_dict(), "facts": self.facts, "starts": [*starts, start]}
+        if config and starts and not self._data_change(start, config["facts"]):
+            updated["broken"] = config.get("broken", {})
+        checkpoint.write_atomically(self.path / CONFIG, to_json(updated))
+
+    def _data_change(self, start: dict[str, Any], before: dict[str, Any]) -> bool:
+        """Return whether the images are others than before; then note it in `start`, and print a line."""
+        now = self.facts
+        if before["data_digest"] == now["data_digest"]:
+            return False
+        start["data_change"] = {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
+        print(f"--allow-data-change: the run goes on with {format_counts(before, now)}")
+        return True
+
+    @on_main
+    def finish(self, student: Classifier, **results: Any) -> dict[str, Any]:
+        """Write, print and return summary.json: what the run is, what computed it, and `results`.
+
+        results: percent, nats, seconds.
+        """
+        recipe, best_kept = self.recipe, self.best()
+        if best := results.get("best_epoch"):
+            best["weights"] = BEST if best_kept == best["epoch"] else None
+        taught = recipe.objective == "kd"
+        summary: dict[str, Any] = {
+            "arch": recipe.arch,
+            "teacher_arch": recipe.teacher_arch,
+            "objective": recipe.objective,
+            "trained_by": recipe.trained_by,
+            "method": recipe.method if taught else None,
+            "T": recipe.T if taught else None,
+            "w": recipe.w if taught else None,
+            "formula": recipe.formula if taught else None,
+            "seed": recipe.seed,
+            "view_seed": recipe.view_seed,
+            "data": {"name": self.facts["data"], "digest": self.facts["data_digest"]},
+            "augment": recipe.augment,
+            "epochs": recipe.epochs,
+            "world_size": self.facts["world_size"],
+            "teacher_accuracy": None,
+            "agreement": None,
+            **results,
+            "parameters": count_parameters(student.network),
+            "precision": str(student.precision).removeprefix("torch."),
+            "device": describe_device(student.mean.device),
+            "torch": str(torch.__version__),
+            "commit": commit(),
+        }
+        starts = (self.read_config() or {"starts": []})["starts"]
+        changes = [start["data_change"] for start in starts if "data_change" in start]
+        summary |= {"data_changes": changes} if changes else {}
+        checkpoint.write_atomically(self.path / SUMMARY, to_json(summary))
+        print(describe(summary, best_kept))
+        return summary
