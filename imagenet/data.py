@@ -49,6 +49,7 @@ class Photos:
 
     @property
     def counts(self) -> str:
+        """How many photos there are, in words."""
         return f"{len(self.train_files)} training, {len(self.val_files)} validation photos"
 
     def __str__(self) -> str:
@@ -56,9 +57,9 @@ class Photos:
 
 
 def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = False) -> Photos:
-    """The directory `source` with train/CLASS/* and val/CLASS/*, or val/* and a file that says their classes.
-    Raises UserError.
+    """Returns the photos of `source`, a directory with train/CLASS/* and val/CLASS/*. Raises UserError.
 
+    Or with val/* and a file that says their classes.
     skip_bad_images: every file is decoded once, and what cannot be is left out; remembered as long as no file changes.
     """
     if not source:
@@ -81,9 +82,10 @@ def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = F
 def _digest(
     path: Path, classes: Sequence[str], listed: dict[str, Labelled], former: Mapping[str, int] | None = None
 ) -> str:
-    """Of classes, names and sizes, which are the same in a copy of the directory. A file without a class folder counts
-    as if it lay in one. former: sizes of some files, by their paths wherever the directory was, that count in place of
-    what they are. Raises BrokenImage for files that are not there.
+    """Returns the digest of classes, names and sizes, which are the same in a copy of the directory.
+
+    A file without a class folder counts as if it lay in one. former: sizes of some files, by their paths wherever the
+    directory was, that count in place of what they are. Raises BrokenImage for files that are not there.
     """
     sizes, broken = list[str | int](), {}
     for split, pairs in listed.items():
@@ -104,8 +106,9 @@ def _digest(
 
 
 def known_to(run: RunDirectory, photos: Photos) -> Photos:
-    """`photos`, under the digest by which the run knows them where nothing has changed but files that it found broken:
-    nobody has seen these before.
+    """Returns `photos`, under the digest by which the run knows them if only files have changed that it found broken.
+
+    Nobody has seen these before.
     """
     before, broken = run.recorded("data_digest"), run.broken()
     if before in (None, photos.digest) or not broken:
@@ -189,6 +192,7 @@ class PhotoTestData:
         self.name = self._policy.name
 
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images and labels, as TestData says."""
         first, last = (len(self.files) * k // world_size for k in (rank, rank + 1))
         size = BATCH[self._device.type]
         starts = range(first, last, size)
@@ -201,7 +205,7 @@ class PhotoTestData:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`; the copy to a GPU goes on while this process does."""
+    """Returns `values` on `device`; the copy to a GPU goes on while this process does."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
@@ -213,8 +217,10 @@ def prepare(
     workers: Workers,
     device: torch.device,
 ) -> tuple[PhotoData, dict[str, PhotoTestData]]:
-    """The training views of `recipe`, and what its epochs are evaluated on: `test` (val/), and `val` if photos of
-    train/ are held out. `spec`, `teacher_spec`: of the student and the teacher. Raises UserError.
+    """Returns the training data of `recipe`, and by name what its epochs are evaluated on. Raises UserError.
+
+    That is `test` (val/), and `val` if photos of train/ are held out. `spec`, `teacher_spec`: of the student and the
+    teacher.
     """
     count = len(photos.train_files)
     if count - recipe.val_split < recipe.batch_size:

@@ -17,23 +17,29 @@ from distill.losses.kd_loss import TopKLogits
 
 
 class Images(Protocol):
-    """What runs and stores have to know of the images they are about: they are told apart by `digest`; `name` is for
-    people.
-    """
+    """What runs and stores know of their images: `digest` tells them apart, `name` and `counts` are for people."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:  # noqa: D102
+        ...
+
     @property
-    def digest(self) -> str: ...
+    def digest(self) -> str:  # noqa: D102
+        ...
+
     @property
-    def classes(self) -> tuple[str, ...]: ...
+    def classes(self) -> tuple[str, ...]:  # noqa: D102
+        ...
+
     @property
-    def counts(self) -> str: ...
+    def counts(self) -> str:  # noqa: D102
+        ...
 
 
 class Mixture(NamedTuple):
-    """What the images of a batch are mixed with: the partners' labels int64 (B,), and the mixing coefficient float32
-    (B,) in [0, 1], the weight of the image itself.
+    """What the images of a batch are mixed with: the partners' labels int64 (B,), and the mixing coefficients (B,).
+
+    A coefficient, float32 in [0, 1], is the weight of the image itself.
     """
 
     labels: Tensor
@@ -45,8 +51,8 @@ class Batch:
     """The input of one step.
 
     images: uint8 (B, H, W, 3), labels: int64 (B,). indices: int64 (B,), on the CPU, the images' numbers in the whole
-    training set. teacher_logits: float32 (B, C), or what is kept of them, where a teacher takes part. epoch: from 0, for
-    losses whose weight depends on it.
+    training set. teacher_logits: float32 (B, C), or what is kept of them, where a teacher takes part. epoch: from 0,
+    for losses whose weight depends on it.
     """
 
     images: Tensor
@@ -92,6 +98,7 @@ class TrainingData(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
+        """The batches of an epoch."""
         return self.plan.steps_per_epoch
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -103,7 +110,7 @@ class TrainingData(ABC):
         """Yields the batch of each selection; the next ones may be in the making meanwhile."""
 
     def _partners(self, drawn: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """drawn: (B, 2 or more) in [0, 1] -> the partners' numbers and the mixing coefficients, both (B,)."""
+        """Returns the partners' numbers and the mixing coefficients, both (B,); drawn: (B, 2 or more) in [0, 1]."""
         subset = self.plan.indices
         places = np.minimum(drawn[:, 0] * len(subset), len(subset) - 1).astype(np.int64)
         return subset[places], drawn[:, 1].astype(np.float32)
@@ -118,8 +125,9 @@ class TensorData(TrainingData):
     def __init__(
         self, images: Tensor, labels: Tensor, plan: EpochPlan, policy: ViewPolicy, mixup: ViewDraws | None = None
     ) -> None:
-        """images: uint8 (N, H, W, 3), labels: int64 (N,), on one device, negative where there are none; mixup: draws of
-        two columns.
+        """Takes images uint8 (N, H, W, 3) and labels int64 (N,), on one device.
+
+        Labels are negative where there are none. mixup: draws of two columns.
         """
         self.images, self.labels, self.plan, self.policy = images, labels, plan, policy
         self.mixup, self._draws = mixup is not None, mixup
@@ -127,7 +135,7 @@ class TensorData(TrainingData):
         self.labelled = bool((labels >= 0).all())
 
     def examples(self, count: int = 5000) -> Tensor:
-        """The first `count` of the images that are trained on, as they are: uint8 (count, H, W, 3)."""
+        """Returns the first `count` of the images that are trained on, as they are: uint8 (count, H, W, 3)."""
         return self.images[torch.from_numpy(self.plan.indices[:count]).to(self.device)]
 
     def render(self, selections: Iterable[Selection]) -> Iterator[Batch]:
@@ -160,8 +168,9 @@ class TestData(Protocol):
         ...
 
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images uint8 (B, H, W, 3) and labels (B,); process `rank` gets its part of `world_size`
-        consecutive ones, and each image is in one of them.
+        """Yields images uint8 (B, H, W, 3) and labels (B,).
+
+        Process `rank` gets its part of `world_size` consecutive ones; each image is in one of them.
         """
         ...
 
@@ -175,6 +184,7 @@ class TensorTestData:
     batch_size: int = 256
 
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images and labels, as TestData says."""
         first, last = (len(self.labels) * k // world_size for k in (rank, rank + 1))
         for start in range(first, last, self.batch_size):
             stop = min(start + self.batch_size, last)

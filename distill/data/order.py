@@ -13,7 +13,7 @@ from distill.errors import UserError
 
 
 class Selection(NamedTuple):
-    """The images `indices` int64 (B,), each in the view of it that `views` int64 (B,) says, as shown in `epoch`."""
+    """Images, by their numbers int64 (B,), and the view int64 (B,) that `epoch` shows of each."""
 
     indices: NDArray[np.int64]
     views: NDArray[np.int64]
@@ -51,7 +51,7 @@ class ViewOrder:
 
     @staticmethod
     def _alternating(table: NDArray[np.uint8], half: int) -> NDArray[np.uint8]:
-        """Each row with views below `half` and from it on in turn, the half of its first view first."""
+        """Returns each row with views below `half` and from it on in turn, the half of its first view first."""
         upper = table >= half
         parts = np.take_along_axis(table, np.argsort(upper, axis=1, kind="stable"), axis=1)
         lower, higher, first = parts[:, :half], parts[:, half:], upper[:, :1]
@@ -97,6 +97,7 @@ class EpochPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """The whole batches of an epoch."""
         return len(self.indices) // self.batch_size
 
     @property
@@ -109,7 +110,7 @@ class EpochPlan:
         return Selection(indices, self.order.views(epoch, indices), epoch)
 
     def shuffle(self, epoch: int, first_step: int = 0) -> tuple[Iterator[Selection], Selection]:
-        """Returns the steps of `epoch` from `first_step` on, and the images that it drops: this process's part of them."""
+        """Returns the steps of `epoch` from `first_step` on, and what it drops: of each this process's part."""
         shuffled = self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
         count = self.steps_per_epoch * self.batch_size
         dropped = shuffled[count:][self.rank :: self.world_size]
@@ -119,8 +120,10 @@ class EpochPlan:
 
 
 def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(training indices, validation indices), each ascending. The same split for every seed and network, so that a
-    teacher can be trained on images that no student of it validates on.
+    """Returns (training indices, validation indices), each ascending.
+
+    The split is the same for every seed and network, so that a teacher can be trained on images that no student of it
+    validates on.
     """
     order = permutation(0, "validation split", 0, image_count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -63,8 +63,10 @@ class LogitCache:
     hits: int = 0  # views that were in the store
 
     def verify(self, data: TrainingData, count: int) -> tuple[int, int, float]:
-        """Computes a random sample of what is stored again: (views compared, how many are the same bits, largest
-        difference of a logit, as a share of the largest logit beside it, or of 1).
+        """Computes a random sample of what is stored again, and compares.
+
+        Returns the views compared, how many are the same bits, and the largest difference of a logit, relative to the
+        largest logit beside it, or to 1.
         """
         assert self.store
         generator, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
@@ -202,7 +204,7 @@ class CachedTeacher:
                 member.flush()
 
     def print_statistics(self) -> None:
-        """Prints how many views each teacher has computed in this call, in all processes, and how many its store had."""
+        """Prints how many views each teacher has computed, in all processes, and how many its store had."""
         for cache in self.caches:
             misses, hits = map(sum, zip(*gather((cache.misses, cache.hits)), strict=True))
             stored = f"{hits:,} were in the store" if cache.store else "no store"

@@ -42,6 +42,7 @@ class Ensemble:
 
     @property
     def first(self) -> Teacher:
+        """The one teacher, or the first of them."""
         return self.members[0]
 
     def check_untouched(self) -> None:

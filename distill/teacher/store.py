@@ -2,9 +2,9 @@
 
 A store belongs to one teacher, one set of images and one kind of views; its key says which, in clear text. The logits
 of all images in one view index, epoch mod K (order.ViewOrder), are rows of float16 (images, classes). They lie on disk
-as segments: files that are written once, verified by digest and merged when they are read. So any number of runs add to
-one store without a lock, a kill leaves a whole segment or none, and a damaged segment is named, put aside, and its views
-are computed again.
+as segments: files that are written once, verified by digest and merged when they are read. So any number of runs add
+to one store without a lock, a kill leaves a whole segment or none, and a damaged segment is named, put aside, and its
+views are computed again.
 """
 
 import json
@@ -49,7 +49,7 @@ class Encoding:
         return 2 * self.top_k + 1 + 2 * len(TEMPERATURES) if self.top_k else self.classes
 
     def encode(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits float32 (B, C) that float16 has, labels (B,) -> float16 (B, width)."""
+        """Returns float16 (B, width) of logits float32 (B, C), with values that float16 has, and labels (B,)."""
         if not self.top_k:
             return logits.half()
         kept = top_k_logits(logits, labels, self.top_k)
@@ -57,7 +57,7 @@ class Encoding:
         return torch.cat([kept.values.half(), classes, kept.label.half().unsqueeze(1), rest], dim=1)
 
     def decode(self, rows: Tensor) -> Tensor | TopKLogits:
-        """float16 (B, width) -> float32 (B, C), or TopKLogits."""
+        """Returns float32 (B, C), or TopKLogits, of rows float16 (B, width)."""
         if not self.top_k:
             return rows.float()
         sizes = [self.top_k, self.top_k, 1, 2 * len(TEMPERATURES)]
@@ -173,8 +173,10 @@ def store_key(
 
 
 def list_stores(root: Path) -> list[dict[str, Any]]:
-    """Returns of each store below `root` its path, key, bytes on disk, view indices and rows, from the names of its
-    segments; rows that two runs wrote at once count twice. A key that cannot be read is a line that says why.
+    """Returns of each store below `root` its path, key, bytes on disk, number of views, and answers (rows).
+
+    They are counted by the names of its segments; rows that two runs wrote at once count twice. In place of a key that
+    cannot be read stands a line that says why.
     """
     stores = []
     for file in sorted(root.glob(f"*/{KEY}")):
@@ -201,8 +203,9 @@ def _read_key(file: Path) -> dict[str, Any] | str:
 def fits(
     views: int, images: int, encoding: Encoding, limit_gb: float, root: Path, present: int = 0
 ) -> tuple[bool, str]:
-    """Returns whether `views` views of all images fit the limit and the disk, on which `present` bytes of them lie
-    already, and a line that says what they take.
+    """Returns whether `views` views of all images fit the limit and the disk, and a line that says what they take.
+
+    present: the bytes of them that lie on the disk already.
     """
     needed = 2 * views * images * encoding.width
     existing = next(path for path in (root, *root.resolve().parents) if path.exists())

@@ -47,9 +47,7 @@ class State:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, speeds, and the loss in nats of
-    the first step.
-    """
+    """The outcome of fit: the lines of metrics.jsonl, the last test evaluation, speeds, the first step's loss."""
 
     records: list[dict[str, Any]]
     test: Evaluation
@@ -87,7 +85,7 @@ class Trainer:
         self.loss, self.data, self.teacher = loss, data, teacher
         self.model = TrainedModel(student, loss.model, run.recipe, run.options.device)
         self.device = self.model.device
-        self.board = run.open_tensorboard() if run.options.tensorboard else None
+        self.writer = run.open_tensorboard() if run.options.tensorboard else None
         self.optimizer = build_optimizer(self.model.module, run.recipe)
         self.state = State(Tally(self.device, loss.parts))
         self.steps_left = run.options.steps
@@ -177,8 +175,8 @@ class Trainer:
     def _publish(self) -> None:
         """Makes metrics.jsonl, and TensorBoard's files, what the checkpoint's records are."""
         self.run.write_metrics(self.state.records)
-        if self.board:
-            self.board.show(self.state.records)
+        if self.writer:
+            self.writer.show(self.state.records)
 
     def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
         if payload.get("format") == 1 and "ranks" in payload:
@@ -239,7 +237,7 @@ class Trainer:
         return state.step == steps
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """Returns the next batch. Raises BrokenImage on every process, before the step of any, if one of them has met some."""
+        """Returns the next batch. If one process raises BrokenImage, all do, before the step of any."""
         if not self.data.from_files:
             return next(batches)
         batch, broken = None, dict[str, str]()
@@ -359,12 +357,13 @@ def fit(
     teacher: CachedTeacher | None = None,
     tests: Mapping[str, TestData],
 ) -> Fitted:
-    """Trains `student` to the end of the run's recipe, from where the run's checkpoint stands, and evaluates each epoch.
+    """Trains `student` to the end of the run's recipe, from the run's checkpoint on, and evaluates each epoch.
 
-    `teacher`: gives the batches of `data` their teacher logits, where the loss wants some. `tests`: what each epoch is evaluated on, by name; `test` must be there, and with `val` the weights of its best
-    epoch are kept in best.pt. With an average of the weights (recipe.ema) it is the average that is evaluated and
-    counts; the raw weights stand beside it as `raw_test`. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and
-    torch (on CUDA with --deterministic).
+    `teacher` gives the batches of `data` their teacher logits, where the loss wants some. `tests` is what each epoch is
+    evaluated on, by name; `test` must be there, and with `val` the weights of its best epoch are kept in best.pt. With
+    an average of the weights (recipe.ema) it is the average that is evaluated and counts; the raw weights stand beside
+    it as `raw_test`. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and torch (on
+    CUDA with --deterministic).
     Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
     image file cannot be decoded (2).
     """

@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 class Tally:
-    """Sums over images: how many, their loss in nats, how many right, how many within the five largest logits, and
-    further named terms of the loss. `sums` is one float64 tensor, so that it fits a checkpoint.
+    """Sums over images: how many, their loss in nats, accuracies, and further named terms of the loss.
+
+    `sums` is one float64 tensor, so that it fits a checkpoint.
     """
 
     def __init__(self, device: torch.device, loss_terms: tuple[str, ...] = ()) -> None:

@@ -22,9 +22,10 @@ from distill.training.optim import WeightAverage
 
 
 class TrainedModel:
-    """The model that a run trains, one set of weights: `student`, the network that is evaluated and exported; `module`,
-    all that learns, the student alone or with connectors beside it; `wrapped`, the module as a training step calls it;
-    and `average`, that of the student's weights, where the recipe wants one.
+    """The model that a run trains, in the forms that a run needs.
+
+    `student` is evaluated and exported. `module` is all that learns: the student, or the student with its connectors.
+    `wrapped` is the module as a training step calls it. `average` is that of the student's weights, if there is one.
     """
 
     def __init__(self, student: Classifier, connected: Connected | None, recipe: Recipe, device_name: str) -> None:
@@ -103,9 +104,10 @@ def wrap_parallel(network: nn.Module, device: torch.device, recipe: Recipe, devi
 def check_batch_norm(
     network: nn.Module, arch: str, recipe: Recipe, device_name: str, work: Callable[[Tensor], Any] | None = None
 ) -> None:
-    """Raises UserError if `network` cannot see images of the smallest size that it is shown, or if a BatchNorm of it
-    gets one value a channel from the smallest part of a batch that is computed at a time, by a process, by a GPU of
-    DataParallel, or by --accumulate. work: as for trial.wants_two.
+    """Raises UserError if `network` cannot be trained on the parts of a batch that are computed at a time.
+
+    It must see images of the smallest size that it is shown; and no BatchNorm may get one value a channel from the
+    smallest part, of a process, a GPU of DataParallel, or --accumulate. work: as for probe.wants_two.
     """
     smallest_size = min(filter(None, map(recipe.size_at, range(recipe.epochs))), default=None)
     if work is None and (smallest_size or recipe.image_size):
