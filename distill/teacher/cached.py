@@ -90,21 +90,21 @@ class CachedEpoch:
     """A teacher's logits of one view index: rows on the data's device, and on the CPU which images have one."""
 
     def __init__(self, cache: LogitCache, view_index: int, device: torch.device) -> None:
-        self._cache, self._view_index = cache, view_index
+        self._cache, self._store, self._view_index = cache, cache.store, view_index
         self._new: list[NDArray[np.int64]] = []  # images whose rows are not in the store yet
         self._flushed = time.monotonic()
-        if cache.store:
-            rows, self._present = cache.store.read(view_index)
+        if self._store:
+            rows, self._present = self._store.read(view_index)
             self._rows = rows.to(device)
 
     def missing(self, indices: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Returns which of the images (B,) the store lacks; without a store none."""
-        return ~self._present[indices] if self._cache.store else np.zeros(len(indices), dtype=bool)
+        return ~self._present[indices] if self._store else np.zeros(len(indices), dtype=bool)
 
     def logits(self, group: Sequence[Batch]) -> list[Tensor | TopKLogits]:
         """Returns the logits of each batch; those that are not there are computed together, so that blocks are full."""
         sizes, decode = [len(batch.labels) for batch in group], self._cache.encoding.decode
-        if not self._cache.store:
+        if not self._store:
             rows = self._forward([batch.images for batch in group], [batch.labels for batch in group])
             return [decode(part) for part in torch.split(rows, sizes)]
         missing = [np.flatnonzero(self.missing(batch.indices.numpy())) for batch in group]
@@ -134,10 +134,10 @@ class CachedEpoch:
 
     def flush(self) -> None:
         """Writes what is new to the store."""
-        if self._cache.store and self._new:
+        if self._store and self._new:
             indices = np.concatenate(self._new)
             rows = self._rows[torch.from_numpy(indices).to(self._rows.device)]
-            self._cache.store.write(self._view_index, indices, rows)
+            self._store.write(self._view_index, indices, rows)
         self._new, self._flushed = [], time.monotonic()
 
 
