@@ -27,6 +27,7 @@ class NoChange:
     alternating = False
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        """Returns the views, as ViewPolicy says."""
         return images
 
 
@@ -45,6 +46,7 @@ class CropFlip:
         self.name = "+".join(["crop_flip", *words])
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        """Returns the views, as ViewPolicy says."""
         batch, height, width, channels = images.shape
         offsets, padding = self.offsets, self.padding
         views = views.to(images.device, non_blocking=True)
@@ -95,6 +97,7 @@ class Original:
         self._drawn = ViewDraws(view_seed, "original", self.draws)
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        """Returns the views, as ViewPolicy says."""
         drawn = self._drawn.rows(indices, views)
         angle = (2 * drawn[:, 3] - 1) * math.radians(self.degrees)
         offsets = np.floor(drawn[:, :2] * OFFSETS) - PADDING
@@ -159,6 +162,7 @@ class Cutout:
         self._drawn = ViewDraws(view_seed, "cutout", 2)
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
+        """Returns the views, as ViewPolicy says."""
         height, width = images.shape[1:3]
         start = np.floor(self._drawn.rows(indices, views) * (height, width)) - self._size // 2
         top, left = torch.from_numpy(start.astype(np.int64)).to(images.device, non_blocking=True).unbind(1)

@@ -18,7 +18,7 @@ from cifar10.classes import CLASSES
 from cifar10.folder import SIZE, Pixels, fit, read_folder
 from cifar10.npz import read_npz
 from distill.config.recipe import Recipe
-from distill.data.datasets import EvaluationSet, TensorData
+from distill.data.datasets import TensorData, TensorTestData
 from distill.data.draws import ViewDraws
 from distill.data.folders import UNLABELLED
 from distill.data.order import EpochPlan, ViewOrder, split_validation
@@ -113,7 +113,7 @@ def read_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = F
     raise UserError(f"--data {source} is neither 'sample' nor a directory nor a .npz file")
 
 
-def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[TensorData, dict[str, EvaluationSet]]:
+def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[TensorData, dict[str, TensorTestData]]:
     """The training views of `recipe`, and what its epochs are evaluated on: `test`, and `val` if images are held out.
 
     Images lie on `device` as uint8. Raises UserError if there are too few of them.
@@ -136,10 +136,10 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
     plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, *rank_and_world_size(), recipe.accumulate)
     mixup = ViewDraws(recipe.view_seed, "mixup", 2) if recipe.mixup else None
     views = TensorData(data.train_images.to(device), data.train_labels.to(device), plan, policy, mixup)
-    tests = {"test": EvaluationSet(data.test_images.to(device), data.test_labels.to(device))}
+    tests = {"test": TensorTestData(data.test_images.to(device), data.test_labels.to(device))}
     if len(held_out):
         chosen = torch.from_numpy(held_out).to(device)
-        tests["val"] = EvaluationSet(views.images[chosen], views.labels[chosen])
+        tests["val"] = TensorTestData(views.images[chosen], views.labels[chosen])
     return views, tests
 
 

@@ -13,7 +13,7 @@ from cifar10.data import ImageData, load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import EvaluationSet, TensorData
+from distill.data.datasets import TensorData, TensorTestData
 from distill.data.order import split_validation
 from distill.errors import UserError
 from distill.files import checkpoint
@@ -70,18 +70,18 @@ class SmallImages(Task[Recipe, Options]):
         options = self.options
         return load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
 
-    def prepare(self, spec: InputSpec) -> tuple[TensorData, dict[str, EvaluationSet]]:  # noqa: ARG002
+    def prepare(self, spec: InputSpec) -> tuple[TensorData, dict[str, TensorTestData]]:  # noqa: ARG002
         """Returns the training data, and by name what each epoch is evaluated on."""
         return prepare(self.data, self.recipe, self.device)
 
-    def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> EvaluationSet:  # noqa: ARG002
+    def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> TensorTestData:  # noqa: ARG002
         """Returns the images of a split. Raises UserError for training images without labels."""
         data = self.data
         if split == "train" and not data.labelled:
             raise UserError("the training images have no labels to evaluate on")
         test = (data.test_images, data.test_labels)
         images, labels = (data.train_images, data.train_labels) if split == "train" else test
-        return EvaluationSet(images.to(self.device), labels.to(self.device), batch_size or EvaluationSet.batch_size)
+        return TensorTestData(images.to(self.device), labels.to(self.device), batch_size or TensorTestData.batch_size)
 
     def build(self, options: Options) -> tuple[Classifier, str | None]:
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""
@@ -193,10 +193,10 @@ def find_file(arch: str, options: Options) -> Path | None:
     raise UserError(f"--teacher-checkpoint published: there is none of {arch}, but of {', '.join(archs) or 'nothing'}")
 
 
-def compare_normalisations(network: Classifier, test: EvaluationSet, *flags: str) -> str:
+def compare_normalisations(network: Classifier, test: TensorTestData, *flags: str) -> str:
     """Returns a line with the accuracies of `network` under the usual normalisations, and the `flags` for the best."""
     step = -(-len(test.labels) // COMPARED)  # images may come class by class
-    some, given = EvaluationSet(test.images[::step], test.labels[::step]), network.spec
+    some, given = TensorTestData(test.images[::step], test.labels[::step]), network.spec
     specs = {title: replace(given, mean=mean, std=std) for title, (mean, std) in NORMALISATIONS.items()}
     current = next((title for title, spec in specs.items() if spec == given), "the one that it has")
     accuracies = {}

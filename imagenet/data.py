@@ -1,21 +1,21 @@
 """Photos in folders: listed once, decoded in workers each time they are shown."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.datasets import Batch, Mixture
+from distill.data.datasets import Batch, Mixture, TrainingData
 from distill.data.draws import uniforms_of
 from distill.data.folders import Labelled, list_images
-from distill.data.order import EpochPlan, ViewOrder, split_validation
+from distill.data.order import EpochPlan, Selection, ViewOrder, split_validation
 from distill.data.views import check_cutout, mix
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
@@ -49,6 +49,7 @@ class Photos:
 
     @property
     def counts(self) -> str:
+        """How many photos there are, in words."""
         return f"{len(self.train_files)} training, {len(self.val_files)} validation photos"
 
     def __str__(self) -> str:
@@ -56,9 +57,9 @@ class Photos:
 
 
 def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = False) -> Photos:
-    """The directory `source` with train/CLASS/* and val/CLASS/*, or val/* and a file that says their classes.
-    Raises UserError.
+    """Returns the photos of `source`, a directory with train/CLASS/* and val/CLASS/*. Raises UserError.
 
+    Or with val/* and a file that says their classes.
     skip_bad_images: every file is decoded once, and what cannot be is left out; remembered as long as no file changes.
     """
     if not source:
@@ -81,9 +82,10 @@ def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = F
 def _digest(
     path: Path, classes: Sequence[str], listed: dict[str, Labelled], former: Mapping[str, int] | None = None
 ) -> str:
-    """Of classes, names and sizes, which are the same in a copy of the directory. A file without a class folder counts
-    as if it lay in one. former: sizes of some files, by their paths wherever the directory was, that count in place of
-    what they are. Raises BrokenImage for files that are not there.
+    """Returns the digest of classes, names and sizes, which are the same in a copy of the directory.
+
+    A file without a class folder counts as if it lay in one. former: sizes of some files, by their paths wherever the
+    directory was, that count in place of what they are. Raises BrokenImage for files that are not there.
     """
     sizes, broken = list[str | int](), {}
     for split, pairs in listed.items():
@@ -104,8 +106,9 @@ def _digest(
 
 
 def known_to(run: RunDirectory, photos: Photos) -> Photos:
-    """`photos`, under the digest by which the run knows them where nothing has changed but files that it found broken:
-    nobody has seen these before.
+    """Returns `photos`, under the digest by which the run knows them if only files have changed that it found broken.
+
+    Nobody has seen these before.
     """
     before, broken = run.recorded("data_digest"), run.broken()
     if before in (None, photos.digest) or not broken:
@@ -118,9 +121,10 @@ def known_to(run: RunDirectory, photos: Photos) -> Photos:
     return replace(photos, digest=before)
 
 
-class PhotoData:
-    """Training data whose views are rendered in the workers, and sent to `device` as uint8. As views.TensorData."""
+class PhotoData(TrainingData):
+    """Training data whose views are rendered in the workers, and sent to `device` as uint8."""
 
+    policy: PhotoViews
     labelled, from_files = True, True
 
     def __init__(
@@ -135,50 +139,43 @@ class PhotoData:
         mixup: bool = False,
     ) -> None:
         self.files, self.labels, self.plan, self.policy = files, labels, plan, policy
-        self.workers, self.device, self.mixup = workers, device, mixup
-        self.steps_per_epoch, self.image_count = plan.steps_per_epoch, len(files)
+        self.workers, self.device, self.mixup, self.image_count = workers, device, mixup, len(files)
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        return self.show(self.plan.steps(epoch, first_step))
-
-    def show(self, steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[Batch]:
-        """For each (photos, views), both (B,), the batch of them; the next ones are in the making meanwhile."""
-        planned: list[tuple[NDArray[np.int64], NDArray[np.int64], Any]] = []
+    def render(self, selections: Iterable[Selection]) -> Iterator[Batch]:
+        """Yields the batch of each selection; the workers render the next ones meanwhile."""
+        planned = deque[tuple[Selection, NDArray[np.int64], NDArray[np.float32]]]()
 
         def jobs() -> Iterator[Job]:
-            for chosen, shown in steps:
-                partners, mixed = self._partners(chosen, shown) if self.mixup else (chosen[:0], None)
-                planned.append((chosen, shown, (partners, mixed)))
-                shown_twice = np.concatenate([shown, shown[: len(partners)]])
-                everyone = np.concatenate([chosen, partners])
-                yield Job([self.files[i] for i in everyone.tolist()], everyone, shown_twice)
+            for selection in selections:
+                partners, coefficients = self._partners(self._draws(selection))
+                planned.append((selection, partners, coefficients))
+                indices = np.concatenate([selection.indices, partners])
+                views = np.concatenate([selection.views, selection.views[: len(partners)]])
+                yield Job([self.files[i] for i in indices.tolist()], indices, views)
 
         for images in self.workers.render(self.policy, jobs()):
-            chosen, shown, (partners, mixed) = planned.pop(0)
-            pixels = to_device(images, self.device)
-            mixture = None
-            if mixed is not None:
-                weight = to_device(torch.from_numpy(mixed), self.device)
-                mixture = Mixture(to_device(self.labels[torch.from_numpy(partners)], self.device), weight)
-                pixels = mix(pixels[: len(chosen)], pixels[len(chosen) :], weight)
-            indices = torch.from_numpy(chosen)
-            here = [to_device(value, self.device) for value in (self.labels[indices], indices, torch.from_numpy(shown))]
-            yield Batch(pixels, here[0], here[1], here[2], mixture)
+            yield self._batch(to_device(images, self.device), *planned.popleft())
 
-    def _partners(
-        self, chosen: NDArray[np.int64], shown: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Whom each photo is mixed with, in the same view, and its own share, drawn for (view seed, i, v)."""
-        subset, seed = self.plan.indices, self.policy.view_seed
-        drawn = np.stack(
-            [uniforms_of(seed, "mixup", v, i, 4) for i, v in zip(chosen.tolist(), shown.tolist(), strict=True)]
-        )
-        places = np.minimum(drawn[:, 0] * len(subset), len(subset) - 1).astype(np.int64)
-        return subset[places], drawn[:, 1].astype(np.float32)
+    def _batch(
+        self, images: Tensor, selection: Selection, partners: NDArray[np.int64], coefficients: NDArray[np.float32]
+    ) -> Batch:
+        """images: those of the selection, and those of their partners if there are any."""
+        indices, mixture = torch.from_numpy(selection.indices), None
+        if self.mixup:
+            coefficient = to_device(torch.from_numpy(coefficients), self.device)
+            mixture = Mixture(to_device(self.labels[torch.from_numpy(partners)], self.device), coefficient)
+            images = mix(images[: len(indices)], images[len(indices) :], coefficient)
+        return Batch(images, to_device(self.labels[indices], self.device), indices, mixture, epoch=selection.epoch)
+
+    def _draws(self, selection: Selection) -> NDArray[np.float64]:
+        """Returns the numbers (B, 4) that each photo's mixture is drawn with; without mixup (0, 4)."""
+        pairs = zip(selection.indices.tolist(), selection.views.tolist(), strict=True) if self.mixup else ()
+        drawn = [uniforms_of(self.policy.view_seed, "mixup", v, i, 4) for i, v in pairs]
+        return np.array(drawn).reshape(-1, 4)
 
 
-class PhotoTests:
-    """Photos to evaluate on, as the network of `spec` wants them. As views.EvaluationSet."""
+class PhotoTestData:
+    """Photos to evaluate on, as a TestData, as the network of `spec` wants them."""
 
     def __init__(
         self,
@@ -195,6 +192,7 @@ class PhotoTests:
         self.name = self._policy.name
 
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images and labels, as TestData says."""
         first, last = (len(self.files) * k // world_size for k in (rank, rank + 1))
         size = BATCH[self._device.type]
         starts = range(first, last, size)
@@ -207,7 +205,7 @@ class PhotoTests:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`; the copy to a GPU goes on while this process does."""
+    """Returns `values` on `device`; the copy to a GPU goes on while this process does."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
@@ -218,9 +216,11 @@ def prepare(
     teacher_spec: InputSpec | None,
     workers: Workers,
     device: torch.device,
-) -> tuple[PhotoData, dict[str, PhotoTests]]:
-    """The training views of `recipe`, and what its epochs are evaluated on: `test` (val/), and `val` if photos of
-    train/ are held out. `spec`, `teacher_spec`: of the student and the teacher. Raises UserError.
+) -> tuple[PhotoData, dict[str, PhotoTestData]]:
+    """Returns the training data of `recipe`, and by name what its epochs are evaluated on. Raises UserError.
+
+    That is `test` (val/), and `val` if photos of train/ are held out. `spec`, `teacher_spec`: of the student and the
+    teacher.
     """
     count = len(photos.train_files)
     if count - recipe.val_split < recipe.batch_size:
@@ -243,9 +243,9 @@ def prepare(
     order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
     plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, *rank_and_world_size(), recipe.accumulate)
     data = PhotoData(photos.train_files, photos.train_labels, plan, policy, workers, device, mixup=recipe.mixup)
-    tests = {"test": PhotoTests(photos.val_files, photos.val_labels, spec, workers, device, recipe.decoder)}
+    tests = {"test": PhotoTestData(photos.val_files, photos.val_labels, spec, workers, device, recipe.decoder)}
     if len(held_out):
         files = [photos.train_files[i] for i in held_out.tolist()]
         labels = photos.train_labels[torch.from_numpy(held_out)]
-        tests["val"] = PhotoTests(files, labels, spec, workers, device, recipe.decoder)
+        tests["val"] = PhotoTestData(files, labels, spec, workers, device, recipe.decoder)
     return data, tests

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from distill.data.datasets import TestData, ViewedData
+from distill.data.datasets import TestData, TrainingData
 from distill.errors import UserError
 from distill.models import weights as files
 from distill.models.class_order import ClassNames
@@ -16,7 +16,7 @@ from distill.run.run import Run
 from distill.teacher.ensemble import member_files
 from distill.training.task import Task
 from imagenet import models
-from imagenet.data import PhotoData, Photos, PhotoTests, known_to, load_data, prepare
+from imagenet.data import PhotoData, Photos, PhotoTestData, known_to, load_data, prepare
 from imagenet.loader import Workers
 from imagenet.models import CLASSES
 from imagenet.recipes import ImageNetOptions, ImageNetRecipe
@@ -58,7 +58,7 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         """Returns the photos that the options name."""
         return load_data(self.options.data, self.workers, skip_bad_images=self.options.skip_bad_images)
 
-    def prepare(self, spec: InputSpec) -> tuple[PhotoData, dict[str, PhotoTests]]:
+    def prepare(self, spec: InputSpec) -> tuple[PhotoData, dict[str, PhotoTestData]]:
         """Returns the training data, and by name what each epoch is evaluated on.
 
         Views are rendered for the teacher that sees the largest photos.
@@ -67,12 +67,12 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         largest = max(specs, key=lambda spec: spec.size, default=None)
         return prepare(self.data, self.recipe, spec, largest, self.workers, self.device)
 
-    def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> PhotoTests:  # noqa: ARG002
+    def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> PhotoTestData:  # noqa: ARG002
         """Returns the photos of a split as a network of `spec` is evaluated on them."""
         photos = self.data
         test = (photos.val_files, photos.val_labels)
         paths, labels = (photos.train_files, photos.train_labels) if split == "train" else test
-        return PhotoTests(paths, labels, spec, self.workers, self.device, self.recipe.decoder)
+        return PhotoTestData(paths, labels, spec, self.workers, self.device, self.recipe.decoder)
 
     def build(self, options: ImageNetOptions) -> tuple[Classifier, str | None]:
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""
@@ -104,7 +104,7 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         """Takes the photos for those of `run` if only files have changed that it found broken."""
         self.data = known_to(run, self.data)
 
-    def survey(self, training: ViewedData, tests: Mapping[str, TestData]) -> None:
+    def survey(self, training: TrainingData, tests: Mapping[str, TestData]) -> None:
         """Decodes all test photos and the first training photos once. Raises BrokenImage."""
         survey(training, tests, self.workers)  # type: ignore[arg-type]
 

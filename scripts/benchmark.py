@@ -175,8 +175,8 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from distill.data.datasets import TrainingData
     from distill.models.classifier import Classifier
     from distill.parallel.devices import choose_teacher_precision
-    from distill.run.directory import RunDirectory
-    from distill.teacher.cached import AnsweredData
+    from distill.run.run import Run
+    from distill.teacher.cached import CachedTeacher, LogitCache
     from distill.teacher.store import Encoding, LogitStore
     from distill.teacher.teacher import Teacher
     from distill.training.engine import Trainer
@@ -199,6 +199,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     data, _ = prepare(images, recipe, device)
     student, _ = build_student(recipe, images.classes, Options(), device)
     aim: Objective = CrossEntropy()
+    cached: CachedTeacher | None = None
     with tempfile.TemporaryDirectory() as name:
         if row != "ce":
             network = find(MODELS.resolve(options.teacher_arch))
@@ -213,14 +214,15 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
                     store.write(slot, every, logits)
             with redirect_stdout(io.StringIO()):  # the table has the names
                 aim = build_loss(recipe, student, teacher, data)
-            data = AnsweredData(data, teacher, store, encoding) if recipe.uses_teacher_logits else data
+            cache = LogitCache(teacher, store, encoding)
+            cached = CachedTeacher(data, [cache]) if recipe.uses_teacher_logits else None
         settings = Options(device=str(device))  # one GPU, as the other rows
-        trainer = Trainer(RunDirectory(Path(name)), recipe, settings, student, aim, data, {})
-        trainer.learner.train()
+        trainer = Trainer(Run(Path(name), recipe, settings), student, aim, data, cached)
+        trainer.model.train(None)
         for epoch in range(recipe.epochs):
-            if row == "empty_store" and isinstance(data, AnsweredData):
-                data.store = LogitStore(Path(name) / str(epoch), key)  # views come again after 162 epochs
-            for batch in data.batches(epoch):
+            if row == "empty_store" and cached:
+                cache.store = LogitStore(Path(name) / str(epoch), key)  # views come again after 162 epochs
+            for batch in (cached or data).batches(epoch):
                 trainer.train_step(batch)
                 trainer.state.step += 1
                 yield

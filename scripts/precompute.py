@@ -111,10 +111,12 @@ def work(task: Any, options: Any) -> int:
     view_count = training.plan.order.view_count or recipe.epochs
     recipe, options = replace(recipe, epochs=view_count), replace(options, store=True)
     cached = cache_teachers(recipe, options, task.data, training, Ensemble(recipe.teacher_archs, (teacher,), report))
-    if not cached or not cached.store:
+    assert cached
+    (cache,) = cached.caches
+    if not cache.store:
         raise UserError("nothing was stored; --store-limit GB allows more, --views K takes less")
     if options.verify:
-        compared, equal, largest = cached.verify(options.verify)
+        compared, equal, largest = cache.verify(training, options.verify)
         print(
             f"{compared:,} answers asked again: {equal:,} the same to the bit, the others differ by "
             f"{largest:.3g} of the largest logit at most"
@@ -126,8 +128,8 @@ def work(task: Any, options: Any) -> int:
             for count in cached.fill(view):
                 bar.update(count)
             if bar.disable:
-                print(f"view {view + 1} of {view_count}: {cached.misses:,} answered by this call")
-    print(f"{total:,} views are in {cached.store.path}, {cached.misses:,} of them answered by this call")
+                print(f"view {view + 1} of {view_count}: {cache.misses:,} computed by this call")
+    print(f"{total:,} views are in {cache.store.path}, {cache.misses:,} of them computed by this call")
     return 0
 
 

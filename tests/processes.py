@@ -23,14 +23,14 @@ from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
 from distill.models.classifier import Classifier
 from distill.parallel import devices, processes
-from distill.run.directory import RunDirectory
+from distill.run.run import Run
 from distill.teacher.teacher import Teacher
 from distill.training.engine import fit
 from distill.training.evaluation import evaluate
 from distill.training.objectives import CrossEntropy, Objective, Step, objective
 from distill.training.stop import Stopped
 from imagenet import survey, train_ce
-from imagenet.data import PhotoTests
+from imagenet.data import PhotoTestData
 from imagenet.data import load_data as load_data_of_photos
 from imagenet.loader import Workers
 from imagenet.models import build_student as build_photo_student
@@ -55,7 +55,7 @@ def evaluate_photos(source: str, directory: Path) -> None:
         photos = load_data_of_photos(source, workers)
         recipe = replace(STANDARD, arch="resnet18", image_size=32)
         student, _ = build_photo_student(recipe, photos.classes, Options(), torch.device("cpu"))
-        test = PhotoTests(photos.val_files, photos.val_labels, student.spec, workers, torch.device("cpu"), "pillow")
+        test = PhotoTestData(photos.val_files, photos.val_labels, student.spec, workers, torch.device("cpu"), "pillow")
         found = evaluate(student, test)
     result = {"predictions": found.predictions, "found": found.to_dict()}
     torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         with_features = replace(recipe, teacher_arch="resnet18", overhaul=True, method="none", T=None, w=None)
         aim = objective(with_features, student, teacher, training)
     if one_step:  # in float64: float32's own rounding grows to 1e-4 of the largest gradient on some processors
-        learner = (aim.learner or student).double()
+        learner = (aim.model or student).double()
         norms = [module for module in learner.modules() if isinstance(module, nn.BatchNorm2d)]
         for module in norms:
             module.momentum = 1.0
@@ -94,25 +94,17 @@ def main(argv: list[str]) -> None:
             module.eval()
             module.train = lambda _mode=True, module=module: module  # type: ignore[method-assign]
     options = Options(steps=1 if one_step else None)
-    with RunDirectory(directory / f"run{processes.world_size()}") as run:
+    facts = {"world_size": processes.world_size()}
+    with Run(directory / f"run{processes.world_size()}", recipe, options, facts) as run:
         try:
-            fit(
-                run,
-                recipe,
-                options,
-                student=student,
-                objective=aim,
-                data=training,
-                tests=tests,
-                facts={"world_size": processes.world_size()},
-            )
+            fit(run, student=student, loss=aim, data=training, tests=tests)
         except Stopped:
             if case == "nan":
                 unchanged = torch.stack([p.detach().double().sum() for p in student.parameters()])
                 torch.save(unchanged, directory / f"weights-{processes.rank()}.pt")
                 raise
         found = evaluate(student, tests["test"])
-        gradients = {k: p.grad for k, p in (aim.learner or student).named_parameters() if p.grad is not None}
+        gradients = {k: p.grad for k, p in (aim.model or student).named_parameters() if p.grad is not None}
         result = {"gradients": gradients, "predictions": found.predictions, "found": found.to_dict()}
         torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")
 

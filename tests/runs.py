@@ -10,7 +10,7 @@ from distill.config.recipe import Options, Recipe
 from distill.files import checkpoint
 from distill.models.classifier import Classifier, InputSpec
 from distill.run.run import Run
-from distill.teacher.cached import AnsweredData
+from distill.teacher.cached import CachedTeacher, LogitCache
 from distill.teacher.store import Encoding
 from distill.teacher.teacher import Teacher
 from distill.training.engine import Fitted, fit
@@ -39,11 +39,11 @@ def train(
     npz: Path,
     recipe: Recipe = RECIPE,
     options: Options | None = None,
-    objective: Objective | None = None,
+    loss: Objective | None = None,
     student: Classifier | None = None,
     teacher: Teacher | None = None,
 ) -> Fitted:
-    """With a teacher by KD, where no objective is given, else by CE."""
+    """With a teacher by KD, where no loss is given, else by CE."""
     data = load_data(str(npz))
     views, tests = prepare(data, recipe, CPU)
     facts = {"data": data.name, "data_digest": data.digest}
@@ -51,8 +51,9 @@ def train(
         return fit(
             run,
             student=student or small_network(),
-            loss=objective or (taught(3.0, 0.8) if teacher else CrossEntropy()),
-            data=AnsweredData(views, teacher, None, Encoding(4)) if teacher else views,
+            loss=loss or (taught(3.0, 0.8) if teacher else CrossEntropy()),
+            data=views,
+            teacher=CachedTeacher(views, [LogitCache(teacher, None, Encoding(4))]) if teacher else None,
             tests=tests,
         )
 

@@ -28,8 +28,8 @@ from distill.files import checkpoint
 from distill.models import probe as trial
 from distill.models.classifier import Classifier
 from distill.parallel import devices
-from distill.run.directory import RunDirectory
 from distill.run.outcome import diverged
+from distill.run.run import Run
 from distill.run.tensorboard import TensorBoardWriter
 from distill.training import engine
 from distill.training.evaluation import evaluate
@@ -170,9 +170,9 @@ def test_tensorboard_gets_what_it_lacks(small_npz: Path, tmp_path: Path, monkeyp
     assert sorted((run / "tensorboard").iterdir()) == files
     shutil.rmtree(run / "tensorboard")
     facts = {"data": "x", "data_digest": "", "world_size": 1}
-    with RunDirectory(run, tensorboard=True) as directory:
-        directory.finish(RECIPE, facts, small_network(), **fitted.to_dict())
-        directory.report(RECIPE)
+    with Run(run, RECIPE, wanted, facts) as directory:
+        directory.finish(small_network(), **fitted.to_dict())
+        directory.report()
     assert on_board(run) == expected
 
 
@@ -205,11 +205,10 @@ def test_a_loss_that_goes_astray_is_told(
     monkeypatch.setattr(Exploding, "after", after)
     monkeypatch.setattr(Exploding, "steps", 0)
     with pytest.raises(Stopped):
-        train(tmp_path, small_npz, options=Options(steps=3), objective=Exploding())
-    fitted = train(tmp_path, small_npz, objective=Exploding())
-    with RunDirectory(tmp_path) as run:
-        facts = {"data": "x", "data_digest": "", "world_size": 1}
-        summary = run.finish(RECIPE, facts, small_network(), **fitted.to_dict())
+        train(tmp_path, small_npz, options=Options(steps=3), loss=Exploding())
+    fitted = train(tmp_path, small_npz, loss=Exploding())
+    with Run(tmp_path, RECIPE, Options(), {"data": "x", "data_digest": "", "world_size": 1}) as run:
+        summary = run.finish(small_network(), **fitted.to_dict())
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the loss of epoch")]
     assert [line.split()[5] for line in warnings] == ([str(epoch)] if epoch else [])
     assert (summary["diverged"] or {}).get("epoch") == epoch
@@ -255,7 +254,7 @@ def test_signal_saves_at_the_next_step(small_npz: Path, tmp_path: Path, number: 
 
     handlers = [signal.getsignal(s) for s in SIGNALS]
     with pytest.raises(Stopped, match=f"stopped by {number.name} at epoch 2, step 2 of 5") as stop:
-        train(tmp_path / "cut", small_npz, objective=Signalling())
+        train(tmp_path / "cut", small_npz, loss=Signalling())
     assert stop.value.exit_code == 128 + number
     assert [signal.getsignal(s) for s in SIGNALS] == handlers
     train(tmp_path / "cut", small_npz)
@@ -338,6 +337,7 @@ ABSURD: list[dict[str, Any]] = [
     {"ranks": [{"generators": {"cpu": torch.zeros(3)}, "tally": torch.zeros(4)}]},
     {"recipe": [1]},
     {"facts": 3},
+    {"format": 1},
 ]
 
 
@@ -376,7 +376,7 @@ def test_no_update_is_made_from_a_loss_that_is_not_finite(optimizer: str, small_
     with pytest.raises(
         Stopped, match=r"the loss or its gradient is not finite at step 6 \(lr 0\.0.*last good checkpoint is"
     ) as stop:
-        train(tmp_path / "run", small_npz, recipe, objective=Poisoned(), student=student)
+        train(tmp_path / "run", small_npz, recipe, loss=Poisoned(), student=student)
     assert stop.value.exit_code == 1
     assert all(torch.isfinite(p).all() for p in student.parameters())
     payload = checkpoint.load(tmp_path / "run" / "last.pt")
@@ -399,7 +399,7 @@ def test_the_flag_on_the_device_blocks_updates_without_being_read(
         moved.append(any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)))
 
     monkeypatch.setattr(engine.Trainer, "train_step", watched)
-    train(tmp_path / "run", small_npz, objective=Poisoned(), student=student)
+    train(tmp_path / "run", small_npz, loss=Poisoned(), student=student)
     assert moved == [True] * 6 + [False] * 9
 
 
@@ -428,7 +428,7 @@ def test_out_of_memory(small_npz: Path, tmp_path: Path, error: Exception) -> Non
 
     Poisoned.steps = 0
     with pytest.raises(Stopped, match="out of memory with --batch-size 8; try 4") as stop:
-        train(tmp_path / "run", small_npz, objective=Hungry())
+        train(tmp_path / "run", small_npz, loss=Hungry())
     assert stop.value.exit_code == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
 
@@ -466,9 +466,10 @@ def test_a_best_epoch_whose_weights_are_not_there(
     def told(path: Path) -> tuple[str | None, str]:
         source = str(tmp_path / "run" / "last.pt")
         results = train(path, small_npz, recipe, Options(resume=source)).to_dict()
-        with RunDirectory(path) as run:
-            summary = run.finish(recipe, facts, small_network(), **results)
-            assert run.report(recipe) == summary
+        with Run(path, recipe, Options(), facts) as run:
+            summary = run.finish(small_network(), **results)
+            run.report()
+            assert run.summary == summary
         return summary["best_epoch"]["weights"], capsys.readouterr().out
 
     weights, out = told(tmp_path / "other")
@@ -514,7 +515,7 @@ def test_recipe_is_frozen() -> None:
 def test_tensors_stay_where_the_student_is() -> None:
     """No host copy in a step: what the objective gets lies on the device of the images."""
     images, logits = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.zeros(4, 4)
-    batch = Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), torch.zeros(4), None, logits)
+    batch = Batch(images, torch.zeros(4, dtype=torch.long), torch.arange(4), None, logits)
     seen: list[Tensor] = []
     student = small_network()
     student.register_forward_pre_hook(lambda _, given: seen.append(given[0]))

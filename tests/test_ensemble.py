@@ -12,7 +12,7 @@ from cifar10.models import MODELS
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.teacher.ensemble import add_to_mean, member_files
+from distill.teacher.ensemble import mean_logits, member_files
 from distill.training.stop import Stopped
 from imagenet import train_kd as photos_kd
 
@@ -23,10 +23,7 @@ KD = Recipe(arch="airbench94", teacher_arch=",".join(ARCHS), T=4.0, w=0.9, epoch
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_means(temperature: float) -> None:
     logits = [5 * torch.randn(6, 7, dtype=torch.float64) for _ in range(4)]
-    plain, soft = logits[0], logits[0]
-    for number, other in enumerate(logits[1:], start=2):
-        plain = add_to_mean(plain, other, number, "logits", temperature)
-        soft = add_to_mean(soft, other, number, "probabilities", temperature)
+    plain, soft = (mean_logits(logits, how, temperature) for how in ("logits", "probabilities"))
     torch.testing.assert_close(plain, torch.stack(logits).mean(0))
     expected = torch.stack([(value / temperature).softmax(1) for value in logits]).mean(0)
     torch.testing.assert_close((soft / temperature).softmax(1), expected)
@@ -49,9 +46,9 @@ def test_several_teachers(
     capsys.readouterr()
     summary = train_kd.train(recipe, options)
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if "views answered" in line] == [
-        "teacher airbench94: 80 views answered, 0 were in the store",
-        "teacher densenet_cifar: 0 views answered, 80 were in the store",
+    assert [line for line in said if "views computed" in line] == [
+        "teacher airbench94: 80 views computed, 0 were in the store",
+        "teacher densenet_cifar: 0 views computed, 80 were in the store",
     ]
     assert any(line.startswith("teachers: together, by the mean of their ") for line in said)
     assert summary is not None
@@ -105,5 +102,5 @@ def test_photos(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     words = ["--arch", "shufflenet_v2_x0_5", "--kd", "--image-size", "32", "--epochs", "1", "--batch-size", "8"]
     photos_kd.main([str(photos), *words, *teachers, "--workers", "0", "--output", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert said.count("views answered") == 2
+    assert said.count("views computed") == 2
     assert "teachers: together, by the mean of their logits, test accuracy" in said

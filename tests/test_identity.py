@@ -1,6 +1,5 @@
 """Runs and stores are known by what is in the images, not by what the directory of them is called or where it lies."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +11,14 @@ from cifar10 import train_ce, train_kd
 from cifar10.data import load_data
 from distill.config.recipe import Options
 from distill.errors import UserError
-from distill.files import checkpoint
 from distill.run.paths import find_directory
 from distill.run.run import Run
-from distill.teacher.store import LogitStore
 from distill.training import engine
 from distill.training.stop import Stopped
 from imagenet import train_ce as train_photos
 from imagenet.recipes import RECIPES as PHOTO_RECIPES
 from imagenet.recipes import ImageNetOptions
 from tests.runs import train
-from tests.test_logit_store import answering, answers, store_of
 from tests.test_train import CE, KD
 
 SMALL = replace(CE, arch="densenet_cifar", epochs=1)
@@ -74,7 +70,7 @@ def test_teacher_and_store_are_found_again(
     out = said(capsys)
     assert "trained first" not in out
     assert f"note: {home / '4711' / 'densenet_cifar' / 'ce-seed0'} is on these images, under another name" in out
-    assert "0 views answered" in out
+    assert "0 views computed" in out
     assert [path.name[:15] for path in (home / "stores").iterdir()] == ["densenet_cifar-"]
     assert sorted(path.name for path in (home / "4712" / "densenet_cifar").iterdir()) == [
         "kd-densenet_cifar-T1-w0.8-seed0"
@@ -148,26 +144,3 @@ def test_processes_with_copies_under_other_names_agree(
     other["data_digest"] = "other"
     with pytest.raises(UserError, match="do not have the same data"):
         train(tmp_path / "other", small_npz)
-
-
-def test_a_store_of_the_old_form_is_used(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its directory and its segments are named by a digest that covers the images' name too. The fullest is taken."""
-    data, teacher, new = store_of(tmp_path / "new", small_npz)
-    expected = answers(answering(data, teacher, new))
-    for name, slots in (("cifar10", 2), ("4711", 1)):
-        key = {**new.key, "data": name}
-        old = checkpoint.digest(key)
-        path = tmp_path / "old" / f"{name}-small-{old[:16]}"
-        path.mkdir(parents=True)
-        (path / "key.json").write_text(json.dumps(key))
-        for file in sorted(new.path.glob("0*.pt"))[:slots]:
-            checkpoint.save(path / file.name, {**checkpoint.load(file), "key": old})
-    (tmp_path / "old" / "x").mkdir()
-    (tmp_path / "old" / "x" / "key.json").write_text("damaged")
-    capsys.readouterr()
-    found = LogitStore(tmp_path / "old", {key: value for key, value in new.key.items() if key != "format"})
-    assert found.path.name.startswith("cifar10-small-")
-    assert "is of the old form" in said(capsys)
-    again = answering(data, teacher, found)
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(answers(again), expected, strict=True))
-    assert again.answered == 0

@@ -34,7 +34,7 @@ from distill.models.classifier import Classifier, InputSpec
 from distill.teacher.teacher import _block
 from imagenet import models, train_ce, train_kd
 from imagenet.augment import DRAWS, PhotoViews, random_box
-from imagenet.data import PhotoTests, load_data, prepare
+from imagenet.data import PhotoTestData, load_data, prepare
 from imagenet.decoding import Box, read_box, read_centre
 from imagenet.loader import Job, LoaderError, Workers
 from imagenet.recipes import RECIPES, STANDARD, ImageNetOptions
@@ -339,8 +339,7 @@ def test_views_at_the_teachers_size_and_mixtures(photos: Path) -> None:
     assert set(tests) == {"test", "val"}
     assert next(tests["test"].batches())[0].shape == (8, 32, 32, 3)
     assert first.mixture is not None
-    reversed_order = (first.indices.numpy()[::-1].copy(), first.views.numpy()[::-1].copy())
-    again = next(training.show(iter([reversed_order])))
+    again = next(training.render([training.plan.select(1, first.indices.numpy()[::-1].copy())]))
     assert torch.equal(again.images.flip(0), first.images)  # nothing depends on the batch
     sized, _ = prepare(data, replace(recipe, render_size=40), spec, bigger, NONE, CPU)
     assert sized.policy.name != training.policy.name
@@ -353,7 +352,7 @@ def test_views_at_the_teachers_size_and_mixtures(photos: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_each_photo_is_evaluated_once(count: int, photos: Path) -> None:
     data = load_data(str(photos), NONE)
-    test = PhotoTests(data.val_files, data.val_labels, InputSpec(32, (0, 0, 0), (1, 1, 1), 36), NONE, CPU, "pillow")
+    test = PhotoTestData(data.val_files, data.val_labels, InputSpec(32, (0, 0, 0), (1, 1, 1), 36), NONE, CPU, "pillow")
     shares = [batch for rank in range(count) for batch in test.batches(rank, count)]
     whole = list(test.batches())
     for k in (0, 1):
@@ -583,11 +582,11 @@ def test_kd_and_its_store(photos: Path, home: Path, tmp_path: Path, capsys: pyte
     train_kd.main([*flags, "--T", "1"])
     first = capsys.readouterr().out
     assert "--teacher-arch resnet18: it teaches, as with --kd" in first
-    assert "teacher: 48 views answered" in first
+    assert "teacher: 48 views computed" in first
     assert "near chance" in first
     train_kd.main([*flags, "--kd", "--T", "2"])
     second = capsys.readouterr().out
-    assert "teacher: 0 views answered" in second
+    assert "teacher: 0 views computed" in second
     assert "it teaches" not in second
     runs = sorted(path.name for path in (home / "photos" / "mobilenet_v3_small").iterdir())
     assert runs == ["kd-resnet18-T1-w0.5-seed0", "kd-resnet18-T2-w0.5-seed0"]
@@ -606,7 +605,7 @@ def test_features_of_a_teacher_that_sees_another_size(
     train_kd.main([*flags, "--output", str(tmp_path / "run")])
     said = capsys.readouterr().out
     assert "student features.8, linear (48, 2, 2)  teacher features.7.squeeze, before relu (32, 27, 27)  margin" in said
-    assert "teacher: 24 views answered" in said
+    assert "teacher: 24 views computed" in said
     record = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "feature_weight = 0.0001" in record["formula"]
 
@@ -619,12 +618,12 @@ def test_stores_and_sweeps_of_photos(photos: Path, tmp_path: Path, capsys: pytes
     assert precompute.main([*flags, "--workers", "1"]) == 0
     assert "48 views are in" in capsys.readouterr().out
     assert precompute.main([*flags, "--workers", "1"]) == 0
-    assert "0 of them answered by this call" in capsys.readouterr().out
+    assert "0 of them computed by this call" in capsys.readouterr().out
     assert precompute.main([*flags, "--workers", "0", "--verify", "10"]) == 0
     assert "10 answers asked again: 10 the same to the bit" in capsys.readouterr().out
     sweep.main([*flags, "--workers", "0", "--T-list", "1,2", "--w-list", "0.5"])
     said = capsys.readouterr().out
-    assert said.count("teacher: 0 views answered") == 2
+    assert said.count("teacher: 0 views computed") == 2
     assert "| 2 | 0.5 |" in said
     with pytest.raises(UserError, match="--dataset must be one of cifar10, imagenet, got 'mnist'"):
         sweep.main(["--dataset", "mnist"])

@@ -16,10 +16,10 @@ from distill.config.recipe import Options, Recipe
 from distill.data.datasets import TensorData
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.losses.kd_loss import TopKLogits, top_k_logits
-from distill.teacher import cached as answers_module
+from distill.losses.top_k import TopKLogits, top_k_logits
+from distill.teacher import cached
 from distill.teacher import store as logit_store
-from distill.teacher.cached import AnsweredData
+from distill.teacher.cached import CachedTeacher, LogitCache
 from distill.teacher.store import Encoding, LogitStore, fits, store_key
 from distill.teacher.teacher import Teacher
 from tests.conftest import teacher_file
@@ -42,11 +42,11 @@ def store_of(root: Path, npz: Path, recipe: Recipe = RECIPE, seed: int = 1) -> t
     return data, teacher, LogitStore(root, key)
 
 
-def answering(data: TensorData, teacher: Teacher, store: LogitStore | None, top_k: int = 0) -> AnsweredData:
-    return AnsweredData(data, teacher, store, store.encoding if store else Encoding(4, top_k))
+def answering(data: TensorData, teacher: Teacher, store: LogitStore | None, top_k: int = 0) -> CachedTeacher:
+    return CachedTeacher(data, [LogitCache(teacher, store, store.encoding if store else Encoding(4, top_k))])
 
 
-def answers(data: AnsweredData, epochs: int = 3) -> list[tuple[list[int], torch.Tensor]]:
+def answers(data: CachedTeacher, epochs: int = 3) -> list[tuple[list[int], torch.Tensor]]:
     found = []
     for epoch in range(epochs):
         for batch in data.batches(epoch):
@@ -70,10 +70,10 @@ def test_stored_or_not_full_or_empty_the_same_answers(small_npz: Path, tmp_path:
     expected = answers(none)
     assert same(answers(empty), expected)
     # the store gets two views of all images, also of those that an epoch leaves out
-    assert (none.answered, empty.answered) == (3 * data.steps_per_epoch * 8, 2 * len(data.plan.indices))
+    assert (none.caches[0].misses, empty.caches[0].misses) == (3 * data.steps_per_epoch * 8, 2 * len(data.plan.indices))
     full = answering(data, teacher, store)
     assert same(answers(full), expected)
-    assert full.answered == 0
+    assert full.caches[0].misses == 0
     for epoch in range(3):
         for batch in full.batches(epoch):
             assert batch.teacher_logits is not None
@@ -90,7 +90,7 @@ def test_cut_anywhere_the_same_answers_and_none_twice(small_npz: Path, tmp_path:
         found = next(batches)
         batches.close()  # type: ignore[attr-defined]
         assert torch.equal(found.teacher_logits, expected[first][1])  # type: ignore[arg-type]
-        asked += cut.answered
+        asked += cut.caches[0].misses
     assert asked == data.steps_per_epoch * 8
     assert store.coverage() == {0: 40}
 
@@ -105,12 +105,12 @@ def test_another_order_finds_what_an_epoch_left_out(small_npz: Path, tmp_path: P
     for part in shared:
         one = answering(part, teacher, store)
         answers(one, 2)
-        assert one.answered == 2 * 20
+        assert one.caches[0].misses == 2 * 20
     assert store.coverage() == {0: 40, 1: 40}
     other = answering(training(small_npz, replace(recipe, seed=7)), teacher, store)
     expected = answers(answering(training(small_npz, replace(recipe, seed=7)), teacher, None))
     assert same(answers(other), expected)
-    assert other.answered == 0
+    assert other.caches[0].misses == 0
 
 
 def test_two_runs_fill_one_store_at_once(small_npz: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_two_runs_fill_one_store_at_once(small_npz: Path, tmp_path: Path) -> Non
         assert torch.equal(theirs.teacher_logits, teacher.logits(theirs.images))  # type: ignore[arg-type]
     third = answering(data, teacher, store)
     assert same(answers(third, 1), expected)
-    assert third.answered == 0
+    assert third.caches[0].misses == 0
 
 
 def segments(store: LogitStore) -> list[Path]:
@@ -167,7 +167,7 @@ def test_damage_is_named_and_answered_again(
         first.write_bytes(damage)
         again = answering(data, teacher, store)
         assert same(answers(again), expected)
-        assert again.answered == data.steps_per_epoch * 8
+        assert again.caches[0].misses == data.steps_per_epoch * 8
         assert first.name in capsys.readouterr().out
         for path in segments(store):
             if path.name.startswith("00000"):
@@ -188,7 +188,7 @@ def test_a_full_disk_costs_the_store_not_the_run(
     monkeypatch.setattr(checkpoint.os, "fsync", full)  # type: ignore[attr-defined]
     assert same(answers(answering(data, teacher, store)), expected)
     said = capsys.readouterr().out
-    assert said.count("the teacher's answers are not stored from here on") == 1
+    assert said.count("the teacher's logits are not stored from here on") == 1
     monkeypatch.undo()
     assert not segments(store)
 
@@ -224,7 +224,7 @@ def test_runs_share_slots_whatever_their_number_of_views(small_npz: Path) -> Non
     for epoch in range(2):
         for one, two in zip(few.batches(epoch), many.batches(epoch), strict=True):
             assert torch.equal(one.images, two.images)
-    assert [few.plan.order.slot(e) for e in range(5)] == [0, 1, 0, 1, 0]
+    assert [few.plan.order.view_index(e) for e in range(5)] == [0, 1, 0, 1, 0]
 
 
 def test_size_is_told_before_anything_is_allocated(tmp_path: Path) -> None:
@@ -248,13 +248,13 @@ def test_train_kd_uses_the_store(small_npz: Path, tmp_path: Path, capsys: pytest
 
     without, said = state("without", store=False)
     assert "store:" not in said
-    assert "teacher: 80 views answered, no store" in said
+    assert "teacher: 80 views computed, no store" in said
     filling, said = state("filling")
-    assert "teacher: 80 views answered, 0 were in the store" in said
+    assert "teacher: 80 views computed, 0 were in the store" in said
     full, said = state("full")
-    assert "teacher: 0 views answered, 80 were in the store" in said
+    assert "teacher: 0 views computed, 80 were in the store" in said
     assert without == filling == full
-    assert "0 views answered" in state("other", replace(KD, T=1.0, w=0.5, seed=3, epochs=1))[1]
+    assert "0 views computed" in state("other", replace(KD, T=1.0, w=0.5, seed=3, epochs=1))[1]
     assert "store: off: 2 views of 40 images" in state("limit", store_limit=0)[1]
     summary = json.loads((tmp_path / "full" / "summary.json").read_text())
     assert summary["teacher_precision"]["images"] == 20
@@ -272,12 +272,12 @@ def test_answers_ahead_of_the_step(small_npz: Path, tmp_path: Path, monkeypatch:
 
 
 def test_answers_are_kept_as_time_passes(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers_module, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(cached, "FLUSH_SECONDS", -1.0)
     data, _, store = store_of(tmp_path, small_npz)
     batches = answering(data, Teacher(small_network(seed=1), block=8), store).batches(0)
     next(batches), next(batches), next(batches)
-    assert store.coverage() == {0: 16}
-    assert len(segments(store)) == 2
+    assert store.coverage() == {0: 24}
+    assert len(segments(store)) == 3
 
 
 def test_top_k_answers_are_kept_to_the_bit(small_npz: Path, tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_top_k_answers_are_kept_to_the_bit(small_npz: Path, tmp_path: Path) -> N
             assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
     again = answering(data, teacher, store)
     list(again.batches(0))
-    assert again.answered == 0
-    assert again.verify(20) == (20, 20, 0.0)
+    assert again.caches[0].misses == 0
+    assert again.caches[0].verify(data, 20) == (20, 20, 0.0)
 
 
 def test_top_k_rows() -> None:
@@ -366,4 +366,4 @@ def test_verify_of_fewer_views_than_are_stored(small_npz: Path, tmp_path: Path) 
     data, teacher, store = store_of(tmp_path, small_npz, replace(RECIPE, views=4))
     answers(answering(data, teacher, store), 4)
     few = training(small_npz, replace(RECIPE, views=2))
-    assert answering(few, teacher, store).verify(1000) == (80, 80, 0.0)
+    assert LogitCache(teacher, store, store.encoding).verify(few, 1000) == (80, 80, 0.0)

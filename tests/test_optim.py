@@ -11,7 +11,7 @@ from torch import nn
 
 from cifar10.data import load_data, prepare
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import Batch, EvaluationSet, Mixture
+from distill.data.datasets import Batch, Mixture, TensorTestData
 from distill.errors import UserError
 from distill.files import checkpoint
 from distill.models import weights
@@ -166,10 +166,10 @@ def test_a_gradient_that_is_not_finite(small_npz: Path, tmp_path: Path) -> None:
     """Clipping measures the gradient's norm, so that it blocks the update; otherwise nothing of it is saved."""
     student = small_network()
     with pytest.raises(Stopped, match="the loss or its gradient is not finite at step 0"):
-        train(tmp_path / "clip", small_npz, replace(RECIPE, clip_norm=1.0), objective=BadGradient(), student=student)
+        train(tmp_path / "clip", small_npz, replace(RECIPE, clip_norm=1.0), loss=BadGradient(), student=student)
     assert all(torch.isfinite(p).all() for p in student.parameters())
     with pytest.raises(Stopped, match="not finite"):
-        train(tmp_path / "run", small_npz, objective=BadGradient())
+        train(tmp_path / "run", small_npz, loss=BadGradient())
     assert not list(tmp_path.rglob("*.pt"))
 
 
@@ -212,7 +212,7 @@ def test_tally_counts_like_a_loop() -> None:
 def test_evaluation_sees_each_image_once() -> None:
     network, images = small_network(), torch.randint(0, 256, (21, 32, 32, 3), dtype=torch.uint8)
     labels = torch.randint(0, 4, (21,))
-    found = evaluate(network, EvaluationSet(images, labels, batch_size=8))
+    found = evaluate(network, TensorTestData(images, labels, batch_size=8))
     expected = network.eval()(images)
     assert found.images == 21
     assert torch.equal(found.predictions, expected.argmax(1))
@@ -223,9 +223,7 @@ def test_evaluation_sees_each_image_once() -> None:
 # ----------------------------------------------------------------------------------------------------------- objectives
 def test_distillation_is_the_weighted_sum() -> None:
     student = nn.Linear(3, 5)
-    batch = Batch(
-        torch.randn(6, 3), torch.randint(0, 5, (6,)), torch.arange(6), torch.zeros(6), None, torch.randn(6, 5)
-    )
+    batch = Batch(torch.randn(6, 3), torch.randint(0, 5, (6,)), torch.arange(6), None, torch.randn(6, 5))
     step = taught(3.0, 0.8)(student, batch)
     soft, hard = step.parts
     torch.testing.assert_close(step.loss.detach(), 0.8 * soft + 0.2 * hard)
@@ -254,7 +252,7 @@ def test_cross_entropy_of_mixed_images() -> None:
     one_hot = nn.functional.one_hot(labels, 5) * share[:, None] + nn.functional.one_hot(others, 5) * (
         1 - share[:, None]
     )
-    batch = Batch(logits, labels, labels, labels, Mixture(others, share))
+    batch = Batch(logits, labels, labels, Mixture(others, share))
     for smoothing in (0.0, 0.1):
         expected = nn.functional.cross_entropy(logits, one_hot, label_smoothing=smoothing)
         torch.testing.assert_close(CrossEntropy(smoothing)(nn.Identity(), batch).loss, expected)

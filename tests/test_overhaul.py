@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from distill.losses.methods import METHODS
 from torch import Tensor, nn
 
 from cifar10 import train_ce, train_kd
@@ -26,11 +27,10 @@ from distill.errors import UserError
 from distill.features.overhaul import FeatureLoss, margin, partial_l2, pooled
 from distill.features.points import FeatureExtractor, find_feature_points
 from distill.files import checkpoint
-from distill.losses.methods import METHODS
 from distill.models import weights
 from distill.models.classifier import Classifier, InputSpec
-from distill.run.directory import RunDirectory
-from distill.teacher.cached import AnsweredData
+from distill.run.run import Run
+from distill.teacher.cached import CachedTeacher, LogitCache
 from distill.teacher.store import Encoding
 from distill.teacher.teacher import Teacher
 from distill.training.engine import fit
@@ -307,7 +307,7 @@ def test_a_margin_that_is_measured() -> None:
     assert [place.shape for place in loss.known] == [(4, 32, 32), (8, 16, 16)]
     assert "measured on training images" in str(loss)
     whole = images(6)
-    batches = [Batch(part, torch.zeros(2), torch.arange(2), torch.zeros(2)) for part in whole.split(2)]
+    batches = [Batch(part, torch.zeros(2), torch.arange(2)) for part in whole.split(2)]
     loss.measure(iter(batches))
     with torch.no_grad():
         _, features = FeatureExtractor(teacher.network, loss.known)(whole)
@@ -466,10 +466,11 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]
     data = replace(data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen])
     views, tests = prepare(data, RECIPE, CPU)
     network = tiny(24, 1)
-    given: dict[str, Any] = {"student": network, "objective": CrossEntropy(), "data": views, "tests": tests}
+    given: dict[str, Any] = {"student": network, "loss": CrossEntropy(), "data": views, "tests": tests}
     facts = {"data": "sample", "data_digest": ""}
-    with RunDirectory(tmp_path_factory.mktemp("runs") / "teacher") as run:
-        found = fit(run, replace(RECIPE, epochs=6, lr=0.1), Options(), **given, facts=facts)
+    path, recipe = tmp_path_factory.mktemp("runs") / "teacher", replace(RECIPE, epochs=6, lr=0.1)
+    with Run(path, recipe, Options(), facts) as run:
+        found = fit(run, **given)
     assert found.test.accuracy > 25
     return views, tests, Teacher(network)
 
@@ -485,10 +486,10 @@ def test_every_method_lowers_its_loss_and_trains(method: str, taught: tuple[Any,
     recipe = replace(recipe, ramp=2.0) if recipe.ramp else recipe  # its authors' is longer than this run
     student = tiny(16, 2)
     aim = objective(recipe, student, teacher, views)
-    data = AnsweredData(views, teacher, None, Encoding(10)) if recipe.method != "none" else views
+    cached = CachedTeacher(views, [LogitCache(teacher, None, Encoding(10))]) if recipe.method != "none" else None
     facts = {"data": "sample", "data_digest": ""}
-    with RunDirectory(tmp_path) as run:
-        found = fit(run, recipe, Options(), student=student, objective=aim, data=data, tests=tests, facts=facts)
+    with Run(tmp_path, recipe, Options(), facts) as run:
+        found = fit(run, student=student, loss=aim, data=views, teacher=cached, tests=tests)
     teacher.check_untouched()
     first, last = found.records[0], found.records[-1]
     for part in aim.parts:

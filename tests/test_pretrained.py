@@ -148,7 +148,7 @@ def test_it_is_trained_and_teaches(home: Path, small_npz: Path, capsys: pytest.C
         summary = train_kd.train(recipe, Options(data=str(small_npz), teacher_checkpoint=str(file)))
         said = capsys.readouterr().out
         assert f"{ARCH} from {file}, at {expected} pixels, test accuracy" in said
-        assert "teacher: 40 views answered" in said
+        assert "teacher: 40 views computed" in said
         assert summary is not None
         assert summary["teacher_accuracy"] is not None
     assert len(list((home / "stores").glob("*/key.json"))) == 2

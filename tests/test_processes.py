@@ -105,10 +105,12 @@ def test_shares_make_up_the_whole(count: int, small_npz: Path) -> None:
     parts = [images for rank in range(count) for images, _ in tests["test"].batches(rank, count)]
     assert torch.equal(torch.cat(parts), tests["test"].images)
     plan = training.plan
-    whole = [chosen for chosen, _ in plan.steps(3)]
+    whole = [selection.indices for selection in plan.shuffle(3)[0]]
     if 28 % count == 0:
-        shares = [EpochPlan(plan.indices, plan.order, plan.seed, 28, rank, count).steps(3) for rank in range(count)]
-        together = [np.concatenate([chosen for chosen, _ in step]) for step in zip(*shares, strict=True)]
+        shares = [
+            EpochPlan(plan.indices, plan.order, plan.seed, 28, rank, count).shuffle(3)[0] for rank in range(count)
+        ]
+        together = [np.concatenate([selection.indices for selection in step]) for step in zip(*shares, strict=True)]
         assert np.array_equal(together, whole)
         assert len(whole[0]) == 28
 
@@ -177,7 +179,7 @@ def test_kd_trains_its_teacher_in_both_processes(small_npz: Path, tmp_path: Path
     assert code == 0, errors
     assert out.count("it is trained first by CE") == 1
     assert out.count("epoch 1/1") == 2
-    assert "teacher: 40 views answered, 0 were in the store" in out  # by both of them
+    assert "teacher: 40 views computed, 0 were in the store" in out  # by both of them
     runs = {path.parent.name for path in tmp_path.rglob("summary.json")}
     assert runs == {"ce-seed0", "kd-densenet_cifar-T3-w0.8-seed0"}
 

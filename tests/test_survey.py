@@ -189,7 +189,7 @@ def test_the_teacher_is_not_asked_again_after_a_file_was_mended(
     capsys.readouterr()
     (own / "train" / "n2" / "02.JPEG").write_bytes(content)
     train_kd.main(flags)
-    assert f"teacher: {24 - 8 * done} views answered" in capsys.readouterr().out
+    assert f"teacher: {24 - 8 * done} views computed" in capsys.readouterr().out
 
 
 @pytest.mark.slow

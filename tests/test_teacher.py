@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.data.datasets import EvaluationSet
+from distill.data.datasets import TensorTestData
 from distill.errors import UserError
 from distill.teacher.report import agreement, chance_warning, examine
 from distill.teacher.teacher import FLOAT16_MAX, Teacher
@@ -92,7 +92,7 @@ def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     network.precision = torch.bfloat16
     teacher = Teacher(network)
     images, labels = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8), torch.zeros(9, dtype=torch.long)
-    test = EvaluationSet(images, labels)
+    test = TensorTestData(images, labels)
     first = examine(teacher, test, "data", tmp_path)
     assert first.precision.keys() == {"precision", "images", "agreement", "error"}
     assert (first.precision["precision"], first.precision["images"]) == ("bfloat16", 9)
@@ -108,7 +108,7 @@ def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     file.write_bytes(b"damaged")
     assert torch.equal(examine(teacher, test, "data", tmp_path).logits, first.logits)
     assert "measuring the teacher again" in capsys.readouterr().out
-    other = EvaluationSet(images[:2], labels[:2])
+    other = TensorTestData(images[:2], labels[:2])
     assert torch.equal(examine(teacher, other, "other data", tmp_path).logits, first.logits[:2])
 
 

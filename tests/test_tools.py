@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from distill.losses.methods import SETTINGS
 from torch import nn
 
 from cifar10 import task, train_ce, train_kd
@@ -18,7 +19,6 @@ from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.losses.methods import SETTINGS
 from distill.models.classifier import Classifier
 from scripts import benchmark, model_size, precompute, publish, reproduce, results, sweep
 from tests.conftest import teacher_file
@@ -38,11 +38,11 @@ def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.C
     assert "80 views are in" in capsys.readouterr().out
     assert precompute.main([*flags, "--views", "3"]) == 0
     said = capsys.readouterr().out
-    assert "view 2 of 3: 0 answered by this call" in said
+    assert "view 2 of 3: 0 computed by this call" in said
     assert "120 views are in" in said
-    assert "40 of them answered by this call" in said
+    assert "40 of them computed by this call" in said
     train_kd.main([*flags, "--arch", "densenet_cifar", "--epochs", "3", "--batch-size", "8"])
-    assert "teacher: 0 views answered, 120 were in the store" in capsys.readouterr().out
+    assert "teacher: 0 views computed, 120 were in the store" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", [["--method", "dist"], ["--overhaul"], ["--kd-weight", "9", "--ce-weight", "0.1"]])
@@ -52,7 +52,7 @@ def test_answers_do_not_depend_on_the_method(
     precompute.main([*flags, "--views", "1"])
     capsys.readouterr()
     assert precompute.main([*flags, "--views", "1", *method]) == 0
-    assert "0 of them answered by this call" in capsys.readouterr().out
+    assert "0 of them computed by this call" in capsys.readouterr().out
     with pytest.raises(UserError, match="a sweep goes through --T and --w of --method kd"):
         sweep.main([*flags, *method])
 
@@ -129,8 +129,8 @@ def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--arch", "densenet_cifar", "--epochs", "1", "--batch-size", "8", "--T-list", "1,4", "--w-list", "0.5"]
     sweep.main([*flags, *more])
     said = capsys.readouterr().out
-    assert "40 views answered" in said
-    assert "0 views answered" in said
+    assert "40 views computed" in said
+    assert "0 views computed" in said
     assert len(re.findall(r"^\| [14] \| 0.5 \| [\d.]+ % \| [\d.]+ % \| \d+ \|$", said, flags=re.MULTILINE)) == 2
     sweep.main([*flags, *more])
     assert capsys.readouterr().out.count("finished before") == 2

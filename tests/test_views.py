@@ -56,9 +56,9 @@ def test_uniforms_are_uniform() -> None:
 def test_every_image_shows_each_of_its_views_once_in_a_cycle() -> None:
     indices = np.arange(100)
     order = ViewOrder(CropFlip(), 0, 100, None)
-    shown = np.stack([order.shown(epoch, indices) for epoch in range(162)])
+    shown = np.stack([order.views(epoch, indices) for epoch in range(162)])
     assert (np.sort(shown, axis=0) == np.arange(162)[:, None]).all()
-    assert np.array_equal(order.shown(162, indices), shown[0])
+    assert np.array_equal(order.views(162, indices), shown[0])
     assert len(set(map(tuple, shown.T))) == 100  # each image has an order of its own
 
 
@@ -66,32 +66,35 @@ def test_fewer_views_are_the_first_of_all() -> None:
     indices = np.arange(50)
     every, eight = ViewOrder(CropFlip(), 0, 50, None), ViewOrder(CropFlip(), 0, 50, 8)
     for epoch in range(8):
-        assert np.array_equal(every.shown(epoch, indices), eight.shown(epoch, indices))
-    assert np.array_equal(eight.shown(8, indices), eight.shown(0, indices))
+        assert np.array_equal(every.views(epoch, indices), eight.views(epoch, indices))
+    assert np.array_equal(eight.views(8, indices), eight.views(0, indices))
 
 
 def test_order_does_not_depend_on_the_number_of_images() -> None:
     few, many = ViewOrder(CropFlip(), 0, 10, None), ViewOrder(CropFlip(), 0, 9000, None)
-    assert np.array_equal(few.shown(3, np.arange(10)), many.shown(3, np.arange(10)))
+    assert np.array_equal(few.views(3, np.arange(10)), many.views(3, np.arange(10)))
 
 
 def test_continuous_policies_show_a_new_view_each_epoch() -> None:
-    assert ViewOrder(Original(0), 0, 5, None).shown(7, np.arange(5)).tolist() == [7] * 5
-    assert ViewOrder(Original(0), 0, 5, 3).shown(7, np.arange(5)).tolist() == [1] * 5
-    assert ViewOrder(NoChange(), 0, 5, None).shown(7, np.arange(5)).tolist() == [0] * 5
+    assert ViewOrder(Original(0), 0, 5, None).views(7, np.arange(5)).tolist() == [7] * 5
+    assert ViewOrder(Original(0), 0, 5, 3).views(7, np.arange(5)).tolist() == [1] * 5
+    assert ViewOrder(NoChange(), 0, 5, None).views(7, np.arange(5)).tolist() == [0] * 5
 
 
 def test_plan_is_the_same_from_any_step() -> None:
     plan = EpochPlan(np.arange(3, 103), ViewOrder(CropFlip(), 0, 103, None), seed=1, batch_size=8)
-    whole = list(plan.steps(4))
+    whole = list(plan.shuffle(4)[0])
     assert len(whole) == plan.steps_per_epoch == 12  # the last partial batch is dropped
-    seen = np.concatenate([indices for indices, _ in whole])
+    dropped = plan.shuffle(4)[1]
+    seen = np.concatenate([selection.indices for selection in whole])
     assert len(set(seen)) == 96
+    assert set(seen) | set(dropped.indices) == set(plan.indices)
     assert seen.min() >= 3
-    for (indices, views), (again, views_again) in zip(whole[5:], plan.steps(4, 5), strict=True):
-        assert np.array_equal(indices, again)
-        assert np.array_equal(views, views_again)
-    assert not np.array_equal(whole[0][0], next(plan.steps(5))[0])
+    for selection, again in zip(whole[5:], plan.shuffle(4, 5)[0], strict=True):
+        assert np.array_equal(selection.indices, again.indices)
+        assert np.array_equal(selection.views, again.views)
+        assert selection.epoch == again.epoch == 4
+    assert not np.array_equal(whole[0].indices, next(plan.shuffle(5)[0]).indices)
 
 
 def test_validation_split_is_one_for_all() -> None:
@@ -126,7 +129,8 @@ def test_view_does_not_depend_on_the_position_in_a_run(name: str) -> None:
         plan = EpochPlan(np.arange(count), order, seed, batch_size)
         for epoch in (0, 1, 5):
             for batch in TensorData(IMAGES[:64], torch.zeros(64), plan, policy).batches(epoch, first_step=1):
-                for pixels, i, v in zip(batch.images, batch.indices.tolist(), batch.views.tolist(), strict=True):
+                views = order.views(epoch, batch.indices.numpy()).tolist()
+                for pixels, i, v in zip(batch.images, batch.indices.tolist(), views, strict=True):
                     again += (i, v) in seen
                     assert torch.equal(seen.setdefault((i, v), pixels), pixels)
     assert again > 50
@@ -147,7 +151,8 @@ def test_mixture_is_part_of_the_view() -> None:
                 mixed = zip(
                     batch.images, batch.mixture.labels.tolist(), batch.mixture.coefficient.tolist(), strict=True
                 )
-                for i, v, found in zip(batch.indices.tolist(), batch.views.tolist(), mixed, strict=True):
+                views = order.views(epoch, batch.indices.numpy()).tolist()
+                for i, v, found in zip(batch.indices.tolist(), views, mixed, strict=True):
                     again += (i, v) in seen
                     first = seen.setdefault((i, v), found)
                     assert torch.equal(first[0], found[0])
@@ -212,7 +217,7 @@ def test_flips_alternate(views: int | None) -> None:
     """Of two epochs one shows an image flipped; which one is a matter of chance, and so are the crops."""
     policy = Cutout(CropFlip(alternating=True), 4, 0)
     order = ViewOrder(policy, 0, 2000, views)
-    shown = np.stack([order.shown(epoch, np.arange(2000)) for epoch in range(views or 162)])
+    shown = np.stack([order.views(epoch, np.arange(2000)) for epoch in range(views or 162)])
     flipped = shown >= 81
     assert (flipped[1:] != flipped[:-1]).all()
     assert flipped[0].mean() == pytest.approx(0.5, abs=0.05)
@@ -280,8 +285,8 @@ def test_view_seeds_differ() -> None:
     one, two = (Original(seed).render(IMAGES[:8], indices, indices * 0) for seed in (0, 1))
     assert not torch.equal(one, two)
     assert not np.array_equal(
-        ViewOrder(CropFlip(), 0, 8, None).shown(0, np.arange(8)),
-        ViewOrder(CropFlip(), 1, 8, None).shown(0, np.arange(8)),
+        ViewOrder(CropFlip(), 0, 8, None).views(0, np.arange(8)),
+        ViewOrder(CropFlip(), 1, 8, None).views(0, np.arange(8)),
     )
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def raw_draws(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.uint64]:
-    """`count` random 64-bit integers that depend on (seed, purpose, counter) alone; a longer draw starts the same.
+    """Returns `count` random 64-bit integers that depend on (seed, purpose, counter) alone.
 
-    Philox's raw stream is the same in every version of numpy and on every machine, which numpy does not promise of
-    its distributions.
+    A longer draw starts the same. Philox's raw stream is the same in every version of numpy and on every machine, which
+    numpy does not promise of its distributions.
     """
     key = hashlib.sha256(f"{seed}/{purpose}/{counter}".encode()).digest()[:16]
     words = np.frombuffer(key, dtype="<u8").astype(np.uint64)
@@ -20,14 +20,15 @@ def raw_draws(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.u
 
 
 def uniforms(seed: int, purpose: str, counter: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), 53 bits each, in C order: row i is the same for any number of rows."""
+    """Returns uniform numbers in [0, 1), 53 bits each, in C order: row i is the same for any number of rows."""
     draws = raw_draws(seed, purpose, counter, int(np.prod(shape)))
     return (draws >> np.uint64(11)).astype(np.float64).reshape(shape) * 2.0**-53
 
 
 def uniforms_of(seed: int, purpose: str, counter: int, row: int, columns: int) -> NDArray[np.float64]:
-    """Row `row` of uniforms(seed, purpose, counter, (any, columns)), without those before it; columns: a multiple of 4,
-    the numbers that Philox makes at each count.
+    """Returns row `row` of uniforms(seed, purpose, counter, (any, columns)), without drawing those before it.
+
+    columns: a multiple of 4, the numbers that Philox makes at each count.
     """
     assert columns % 4 == 0
     key = hashlib.sha256(f"{seed}/{purpose}/{counter}".encode()).digest()[:16]
@@ -37,7 +38,7 @@ def uniforms_of(seed: int, purpose: str, counter: int, row: int, columns: int) -
 
 
 def permutation(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.int64]:
-    """A random order of 0 .. count-1: the order that sorts raw draws."""
+    """Returns a random order of 0 .. count-1: the order that sorts raw draws."""
     return np.argsort(raw_draws(seed, purpose, counter, count), kind="stable")
 
 
@@ -52,11 +53,11 @@ class ViewDraws:
         return uniforms(self._view_seed, self._purpose, view, (image_count, self._columns)).astype(np.float32)
 
     def rows(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
-        """(B, columns) in [0, 1]; the numbers of image i stand in row i of a table, however many rows are drawn."""
-        chosen, shown = indices.numpy(), views.numpy()
-        found = np.empty((len(chosen), self._columns))
-        image_count = 1 << int(chosen.max()).bit_length()  # a power of two, so that few tables are drawn
+        """Returns (B, columns) in [0, 1]: row i of a table is image i's, however many rows are drawn."""
+        images, shown = indices.numpy(), views.numpy()
+        draws = np.empty((len(images), self._columns))
+        image_count = 1 << int(images.max()).bit_length()  # a power of two, so that few tables are drawn
         for view in np.unique(shown):
             where = shown == view
-            found[where] = self._table(int(view), image_count)[chosen[where]]
-        return found
+            draws[where] = self._table(int(view), image_count)[images[where]]
+        return draws

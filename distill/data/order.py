@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,14 @@ from numpy.typing import NDArray
 from distill.data.draws import permutation, raw_draws
 from distill.data.views import Views
 from distill.errors import UserError
+
+
+class Selection(NamedTuple):
+    """Images, by their numbers int64 (B,), and the view int64 (B,) that `epoch` shows of each."""
+
+    indices: NDArray[np.int64]
+    views: NDArray[np.int64]
+    epoch: int = 0
 
 
 class ViewOrder:
@@ -42,7 +51,7 @@ class ViewOrder:
 
     @staticmethod
     def _alternating(table: NDArray[np.uint8], half: int) -> NDArray[np.uint8]:
-        """Each row with views below `half` and from it on in turn, the half of its first view first."""
+        """Returns each row with views below `half` and from it on in turn, the half of its first view first."""
         upper = table >= half
         parts = np.take_along_axis(table, np.argsort(upper, axis=1, kind="stable"), axis=1)
         lower, higher, first = parts[:, :half], parts[:, half:], upper[:, :1]
@@ -50,25 +59,25 @@ class ViewOrder:
         mixed[:, 0::2], mixed[:, 1::2] = np.where(first, higher, lower), np.where(first, lower, higher)
         return mixed
 
-    def slot(self, epoch: int) -> int:
-        """E mod K: epochs of one slot show every image in the same view."""
+    def view_index(self, epoch: int) -> int:
+        """Returns e mod K: epochs of one view index show every image in the same view."""
         return epoch % self.view_count if self.view_count else epoch
 
-    def shown(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The views (B,) that `epoch` shows of the images `indices` (B,)."""
-        slot = self.slot(epoch)
+    def views(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the views (B,) that `epoch` shows of the images `indices` (B,)."""
+        view_index = self.view_index(epoch)
         if self._table is None:
-            return np.full(len(indices), slot, dtype=np.int64)
-        return self._table[indices, slot].astype(np.int64)
+            return np.full(len(indices), view_index, dtype=np.int64)
+        return self._table[indices, view_index].astype(np.int64)
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The order of an epoch: which images, in which views, step by step. Shared by every data set.
+    """The order of every epoch: which images, in which views, step by step. Every data set has one.
 
-    `indices`: the images that are trained on (a subset when a validation part is held out). The last partial batch
-    of an epoch is dropped. Process `rank` of `world_size` gets its part of each batch, of n equal ones; the order is
-    that of one process. Raises UserError if n does not divide the batch.
+    `indices` are the images that are trained on (a subset when a validation part is held out). An epoch drops its last
+    partial batch. Process `rank` of `world_size` gets its equal part of each batch; the order is that of one process.
+    Raises UserError if the processes and the micro-batches do not divide the batch.
     """
 
     indices: NDArray[np.int64]
@@ -77,7 +86,7 @@ class EpochPlan:
     batch_size: int
     rank: int = 0
     world_size: int = 1
-    accumulate: int = 1  # parts that a process computes its own images of a batch in
+    accumulate: int = 1  # micro-batches in which a process computes its images of a batch
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.world_size * self.accumulate):
@@ -88,28 +97,33 @@ class EpochPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """The whole batches of an epoch."""
         return len(self.indices) // self.batch_size
 
-    def steps(self, epoch: int, first_step: int = 0) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """(indices, views), both (batch_size / n,), for each step of `epoch` from `first_step` on."""
-        shuffled, size = self._shuffled(epoch), self.batch_size // self.world_size
-        for step in range(first_step, self.steps_per_epoch):
-            start = step * self.batch_size + self.rank * size
-            chosen = shuffled[start : start + size]
-            yield chosen, self.order.shown(epoch, chosen)
+    @property
+    def images_per_step(self) -> int:
+        """The images of a batch that this process gets."""
+        return self.batch_size // self.world_size
 
-    def left_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(indices, views) of what `epoch` drops, fewer than a batch; for each process a part of them."""
-        chosen = self._shuffled(epoch)[self.steps_per_epoch * self.batch_size :][self.rank :: self.world_size]
-        return chosen, self.order.shown(epoch, chosen)
+    def select(self, epoch: int, indices: NDArray[np.int64]) -> Selection:
+        """Returns the images `indices` (B,) in the views that `epoch` shows."""
+        return Selection(indices, self.order.views(epoch, indices), epoch)
 
-    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        return self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
+    def shuffle(self, epoch: int, first_step: int = 0) -> tuple[Iterator[Selection], Selection]:
+        """Returns the steps of `epoch` from `first_step` on, and what it drops: of each this process's part."""
+        shuffled = self.indices[permutation(self.seed, "image order", epoch, len(self.indices))]
+        count = self.steps_per_epoch * self.batch_size
+        dropped = shuffled[count:][self.rank :: self.world_size]
+        batches = shuffled[:count].reshape(self.steps_per_epoch, self.world_size, self.images_per_step)
+        steps = (self.select(epoch, indices) for indices in batches[first_step:, self.rank])
+        return steps, self.select(epoch, dropped)
 
 
 def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(training indices, validation indices), each ascending. The same split for every seed and network, so that a
-    teacher can be trained on images that no student of it validates on.
+    """Returns (training indices, validation indices), each ascending.
+
+    The split is the same for every seed and network, so that a teacher can be trained on images that no student of it
+    validates on.
     """
     order = permutation(0, "validation split", 0, image_count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -31,8 +31,10 @@ class ViewPolicy(Views, Protocol):
     """A policy for small images, that works on whole batches. Implementations: cifar10/augment.py."""
 
     def render(self, images: Tensor, indices: Tensor, views: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3) on any device, indices, views: int64 (B,) on the CPU, where parameters are drawn
-        without waiting for a device -> uint8 (B, H, W, 3) on the images' device, row by row independent.
+        """Returns the views, uint8 (B, H, W, 3) on the images' device, row by row independent.
+
+        images: uint8 (B, H, W, 3) on any device; indices, views: int64 (B,) on the CPU, where parameters are drawn
+        without waiting for a device.
         """
         ...
 
@@ -47,6 +49,6 @@ def check_cutout(cutout: int, side: int) -> None:
 
 
 def mix(images: Tensor, others: Tensor, coefficient: Tensor) -> Tensor:
-    """C * images + (1 - c) * others, rounded to uint8; images, others: uint8 (B, H, W, 3), coefficient c: (B,)."""
+    """Returns c * images + (1 - c) * others, rounded to uint8; both uint8 (B, H, W, 3), coefficient c: (B,)."""
     weight = coefficient.view(-1, 1, 1, 1)
     return (weight * images + (1 - weight) * others).round().to(torch.uint8)

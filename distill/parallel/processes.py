@@ -47,7 +47,7 @@ def local_rank() -> int:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(rank, world size), as EpochPlan and EvaluationSet take it."""
+    """(rank, world size), as EpochPlan and test data take it."""
     return rank(), world_size()
 
 

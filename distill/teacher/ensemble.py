@@ -1,4 +1,4 @@
-"""Several teachers as one: the mean of what they answer, each from its own store."""
+"""Several teachers as one: the mean of their logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +30,11 @@ class Ensemble:
     report: TeacherReport  # of all of them together
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What identifies them in a run."""
+        return {"teacher_digest": self.digest, "teacher_precision": self.report.precision["precision"]}
+
+    @property
     def digest(self) -> str:
         """That of the one teacher, or of all their digests."""
         digests = [member.digest for member in self.members]
@@ -37,12 +42,8 @@ class Ensemble:
 
     @property
     def first(self) -> Teacher:
+        """The one teacher, or the first of them."""
         return self.members[0]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What identifies them in a run."""
-        return {"teacher_digest": self.digest, "teacher_precision": self.report.precision["precision"]}
 
     def check_untouched(self) -> None:
         """Raises RuntimeError if a teacher has changed since the start."""
@@ -50,17 +51,20 @@ class Ensemble:
             member.check_untouched()
 
 
-def add_to_mean(before: Tensor, logits: Tensor, number: int, how: str, temperature: float) -> Tensor:
-    """The mean of `number` teachers' logits (B, C), from the mean of those before and the last one's.
+def mean_logits(members: Sequence[Tensor], how: str, temperature: float) -> Tensor:
+    """Returns the mean of the logits (B, C) of one teacher or several.
 
     how: `logits`, or `probabilities`: z with softmax(z/T) = the mean of softmax(t_i/T), so that KL at temperature T
     from z is that from the mean of the teachers' distributions.
     """
-    if how == "logits":
-        return before + (logits - before) / number
-    shares = log((number - 1) / number), log(1 / number)
-    known, new = (F.log_softmax(value / temperature, 1) for value in (before, logits))
-    return temperature * torch.logaddexp(known + shares[0], new + shares[1])
+    mean = members[0]
+    for number, logits in enumerate(members[1:], start=2):
+        if how == "logits":
+            mean = mean + (logits - mean) / number
+        else:
+            former, new = (F.log_softmax(value / temperature, 1) for value in (mean, logits))
+            mean = temperature * torch.logaddexp(former + log((number - 1) / number), new + log(1 / number))
+    return mean
 
 
 def load_members(
@@ -69,23 +73,20 @@ def load_members(
     load: Callable[[AnyRecipe, AnyOptions], tuple[Teacher, TeacherReport]],
     labels: Tensor,
 ) -> Ensemble:
-    """The teachers of `recipe`, each by `load`, and what they know together; printed if there are several.
+    """Returns the teachers of `recipe`, each by `load`, with what they score together; printed if there are several.
 
     load: takes the recipe and the options of one teacher. labels: of the test images, (N,).
     """
     archs = recipe.teacher_archs
     files = member_files(recipe, options)
-    found = [
+    loaded = [
         load(replace(recipe, teacher_arch=arch, ensemble="logits"), replace(options, teacher_checkpoint=file))
         for arch, file in zip(archs, files, strict=True)
     ]
-    members = tuple(teacher for teacher, _ in found)
-    reports = [report for _, report in found]
+    members, reports = zip(*loaded, strict=True)
     if len(reports) == 1:
         return Ensemble(archs, members, reports[0])
-    logits = reports[0].logits
-    for number, other in enumerate(reports[1:], start=2):
-        logits = add_to_mean(logits, other.logits, number, recipe.ensemble, recipe.temperature)
+    logits = mean_logits([report.logits for report in reports], recipe.ensemble, recipe.temperature)
     together = replace(reports[0], accuracy=accuracy(logits, labels.cpu()), logits=logits)
     print(f"teachers: together, by the mean of their {WAYS[recipe.ensemble]}, test accuracy {together.accuracy:.2f} %")
     return Ensemble(archs, members, together)

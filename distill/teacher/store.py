@@ -1,10 +1,10 @@
-"""The teacher's answers on disk: each view of an image is answered once, for every run that shows it.
+"""Teacher logits on disk: those of each view are computed once, for every run that shows it.
 
-A store belongs to one teacher, one set of images and one kind of views; its key says which, in clear text. A run shows
-slot s = epoch mod K of every image (views.ViewOrder); the answers to one slot are a column, float16 (images, classes).
-A column lies on disk as segments: files that are written once, verified by digest and merged when they are read. So any
-number of runs add to one store without a lock, a kill leaves a whole segment or none, and a damaged segment is named,
-put aside, and its views are answered again.
+A store belongs to one teacher, one set of images and one kind of views; its key says which, in clear text. The logits
+of all images in one view index, epoch mod K (order.ViewOrder), are rows of float16 (images, classes). They lie on disk
+as segments: files that are written once, verified by digest and merged when they are read. So any number of runs add
+to one store without a lock, a kill leaves a whole segment or none, and a damaged segment is named, put aside, and its
+views are computed again.
 """
 
 import json
@@ -21,20 +21,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.datasets import ViewedData
+from distill.data.datasets import TrainingData
 from distill.errors import UserError
 from distill.files import checkpoint
 from distill.losses.top_k import TEMPERATURES, TopKLogits, top_k_logits
 from distill.teacher.teacher import Teacher
 
 KEY, ASIDE = "key.json", ".damaged"
-SEGMENT = re.compile(r"\d{5,}-\d+-\w+\.pt")  # slot, answers, a name of its own
+SEGMENT = re.compile(r"\d{5,}-\d+-\w+\.pt")  # view index, count of rows, a name of its own
 FORMAT = 1  # of the segments, and of what the views of a policy look like: another number is another store
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How an answer is kept, as a row of float16: its logits, or with `top_k` the bits of a TopKLogits."""
+    """How the logits of an image are kept, as a row of float16: all, or with `top_k` the bits of a TopKLogits."""
 
     classes: int
     top_k: int = 0
@@ -49,7 +49,7 @@ class Encoding:
         return 2 * self.top_k + 1 + 2 * len(TEMPERATURES) if self.top_k else self.classes
 
     def encode(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits float32 (B, C) that float16 has, labels (B,) -> float16 (B, width)."""
+        """Returns float16 (B, width) of logits float32 (B, C), with values that float16 has, and labels (B,)."""
         if not self.top_k:
             return logits.half()
         kept = top_k_logits(logits, labels, self.top_k)
@@ -57,7 +57,7 @@ class Encoding:
         return torch.cat([kept.values.half(), classes, kept.label.half().unsqueeze(1), rest], dim=1)
 
     def decode(self, rows: Tensor) -> Tensor | TopKLogits:
-        """float16 (B, width) -> float32 (B, C), or TopKLogits."""
+        """Returns float32 (B, C), or TopKLogits, of rows float16 (B, width)."""
         if not self.top_k:
             return rows.float()
         sizes = [self.top_k, self.top_k, 1, 2 * len(TEMPERATURES)]
@@ -67,53 +67,39 @@ class Encoding:
         return TopKLogits(values.float(), numbers, label.float().squeeze(1), aligned.view(torch.float32))
 
 
-@dataclass
-class Column:
-    """The answers to one slot: `rows` float16 (N, width), on the data's device, and which of the N are there, on the
-    CPU.
-    """
-
-    rows: Tensor
-    answered: NDArray[np.bool_]
-
-
 class LogitStore:
     """The store of `key`, of store_key(), in a directory below `root`."""
 
     def __init__(self, root: Path, key: dict[str, Any]) -> None:
         self.key, self.images = {"format": FORMAT, **key}, key["images"]
         self.encoding = Encoding(key["classes"], key.get("top_k", 0))
-        self.digest = checkpoint.digest(_nameless(self.key))
+        self.digest = checkpoint.digest({name: value for name, value in self.key.items() if name != "data"})
         self.path = root / f"{key['teacher']}-{self.digest[:16]}"
-        if not self.path.exists() and (old := _of_the_old_form(root, self.key)):
-            self.path, self.key = old
-            self.digest = checkpoint.digest(self.key)
-            print(f"store: {self.path} is of the old form, which has the images' name in its key: it is used as it is")
         self._writes = True
 
-    def column(self, slot: int, device: torch.device) -> Column:
-        """What is known of `slot`, from all segments of it."""
+    def read(self, view_index: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        """Returns the rows float16 (N, width) of one view index, on the CPU, and which of the N are there."""
         rows = torch.zeros(self.images, self.encoding.width, dtype=torch.float16)
-        answered = np.zeros(self.images, dtype=bool)
-        for path in sorted(self.path.glob(f"{slot:05d}-*.pt")):
+        present = np.zeros(self.images, dtype=bool)
+        for path in sorted(self.path.glob(f"{view_index:05d}-*.pt")):
             try:
-                which, found = self._read(path, slot)
+                which, segment_rows = self._read_segment(path, view_index)
             except checkpoint.CheckpointError as error:
                 if path.exists():  # else another process has put it aside or removed it
-                    print(f"{error}; its views are answered again")
+                    print(f"{error}; its views are computed again")
                     with suppress(OSError):
                         path.rename(path.with_name(path.name + ASIDE))
                 continue
-            rows[torch.from_numpy(which)] = found
-            answered |= which
-        return Column(rows.to(device), answered)
+            rows[torch.from_numpy(which)] = segment_rows
+            present |= which
+        return rows, present
 
-    def _read(self, path: Path, slot: int) -> tuple[NDArray[np.bool_], Tensor]:
-        """Which of the images a segment answers, bool (N,), and their rows (n, width). Raises CheckpointError."""
+    def _read_segment(self, path: Path, view_index: int) -> tuple[NDArray[np.bool_], Tensor]:
+        """Returns which of the images a segment has, bool (N,), and their rows (n, width). Raises CheckpointError."""
         segment = checkpoint.load(path)
         try:
             bits, rows = segment["which"], segment["rows"]
-            whole = segment["key"] == self.digest and segment["slot"] == slot
+            whole = segment["key"] == self.digest and segment["slot"] == view_index
             whole &= bits.dtype == torch.uint8 and bits.shape == (-(-self.images // 8),)
             which = np.unpackbits(bits.numpy(), count=self.images).astype(bool)
             whole &= rows.dtype == torch.float16 and rows.shape == (int(which.sum()), self.encoding.width)
@@ -123,59 +109,41 @@ class LogitStore:
             raise checkpoint.CheckpointError(f"{path} is no segment of this store")
         return which, rows
 
-    def write(self, slot: int, indices: NDArray[np.int64], rows: Tensor) -> None:
-        """Add a segment: rows (n, width) of the images `indices` (n,); on disk in ascending order, and a bit an image.
+    def write(self, view_index: int, indices: NDArray[np.int64], rows: Tensor) -> None:
+        """Adds a segment: rows (n, width) of the images `indices` (n,); on disk in ascending order, and a bit an image.
 
-        Where it cannot be written the store is only read from then on, with one line that says so: answers that are
-        lost cost time, not the run.
+        Where it cannot be written the store is only read from then on, with one line that says so: logits that are lost
+        cost time, not the run.
         """
         if not self._writes or not len(indices):
             return
         which = np.zeros(self.images, dtype=bool)
         which[indices] = True
         ascending = torch.from_numpy(np.argsort(indices)).to(rows.device)
-        segment: dict[str, Any] = {"key": self.digest, "slot": slot, "which": torch.from_numpy(np.packbits(which))}
+        segment: dict[str, Any] = {
+            "key": self.digest,
+            "slot": view_index,
+            "which": torch.from_numpy(np.packbits(which)),
+        }
         segment["rows"] = rows[ascending].cpu()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / KEY).exists():
                 checkpoint.write_atomically(self.path / KEY, (json.dumps(self.key, indent=2) + "\n").encode())
-            checkpoint.save(self.path / f"{slot:05d}-{len(indices)}-{uuid.uuid4().hex[:16]}.pt", segment)
+            checkpoint.save(self.path / f"{view_index:05d}-{len(indices)}-{uuid.uuid4().hex[:16]}.pt", segment)
         except (checkpoint.CheckpointError, OSError) as error:
             self._writes = False
-            print(f"warning: {error}; the teacher's answers are not stored from here on")
+            print(f"warning: {error}; the teacher's logits are not stored from here on")
 
     def coverage(self) -> dict[int, int]:
-        """Slot -> how many images are answered in it."""
-        slots = sorted(
-            {int(path.name.split("-")[0]) for path in self.path.glob("*.pt") if SEGMENT.fullmatch(path.name)}
-        )
-        return {slot: int(self.column(slot, torch.device("cpu")).answered.sum()) for slot in slots}
-
-
-def _nameless(key: dict[str, Any]) -> dict[str, Any]:
-    """What of a key tells stores apart: all but what the images are called."""
-    return {name: value for name, value in key.items() if name != "data"}
-
-
-def _of_the_old_form(root: Path, key: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """Path and key of the store that has the most answers of those that `key` describes but for the images' name, and
-    whose digests cover that name as well; None if there is none.
-    """
-    found = []
-    for file in sorted(root.glob(f"*/{KEY}")):
-        try:
-            theirs = json.loads(file.read_text())
-        except (OSError, ValueError):  # no store that can be told
-            continue
-        alike = isinstance(theirs, dict) and _nameless(theirs) == _nameless(key)
-        if alike and file.parent.name.endswith(checkpoint.digest(theirs)[:16]):
-            found.append((sum(path.stat().st_size for path in file.parent.glob("*.pt")), file.parent, theirs))
-    return max(found, key=lambda store: store[0])[1:] if found else None
+        """Returns how many images each view index has."""
+        segments = (path.name for path in self.path.glob("*.pt") if SEGMENT.fullmatch(path.name))
+        view_indices = sorted({int(name.split("-")[0]) for name in segments})
+        return {view_index: int(self.read(view_index)[1].sum()) for view_index in view_indices}
 
 
 def store_key(
-    data: ViewedData,
+    data: TrainingData,
     teacher: Teacher,
     *,
     teacher_arch: str,
@@ -185,7 +153,7 @@ def store_key(
     view_seed: int,
     top_k: int = 0,
 ) -> dict[str, Any]:
-    """What an answer depends on, and how it is kept. `name`, `digest`: of the images; the name is for reading alone."""
+    """Returns what logits depend on, and how they are kept. `name`, `digest`: of the images; `name` is for people."""
     spec, network = teacher.network.spec, teacher.network
     key: dict[str, Any] = {"data": name, "data_digest": digest, "images": data.image_count, "classes": classes}
     key |= {"teacher": teacher_arch}
@@ -205,20 +173,21 @@ def store_key(
 
 
 def list_stores(root: Path) -> list[dict[str, Any]]:
-    """Of each store below `root`: path, key, bytes on disk, views (slots) and answers that it has, from the names of
-    its segments; answers that two runs gave at once count twice. The key is a line that says why where it cannot be
-    read.
+    """Returns of each store below `root` its path, key, bytes on disk, number of views, and answers (rows).
+
+    They are counted by the names of its segments; rows that two runs wrote at once count twice. In place of a key that
+    cannot be read stands a line that says why.
     """
-    found = []
+    stores = []
     for file in sorted(root.glob(f"*/{KEY}")):
         segments = [path for path in file.parent.glob("*.pt") if SEGMENT.fullmatch(path.name)]
-        answers = sum(int(path.name.split("-")[1]) for path in segments)
+        rows = sum(int(path.name.split("-")[1]) for path in segments)
         bytes_on_disk = sum(path.stat().st_size for path in segments)
         views = len({path.name.split("-")[0] for path in segments})
-        found.append(
-            {"path": file.parent, "key": _read_key(file), "bytes": bytes_on_disk, "views": views, "answers": answers}
+        stores.append(
+            {"path": file.parent, "key": _read_key(file), "bytes": bytes_on_disk, "views": views, "answers": rows}
         )
-    return found
+    return stores
 
 
 def _read_key(file: Path) -> dict[str, Any] | str:
@@ -228,20 +197,21 @@ def _read_key(file: Path) -> dict[str, Any] | str:
         key = str(getattr(error, "strerror", None) or error)
     if isinstance(key, dict):
         return key
-    return f"{file} is damaged ({key}): remove it, and the next run that adds an answer writes it again"
+    return f"{file} is damaged ({key}): remove it, and the next run that adds logits writes it again"
 
 
 def fits(
-    slots: int, images: int, encoding: Encoding, limit_gb: float, root: Path, present: int = 0
+    views: int, images: int, encoding: Encoding, limit_gb: float, root: Path, present: int = 0
 ) -> tuple[bool, str]:
-    """Whether `slots` columns fit the limit and the disk, on which `present` bytes of them lie already, and a line that
-    says what they take.
+    """Returns whether `views` views of all images fit the limit and the disk, and a line that says what they take.
+
+    present: the bytes of them that lie on the disk already.
     """
-    needed = 2 * slots * images * encoding.width
+    needed = 2 * views * images * encoding.width
     existing = next(path for path in (root, *root.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     kept = f"{encoding.top_k} largest of {encoding.classes}" if encoding.top_k else f"{encoding.classes}"
-    line = f"{slots} views of {images:,} images, {kept} logits: {size(needed)} at most"
+    line = f"{views} views of {images:,} images, {kept} logits: {size(needed)} at most"
     if needed > limit_gb * 1e9:
         most = int(limit_gb * 1e9 // (2 * images * encoding.width))
         return False, f"{line}, more than --store-limit {limit_gb:g} GB; --views {most} fits" if most else line

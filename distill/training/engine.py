@@ -4,43 +4,38 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch, TestData, TrainingData
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
-from distill.parallel.devices import (
-    generator_states,
-    restore_generators,
-    seed_generators,
-)
-from distill.parallel.processes import any_of, broadcast_buffers, gather, on_main, rank, reduce, world_size
+from distill.parallel.devices import generator_states, restore_generators, seed_generators
+from distill.parallel.processes import any_of, gather, on_main, rank, reduce, world_size
 from distill.run.identity import differing, format_diff
 from distill.run.outcome import BEST, best_epoch, diverged, tell_divergence
 from distill.run.run import Run
+from distill.teacher.cached import CachedTeacher
 from distill.training.evaluation import Evaluation, EvaluationStopped, evaluate, raise_broken
 from distill.training.metrics import Tally
 from distill.training.objectives import Objective
-from distill.training.optim import WeightAverage, build_optimizer, learning_rate
+from distill.training.optim import build_optimizer, learning_rate
 from distill.training.stop import Stopped, StopRequest, memory_advice
-from distill.training.wrap import check_batch_norm, wrap_parallel
+from distill.training.wrap import TrainedModel
 
+FORMAT = 2  # of a run's checkpoint
 LOOK = 50  # steps between two looks at a flag on a CUDA device; each look waits for the device
 ASK = 10  # steps after which the processes of several GPUs ask each other whether to stop or save
 
 
 @dataclass
 class State:
-    """Everything of a run that changes, beside the student, the optimiser and torch's generators."""
+    """What changes in a run, beside the model, the optimiser and torch's generators."""
 
     tally: Tally  # of the current epoch so far, and of this process
     epoch: int = 0
@@ -52,9 +47,7 @@ class State:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The outcome of fit: the lines of metrics.jsonl, the last epoch's test evaluation, speeds, and the loss in nats of
-    the first step, None in a run that was begun before that was kept.
-    """
+    """The outcome of fit: the lines of metrics.jsonl, the last test evaluation, speeds, the first step's loss."""
 
     records: list[dict[str, Any]]
     test: Evaluation
@@ -63,7 +56,7 @@ class Fitted:
     first_loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What a summary says of it. With a validation part also its best epoch (the first of equals, as best.pt)."""
+        """Returns what a summary says. With a validation part also its best epoch (the first of equals, as best.pt)."""
         named: dict[str, Any] = {
             "test_accuracy": self.test.accuracy,
             "test_top5": self.test.top5,
@@ -83,43 +76,36 @@ class Trainer:
     def __init__(
         self,
         run: Run,
-        recipe: Recipe,
-        options: Options,
         student: Classifier,
-        objective: Objective,
+        loss: Objective,
         data: TrainingData,
-        facts: dict[str, Any],
+        teacher: CachedTeacher | None = None,
     ) -> None:
-        self.run, self.recipe, self.options, self.facts = run, recipe, options, facts
-        self.student, self.objective, self.data = student, objective, data
-        self.device = student.mean.device
-        self.learner = objective.learner or student
-        check_batch_norm(self.learner, recipe.arch, recipe, options.device)
-        self.wrapped = wrap_parallel(self.learner, self.device, recipe, options.device)
-        self.board = run.open_tensorboard() if options.tensorboard else None
-        self.optimizer = build_optimizer(self.learner, recipe)
-        self.average = WeightAverage(student, recipe.ema) if recipe.ema else None
-        self.state = State(Tally(self.device, objective.parts))
-        self.steps_left = options.steps
+        self.run, self.recipe, self.options = run, run.recipe, run.options
+        self.loss, self.data, self.teacher = loss, data, teacher
+        self.model = TrainedModel(student, loss.model, run.recipe, run.options.device)
+        self.device = self.model.device
+        self.writer = run.open_tensorboard() if run.options.tensorboard else None
+        self.optimizer = build_optimizer(self.model.module, run.recipe)
+        self.state = State(Tally(self.device, loss.parts))
+        self.steps_left = run.options.steps
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.last_save = time.monotonic()
 
     # ------------------------------------------------------------------------------------------------ save and restore
     def save(self) -> None:
-        """Write last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
+        """Writes last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
         self.check_state()
         state = self.state
-        own = {"generators": generator_states(self.options.device), "tally": state.tally.sums.cpu()}
+        of_rank = {"generators": generator_states(self.options.device), "tally": state.tally.sums.cpu()}
         payload = {
-            "format": 1,
+            "format": FORMAT,
             "recipe": self.recipe.to_dict(),
-            "facts": self.facts,
-            **self.student.described(),
-            "student": self.student.network.state_dict(),
-            "average": self.average.network.network.state_dict() if self.average else None,
-            "connectors": self.objective.learner.connectors.state_dict() if self.objective.learner else None,
+            "facts": self.run.facts,
+            **self.model.student.described(),
+            **self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "ranks": gather(own),
+            "ranks": gather(of_rank),
             "epoch": state.epoch,
             "step": state.step,
             "records": state.records,
@@ -132,14 +118,12 @@ class Trainer:
     def check_state(self) -> None:
         """Raises Stopped if a loss was not finite, or a weight or running statistic is not."""
         self._check_finite()
-        broadcast_buffers(self.learner)
-        floating = [v for v in self.learner.state_dict().values() if v.is_floating_point()]
-        if not torch.stack([torch.isfinite(value).all() for value in floating]).all():  # the device is waited for once
+        if not self.model.is_finite():
             raise self._not_finite("a weight")
 
     @on_main
     def _newest(self) -> tuple[dict[str, Any] | None, str]:
-        """The newest whole checkpoint of the run, else --resume, if there is one; and the name of its source."""
+        """Returns the newest whole checkpoint of the run, else --resume, if there is one; and where it is from."""
         named, payload = self.options.resume, None
         start = checkpoint.load(Path(named)) if named else None  # a wrong path is an error in any case
         try:
@@ -160,33 +144,26 @@ class Trainer:
         return payload, source
 
     def restore(self) -> None:
-        """Continue from the newest whole checkpoint of the run, else from --resume, if there is one."""
+        """Continues from the newest whole checkpoint of the run, else from --resume, if there is one."""
         payload, source = self._newest()
         if payload is None:
             return
         try:
-            checkpoint.apply_weights(self.student.network, payload["student"], source)
-            if self.average:
-                checkpoint.apply_weights(self.average.network.network, payload["average"], source)
-            if self.objective.learner:
-                checkpoint.apply_weights(self.objective.learner.connectors, payload["connectors"], source)
+            self.model.load_state_dict(payload, source)
             self.optimizer.load_state_dict(payload["optimizer"])
-            own = payload["ranks"][rank()]
-            restore_generators(own["generators"], self.options.device)
-            if own["tally"].shape != self.state.tally.sums.shape:
-                raise ValueError(f"sums of {tuple(own['tally'].shape)}")
-            self.state.tally.sums.copy_(own["tally"])
+            of_rank = payload["ranks"][rank()]
+            restore_generators(of_rank["generators"], self.options.device)
+            if of_rank["tally"].shape != self.state.tally.sums.shape:
+                raise ValueError(f"sums of {tuple(of_rank['tally'].shape)}")
+            self.state.tally.sums.copy_(of_rank["tally"])
             epoch, step, records = payload["epoch"], payload["step"], payload["records"]
             if self.options.allow_data_change:
                 step = min(step, self.data.steps_per_epoch)  # with fewer images an epoch may be shorter
-            if (
-                not 0 <= epoch <= self.recipe.epochs
-                or not 0 <= step <= self.data.steps_per_epoch
-                or len(records) != epoch
-            ):
+            last_epoch, last_step = self.recipe.epochs, self.data.steps_per_epoch
+            if not 0 <= epoch <= last_epoch or not 0 <= step <= last_step or len(records) != epoch:
                 raise ValueError(f"epoch {epoch}, step {step}, {len(records)} records")
             self.state.epoch, self.state.step, self.state.records = epoch, step, records
-            self.state.timings, self.state.first_loss = payload["timings"], payload.get("first_loss")
+            self.state.timings, self.state.first_loss = payload["timings"], payload["first_loss"]
             if source == self.options.resume and (best := best_epoch(records)):
                 self.run.take_best(Path(source).parent, best["epoch"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -196,17 +173,20 @@ class Trainer:
         self._publish()  # a kill may have come between the checkpoint and these files
 
     def _publish(self) -> None:
-        """Make metrics.jsonl, and TensorBoard's files, what the checkpoint's records are."""
+        """Makes metrics.jsonl, and TensorBoard's files, what the checkpoint's records are."""
         self.run.write_metrics(self.state.records)
-        if self.board:
-            self.board.show(self.state.records)
+        if self.writer:
+            self.writer.show(self.state.records)
 
     def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
+        if payload.get("format") == 1 and "ranks" in payload:
+            reader = "commit 1791190 is the last that reads it"
+            raise checkpoint.CheckpointError(f"{source} is a checkpoint of format 1, not {FORMAT}: {reader}")
         try:
             before = {**type(self.recipe).from_dict(payload["recipe"]).to_dict(), **payload["facts"]}
         except (KeyError, TypeError):
             raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
-        now = {**self.recipe.to_dict(), **self.facts}
+        now = {**self.recipe.to_dict(), **self.run.facts}
         allowed = {"epochs": self.options.extend, "data_digest": self.options.allow_data_change}
         changed = [key for key in differing(before, now) if not allowed.get(key)]
         if changed:
@@ -215,15 +195,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------- the steps
     def train_epoch(self, stop: StopRequest) -> bool:
-        """Train from the state's step to the end of its epoch. False if it stopped before that, by request."""
+        """Trains from the state's step to the end of its epoch. Returns False if asked to stop before that."""
         state = self.state
-        self.wrapped.train()
-        self.student.training_size = self.recipe.size_at(state.epoch)
+        self.model.train(self.recipe.size_at(state.epoch))
         images_before, start = int(state.tally.sums[0].item()), time.perf_counter()
         steps, shown = self.data.steps_per_epoch, 0.0
-        batches = self.data.batches(state.epoch, state.step)
-        shows = None if rank() == 0 else True  # None: on a terminal
-        bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=shows)
+        batches = (self.teacher or self.data).batches(state.epoch, state.step)
+        hidden = None if rank() == 0 else True  # None: on a terminal it is shown
+        bar = tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}", leave=False, disable=hidden)
         stopping, due = any_of(stop.asked(), False)
         while state.step < steps and not stopping and self.steps_left != 0:
             try:
@@ -244,9 +223,9 @@ class Trainer:
                 late = time.monotonic() - self.last_save >= 60 * self.options.save_minutes
                 stopping, due = any_of(stop.asked(), late)
             if not bar.disable and time.monotonic() - shown > 1:  # reading the sums waits for the device
-                found, shown = state.tally.summary(), time.monotonic()
-                rate = (found["images"] - images_before) / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {found['loss']:.3f} accuracy {found['accuracy']:.1f} % {rate:.0f} images/s")
+                mean, shown = state.tally.summary(), time.monotonic()
+                rate = (mean["images"] - images_before) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {mean['loss']:.3f} accuracy {mean['accuracy']:.1f} % {rate:.0f} images/s")
             if due and state.step < steps:
                 due = False
                 self._add_time(start)
@@ -258,7 +237,7 @@ class Trainer:
         return state.step == steps
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch. Raises BrokenImage on every process, before the step of any, if one of them has met some."""
+        """Returns the next batch. If one process raises BrokenImage, all do, before the step of any."""
         if not self.data.from_files:
             return next(batches)
         batch, broken = None, dict[str, str]()
@@ -271,26 +250,23 @@ class Trainer:
         return batch
 
     def train_step(self, batch: Batch) -> None:
-        """One update, unless the loss is not finite."""
-        state = self.state
+        """Makes one update, unless the loss is not finite."""
+        state, accumulate = self.state, self.recipe.accumulate
         position = state.epoch * self.data.steps_per_epoch + state.step
         for group in self.optimizer.param_groups:
             rate = learning_rate(position, self.recipe, self.data.steps_per_epoch)
             group["lr"] = rate * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        parts = replace(batch, epoch=state.epoch).parts(self.recipe.accumulate)
-        for part in parts:  # the gradients of parts add up to that of their mean
-            # DistributedDataParallel averages what has been added up, at the last part
-            local = isinstance(self.wrapped, DistributedDataParallel) and part is not parts[-1]
-            with self.wrapped.no_sync() if local else nullcontext():  # type: ignore[operator]
-                step = self.objective(self.wrapped, part)
-                loss = step.loss / len(parts)
-                loss.backward()  # type: ignore[no-untyped-call]
+        micro_batches = batch.split(accumulate) if accumulate > 1 else [batch]
+        for number, micro_batch in enumerate(micro_batches, start=1):  # their gradients add up to that of their mean
+            with self.model.adds_up(last=number == accumulate):
+                step = self.loss(self.model.wrapped, micro_batch)
+                (step.loss / accumulate).backward()  # type: ignore[no-untyped-call]
             finite &= torch.isfinite(step.loss.detach())
-            state.tally.add(step.logits.detach(), part.labels, step.loss.detach(), step.parts)
+            state.tally.add(step.logits.detach(), micro_batch.labels, step.loss.detach(), step.parts)
         if self.recipe.clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.recipe.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.module.parameters(), self.recipe.clip_norm)
             finite &= torch.isfinite(norm)
         self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, position)
         reduce(self.first_bad_step, "max")  # one process is enough to stop all of them
@@ -299,8 +275,8 @@ class Trainer:
         # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself.
         self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        if self.average:
-            self.average.update(position)
+        if self.model.average:
+            self.model.average.update(position)
         if self.device.type == "cpu" or position % LOOK == 0:
             self._check_finite()
 
@@ -322,8 +298,21 @@ class Trainer:
         message = f"{what} is not finite at step {step} (lr {rate:.4g}); {kept}; try a lower --lr"
         return Stopped(message, 1, already_reported=rank() > 0)
 
-    def record_epoch(self, tests: dict[str, Evaluation]) -> None:
-        """Close the epoch: its line of metrics.jsonl, and the best weights where a validation part decides."""
+    # -------------------------------------------------------------------------------------------- the end of an epoch
+    def evaluate(self, tests: Mapping[str, TestData], stop: StopRequest) -> dict[str, Evaluation] | None:
+        """Evaluates the model on each of `tests`; with an average also the raw weights. None if asked to stop."""
+        start = time.perf_counter()
+        try:
+            evaluations = {name: evaluate(self.model.evaluated, test, stop.asked) for name, test in tests.items()}
+            if self.model.average:
+                evaluations["raw_test"] = evaluate(self.model.student, tests["test"], stop.asked)
+        except EvaluationStopped:
+            return None
+        self.state.timings["wall"] += time.perf_counter() - start
+        return evaluations
+
+    def record_epoch(self, evaluations: dict[str, Evaluation]) -> None:
+        """Closes the epoch: its line of metrics.jsonl, and the best weights where a validation part decides."""
         self.check_state()
         state = self.state
         reduce(state.tally.sums)
@@ -334,29 +323,29 @@ class Trainer:
         if not self.data.labelled:
             trained |= {"accuracy": None, "top5": None}
         record |= {f"train_{name}": value for name, value in trained.items()}
-        for name, found in tests.items():
-            record |= {f"{name}_loss": found.loss, f"{name}_accuracy": found.accuracy, f"{name}_top5": found.top5}
+        for name, result in evaluations.items():
+            record |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy, f"{name}_top5": result.top5}
         record |= {"seconds": seconds, "images_per_second": images / max(seconds, 1e-9)}
         best = best_epoch(state.records)
-        if "val" in tests and (not best or tests["val"].accuracy > best["val_accuracy"]):
-            network = self.average.network if self.average else self.student
+        if "val" in evaluations and (not best or evaluations["val"].accuracy > best["val_accuracy"]):
+            network = self.model.evaluated
             weights = {"student": network.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
-            on_main(checkpoint.save)(self.run.path / BEST, {**weights, **self.student.described()})
+            on_main(checkpoint.save)(self.run.path / BEST, {**weights, **network.described()})
         state.records.append(record)
         state.epoch, state.step = state.epoch + 1, 0
         state.tally.sums.zero_()
         state.timings["epoch"] = 0.0
         self.save()
         self._publish()
-        right = f"accuracy {record['train_accuracy']:.2f} %  " if self.data.labelled else ""
-        measured = "  ".join(f"{name} {found.accuracy:.2f} %" for name, found in tests.items())
+        accuracy = f"accuracy {record['train_accuracy']:.2f} %  " if self.data.labelled else ""
+        measured = "  ".join(f"{name} {result.accuracy:.2f} %" for name, result in evaluations.items())
         print(
             f"epoch {record['epoch']}/{self.recipe.epochs}  loss {record['train_loss']:.4f}  "
-            f"{right}{measured}  lr {record['lr']:.4g}  "
+            f"{accuracy}{measured}  lr {record['lr']:.4g}  "
             f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
         )
-        if (astray := diverged(state.records, state.first_loss)) and astray["epoch"] == record["epoch"]:
-            print(f"warning: {tell_divergence(astray)}; try a lower --lr, or --clip-norm 1")
+        if (divergence := diverged(state.records, state.first_loss)) and divergence["epoch"] == record["epoch"]:
+            print(f"warning: {tell_divergence(divergence)}; try a lower --lr, or --clip-norm 1")
 
 
 def fit(
@@ -365,47 +354,42 @@ def fit(
     student: Classifier,
     loss: Objective,
     data: TrainingData,
+    teacher: CachedTeacher | None = None,
     tests: Mapping[str, TestData],
-    teacher: Any = None,
 ) -> Fitted:
-    """Train `student` to the end of the recipe, continuing where the run's checkpoint stands; evaluate each epoch.
+    """Trains `student` to the end of the run's recipe, from the run's checkpoint on, and evaluates each epoch.
 
-    `tests`: what each epoch is evaluated on, by name; `test` must be there, and with `val` the weights of its best
-    epoch are kept in best.pt. With an average of the weights (recipe.ema) it is the average that is evaluated and
-    counts; the raw weights stand beside it as `raw_test`. `facts`: digests of data, teacher and initial weights, which
-    belong to the run's identity. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and
-    torch (on CUDA with --deterministic).
+    `teacher` gives the batches of `data` their teacher logits, where the loss wants some. `tests` is what each epoch is
+    evaluated on, by name; `test` must be there, and with `val` the weights of its best epoch are kept in best.pt. With
+    an average of the weights (recipe.ema) it is the average that is evaluated and counts; the raw weights stand beside
+    it as `raw_test`. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and torch (on
+    CUDA with --deterministic).
     Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
     image file cannot be decoded (2).
     """
-    recipe, options, facts, objective, data = run.recipe, run.options, run.facts, loss, teacher or data
-    if any(differing(facts, other) for other in gather(facts)):
+    recipe = run.recipe
+    if any(differing(run.facts, other) for other in gather(run.facts)):
         raise UserError("the processes of this run do not have the same data, teacher or initial weights")
     # What a teacher drew before, trained in this process or not, plays no part; the ranks draw different numbers.
-    seed_generators(recipe.seed, options.device)
-    trainer = Trainer(run, recipe, options, student, objective, data, facts)
+    seed_generators(recipe.seed, run.options.device)
+    trainer = Trainer(run, student, loss, data, teacher)
     trainer.restore()
-    state, found = trainer.state, None
-    result = trainer.average.network if trainer.average else student
+    state, evaluations = trainer.state, None
     if state.epoch or state.step:
         print(f"continuing at epoch {state.epoch + 1}, step {state.step} of {data.steps_per_epoch}")
     with StopRequest() as stop, memory_advice(recipe, run.path):
         while state.epoch < recipe.epochs:
             try:
-                if not trainer.train_epoch(stop):
-                    raise EvaluationStopped
-                start = time.perf_counter()
-                found = {name: evaluate(result, test, stop.asked) for name, test in tests.items()}
-                if trainer.average:
-                    found["raw_test"] = evaluate(student, tests["test"], stop.asked)
-            except EvaluationStopped:
-                trainer.save()
-                raise _stopped(trainer, stop) from None
+                evaluations = trainer.evaluate(tests, stop) if trainer.train_epoch(stop) else None
             except BrokenImage as broken:
                 raise _broken(trainer, broken) from None
-            state.timings["wall"] += time.perf_counter() - start
-            trainer.record_epoch(found)
-    test = found["test"] if found else evaluate(result, tests["test"])
+            if evaluations is None:
+                trainer.save()
+                raise _stopped(trainer, stop)
+            trainer.record_epoch(evaluations)
+    if teacher:
+        teacher.print_statistics()
+    test = evaluations["test"] if evaluations else evaluate(trainer.model.evaluated, tests["test"])
     images = state.epoch * data.steps_per_epoch * recipe.batch_size
     speed, wall = images / max(state.timings["train"], 1e-9), state.timings["wall"]
     return Fitted(state.records, test, speed, wall, state.first_loss)

@@ -42,7 +42,7 @@ class Objective(Protocol):
         ...
 
     @property
-    def learner(self) -> Connected | None:
+    def model(self) -> Connected | None:
         """What is trained in the student's place: the student and what learns beside it. None: the student alone."""
         ...
 
@@ -73,7 +73,7 @@ class CrossEntropy:
 
     label_smoothing: float = 0.0
     parts: tuple[str, ...] = ()
-    learner: None = None
+    model: None = None
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         return self.step(student(batch.images), batch)
@@ -94,7 +94,7 @@ class Distillation:
     method: Method
     label_smoothing: float = 0.0
     labelled: bool = True
-    learner: None = None
+    model: None = None
 
     def __post_init__(self) -> None:
         kd_weight, ce_weight = self.method.weights
@@ -139,7 +139,7 @@ class FeatureDistillation:
         return ("features", *(self.logits.parts or ("ce",)))
 
     @property
-    def learner(self) -> Connected:
+    def model(self) -> Connected:
         """The student and its connectors, which are trained."""
         return self.features.learner
 

@@ -14,7 +14,7 @@ RESTART_EPOCHS = 10
 
 
 def learning_rate(step: int, recipe: Recipe, steps_per_epoch: int) -> float:
-    """The learning rate of step 0, 1, ..., epochs * steps_per_epoch - 1.
+    """Returns the learning rate of step 0, 1, ..., epochs * steps_per_epoch - 1.
 
     Warm-up: lr * (step + 1) / W over W steps. Then with p in [0, 1), the share of the remaining steps that is done:
     cosine lr * (1 + cos(pi p)) / 2 (Loshchilov and Hutter 2016, arXiv:1608.03983), constant lr,
@@ -49,10 +49,10 @@ def _half_cosine(start: float, end: float, done: float) -> float:
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101; betas 0.9 and 0.999), or RMSprop
-    with EfficientNet's settings (Tan and Le 2019, arXiv:1905.11946: decay 0.9; TensorFlow's epsilon of 0.001 stands
-    under the root, torch's beside it).
+    """Returns the optimiser of the recipe: SGD with Nesterov momentum, AdamW, or RMSprop.
 
+    AdamW: Loshchilov and Hutter 2017, arXiv:1711.05101; betas 0.9 and 0.999. RMSprop has EfficientNet's settings (Tan
+    and Le 2019, arXiv:1905.11946: decay 0.9; TensorFlow's epsilon of 0.001 stands under the root, torch's beside it).
     Weight decay on matrices and kernels, on vectors (BatchNorm, biases) only with `decay_all`; the biases of BatchNorm
     learn at `bias_lr` times the rate (Jordan 2024, arXiv:2404.00498), which stands in their group as
     `lr_factor`, and decay no faster.
@@ -95,10 +95,10 @@ class WeightAverage(Generic[Network]):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the source, as it is after `step`."""
+        """Moves the average towards the source, as it is after `step`."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        own, new = zip(*self._floating, strict=True)
-        torch._foreach_lerp_(own, new, 1 - keep)
+        averages, values = zip(*self._floating, strict=True)
+        torch._foreach_lerp_(averages, values, 1 - keep)
         if self._counters:
-            own, new = zip(*self._counters, strict=True)
-            torch._foreach_copy_(own, new)
+            counters, values = zip(*self._counters, strict=True)
+            torch._foreach_copy_(counters, values)

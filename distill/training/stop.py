@@ -44,6 +44,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def asked(self) -> bool:
+        """Returns whether a signal has come."""
         return self.signal is not None
 
     def _request(self, number: int, _frame: FrameType | None) -> None:

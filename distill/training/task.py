@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import Images, TestData, ViewedData
+from distill.data.datasets import Images, TestData, TrainingData
 from distill.errors import UserError
 from distill.features.overhaul import FeatureLoss
 from distill.features.points import find_feature_points
@@ -75,7 +75,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         """Returns the images that the options name. Raises UserError."""
 
     @abstractmethod
-    def prepare(self, spec: InputSpec) -> tuple[ViewedData, Mapping[str, TestData]]:
+    def prepare(self, spec: InputSpec) -> tuple[TrainingData, Mapping[str, TestData]]:
         """Returns the training data for a student of `spec`, and by name what each epoch is evaluated on.
 
         `test` is always there, `val` if training images are held out. Raises UserError.
@@ -119,7 +119,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     def adopt(self, run: Run) -> None:
         """Takes the images for those of `run` if only files have changed that it found broken."""
 
-    def survey(self, training: ViewedData, tests: Mapping[str, TestData]) -> None:
+    def survey(self, training: TrainingData, tests: Mapping[str, TestData]) -> None:
         """Looks at files that are read while it trains. Raises BrokenImage."""
 
     def enlarged(self, spec: InputSpec) -> str:  # noqa: ARG002
@@ -197,7 +197,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
 def open_run(
     task: Task[Any, Any],
     student: Classifier,
-    data: ViewedData,
+    data: TrainingData,
     tests: Mapping[str, TestData],
     load_teachers: Callable[[Run], Ensemble] | None = None,
 ) -> Iterator[tuple[Run, Ensemble | None]]:
@@ -230,7 +230,7 @@ def open_run(
 def results(
     task: Task[Any, Any],
     fitted: Fitted,
-    data: ViewedData,
+    data: TrainingData,
     teachers: Ensemble | None = None,
     top_k_error: float | None = None,
 ) -> dict[str, Any]:

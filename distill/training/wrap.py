@@ -1,8 +1,9 @@
-"""Wrap the student for a training step: several processes or GPUs, torch.compile; and check that a batch suffices."""
+"""The model that a run trains: wrapped for several processes or GPUs and torch.compile, averaged, checkpointed."""
 
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +12,65 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.config.recipe import Recipe
 from distill.errors import UserError
+from distill.features.overhaul import Connected
+from distill.files import checkpoint
+from distill.models.classifier import Classifier
 from distill.models.probe import check_size, unreached, wants_two
 from distill.parallel.devices import replicas, wrap_inference
-from distill.parallel.processes import rank, world_size
+from distill.parallel.processes import broadcast_buffers, rank, world_size
+from distill.training.optim import WeightAverage
+
+
+class TrainedModel:
+    """The model that a run trains, in the forms that a run needs.
+
+    `student` is evaluated and exported. `module` is all that learns: the student, or the student with its connectors.
+    `wrapped` is the module as a training step calls it. `average` is that of the student's weights, if there is one.
+    """
+
+    def __init__(self, student: Classifier, connected: Connected | None, recipe: Recipe, device_name: str) -> None:
+        """connected: the student with its connectors, where a loss has some."""
+        self.student, self.connectors = student, connected.connectors if connected else None
+        self.module: nn.Module = connected or student
+        self.device = student.mean.device
+        check_batch_norm(self.module, recipe.arch, recipe, device_name)
+        self.wrapped = wrap_parallel(self.module, self.device, recipe, device_name)
+        self.average = WeightAverage(student, recipe.ema) if recipe.ema else None
+
+    @property
+    def evaluated(self) -> Classifier:
+        """The network whose accuracy counts: the average where there is one."""
+        return self.average.network if self.average else self.student
+
+    def train(self, size: int | None) -> None:
+        """Goes to train mode; `size`: pixels that the student sees in training, if not its own."""
+        self.wrapped.train()
+        self.student.training_size = size
+
+    def adds_up(self, last: bool) -> AbstractContextManager[None]:
+        """Lets gradients of micro-batches add up in each process: DistributedDataParallel averages them at the last."""
+        local = isinstance(self.wrapped, DistributedDataParallel) and not last
+        return self.wrapped.no_sync() if local else nullcontext()  # type: ignore[operator]
+
+    def is_finite(self) -> bool:
+        """Returns whether all weights and running statistics are, those that rank 0 has. Waits for the device once."""
+        broadcast_buffers(self.module)
+        floating = [value for value in self.module.state_dict().values() if value.is_floating_point()]
+        return bool(torch.stack([torch.isfinite(value).all() for value in floating]).all())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
+        """Returns the weights of the student, of its average and of the connectors, None for what there is not."""
+        return {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
+        """Takes what state_dict() gave. Raises CheckpointError, which names `source`, and LookupError."""
+        for name, part in self._parts().items():
+            if part is not None:
+                checkpoint.apply_weights(part, state[name], source)
+
+    def _parts(self) -> dict[str, nn.Module | None]:
+        average = self.average.network.network if self.average else None
+        return {"student": self.student.network, "average": average, "connectors": self.connectors}
 
 
 def wrap_parallel(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:
@@ -47,9 +104,10 @@ def wrap_parallel(network: nn.Module, device: torch.device, recipe: Recipe, devi
 def check_batch_norm(
     network: nn.Module, arch: str, recipe: Recipe, device_name: str, work: Callable[[Tensor], Any] | None = None
 ) -> None:
-    """Raises UserError if `network` cannot see images of the smallest size that it is shown, or if a BatchNorm of it
-    gets one value a channel from the smallest part of a batch that is computed at a time, by a process, by a GPU of
-    DataParallel, or by --accumulate. work: as for trial.wants_two.
+    """Raises UserError if `network` cannot be trained on the parts of a batch that are computed at a time.
+
+    It must see images of the smallest size that it is shown; and no BatchNorm may get one value a channel from the
+    smallest part, of a process, a GPU of DataParallel, or --accumulate. work: as for probe.wants_two.
     """
     smallest_size = min(filter(None, map(recipe.size_at, range(recipe.epochs))), default=None)
     if work is None and (smallest_size or recipe.image_size):
