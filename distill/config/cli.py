@@ -41,6 +41,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError with the message of argparse."""
         raise UserError(re.sub(r"^argument (?:-\w/)?(--[\w-]+)\S*: must be", r"\1 must be", message))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -129,8 +130,9 @@ def _shown_method(argv: Sequence[str], base: Recipe) -> Method | None:
 def parse_flags(
     argv: Sequence[str], defaults: Settings, *, prog: str, description: str, positional: str | None = None
 ) -> Settings:
-    """`defaults`, a dataclass made with `option`, with the flags in `argv`; `positional`: see parse(). Raises
-    UserError.
+    """Returns `defaults`, a dataclass made with `option`, with the flags in `argv`.
+
+    positional: see parse(). Raises UserError.
     """
     parser = Parser(prog=prog, usage=_usage(positional), description=description)
     _add_positional(parser, positional)
@@ -214,8 +216,9 @@ def read_flags(
     epilog: str = "",
     positional: str | None = None,
 ) -> tuple[dict[str, Any], Settings]:
-    """The fields of a recipe that `argv` gives, by name, and `options` with those that it gives. The flags of
-    distillation exist where `base` has a teacher. Raises UserError.
+    """Returns the fields of a recipe that `argv` gives, by name, and `options` with those that it gives.
+
+    The flags of distillation exist where `base` has a teacher. Raises UserError.
     """
     hidden, method = DISTILLATION_FIELDS if base.objective == "ce" else (), _shown_method(argv, base)
     if method:

@@ -255,8 +255,9 @@ class Recipe:
         return replace(self, **changes)
 
     def size_at(self, epoch: int) -> int | None:
-        """Pixels that the student sees in `epoch`, from 0; None where they are its own. Raises UserError for --sizes
-        that do not have the form PIXELS:EPOCHS,...
+        """Returns the pixels that the student sees in `epoch`, from 0; None where they are its own.
+
+        Raises UserError for --sizes that do not have the form PIXELS:EPOCHS,...
         """
         for part in self.sizes.split(",") if self.sizes else ():
             pixels, _, epochs = part.strip().partition(":")

@@ -39,6 +39,7 @@ class Connected(nn.Module):
         self.connectors.to(student.mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns the logits, and the features as the teacher has them."""
         logits, features = self.tapped(images)
         precision = self.tapped.classifier.precision
         with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
@@ -111,8 +112,9 @@ class FeatureLoss:
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
-        """Where the teacher has no BatchNorm at a place: the mean of a channel's negative values over `batches`, as far
-        as MEASURED images.
+        """Measures the margin where the teacher has no BatchNorm at a feature point.
+
+        It is the mean of a channel's negative values over `batches`, as far as MEASURED images.
         """
         missing = [k for k, found in enumerate(self.margins) if found is None]
         if not missing:

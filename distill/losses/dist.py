@@ -65,5 +65,6 @@ class DIST(Method):
     ce_weight: float = ce_weight_option()
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:  # noqa: ARG002
+        """Returns the term on logits; see Method."""
         assert not isinstance(teacher_logits, TopKLogits)
         return dist(student_logits, teacher_logits, beta=self.beta, gamma=self.gamma, T=self.T)

@@ -81,6 +81,7 @@ class DKD(Method):
     standardize: bool = standardize_option()
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:
+        """Returns the term on logits; see Method."""
         if isinstance(teacher_logits, TopKLogits):  # over the label, k - 1 other classes, and one class for the rest
             student_logits, teacher_logits = merge(student_logits, teacher_logits, labels, self.T)
             labels = torch.zeros_like(labels)

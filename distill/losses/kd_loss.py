@@ -86,6 +86,7 @@ class KD(Method):
             raise UserError("a kd loss has either w, or both kd_weight and ce_weight")
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:  # noqa: ARG002
+        """Returns the term on logits; see Method."""
         if isinstance(teacher_logits, TopKLogits):
             return kd_top_k(student_logits, teacher_logits, T=self.T)
         if self.standardize:
@@ -94,10 +95,12 @@ class KD(Method):
 
     @property
     def weights(self) -> tuple[float, float]:
+        """The weights of the term on logits and of the CE term."""
         return super().weights if self.w is None else (self.w, 1 - self.w)
 
     @property
     def weight_names(self) -> tuple[str, str]:
+        """The weights as the formula names them."""
         return super().weight_names if self.w is None else ("w", "(1 - w)")
 
     def changed(self, given: Mapping[str, Any], photos: bool = False) -> KD:

@@ -66,6 +66,7 @@ class NKD(Method):
     ce_weight: float = ce_weight_option()
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:
+        """Returns the term on logits; see Method."""
         if isinstance(teacher_logits, TopKLogits):
             return nkd_top_k(student_logits, teacher_logits, labels, gamma=self.gamma, T=self.T)
         return nkd(student_logits, teacher_logits, labels, gamma=self.gamma, T=self.T)

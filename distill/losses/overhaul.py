@@ -73,6 +73,7 @@ class Overhaul(Settings):
     )
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], margins: Sequence[Tensor]) -> Tensor:
+        """Returns the term on features; see overhaul()."""
         return overhaul(student, teacher, margins)
 
 

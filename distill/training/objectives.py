@@ -24,8 +24,9 @@ from distill.training.wrap import check_batch_norm
 
 
 class Step(NamedTuple):
-    """The student's logits (B, C), the loss to call backward() on, and its parts, detached, as Objective.parts names
-    them.
+    """What a loss returns: the student's logits (B, C), the loss to call backward() on, and its parts.
+
+    The parts are detached, in the order of Objective.parts.
     """
 
     logits: Tensor
@@ -76,6 +77,7 @@ class CrossEntropy:
     model: None = None
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        """Returns the loss of a batch."""
         return self.step(student(batch.images), batch)
 
     def step(self, logits: Tensor, batch: Batch) -> Step:
@@ -107,6 +109,7 @@ class Distillation:
         return ("kd", "ce") if self.labelled else ("kd",)
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        """Returns the loss of a batch."""
         return self.step(student(batch.images), batch)
 
     def step(self, logits: Tensor, batch: Batch) -> Step:
@@ -144,6 +147,7 @@ class FeatureDistillation:
         return self.features.learner
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
+        """Returns the loss of a batch."""
         logits, student_features = student(batch.images)
         features = self.features(student_features, batch.images)
         step = self.logits.step(logits, batch)
