@@ -14,7 +14,7 @@ from cifar10.recipes import RECIPES
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.models import weights
-from distill.parallel.devices import check_batch_norm
+from distill.training.wrap import check_batch_norm
 from tests.runs import CPU
 
 TEN = tuple("abcdefghij")
