@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from distill.config import output
 from distill.config.environment import find_ranks, is_joined
-from distill.config.method_flags import FEATURE_FLAGS, METHOD_FLAGS, Choice
+from distill.config.method_flags import ALIASES, FEATURE_FLAGS, METHOD_FLAGS, Choice
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError, lost_process, out_of_memory, too_many_files
 from distill.losses import METHODS
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
             known = [name for action in shown for name in action.option_strings]
             name = unknown[0].split("=")[0]
-            if name in map(flag, DISTILLATION_FIELDS):
+            if name in (*map(flag, DISTILLATION_FIELDS), *ALIASES):
                 raise UserError(f"unknown argument {name} without a teacher: it is for trainKD.sh, and train.sh --kd")
             longer = [other for other in known if other.startswith(f"{name}-")]
             near = longer[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)

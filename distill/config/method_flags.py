@@ -12,6 +12,7 @@ from distill.options import flag, option, validate
 
 FEATURE_FLAGS = tuple(f.name for f in fields(Overhaul))
 METHOD_FLAGS = tuple(dict.fromkeys(f.name for method in METHODS.values() for f in fields(method)))
+ALIASES = tuple(alias for method in METHODS.values() for f in fields(method) for alias in f.metadata["aliases"])
 
 
 @dataclass(frozen=True)

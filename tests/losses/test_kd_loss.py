@@ -36,6 +36,12 @@ LOSSES |= {
 }
 
 
+def at(name: str, T: float) -> Method:
+    """A method at another temperature, if it has one."""
+    method = LOSSES[name]
+    return method.changed({"T": T}) if "T" in method.numbers else method
+
+
 def loss_of(name: str, student: Tensor, teacher: Tensor) -> Tensor:
     """The loss of a method with its defaults, as a run computes it."""
     return LOSSES[name](student, teacher, torch.arange(len(student)) % student.shape[1])
@@ -138,7 +144,7 @@ def test_usual_temperatures_keep_their_bits() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("temperature", [1e-4, 1e4])
 def test_finite_at_the_ends_of_the_temperatures(name: str, temperature: float) -> None:
-    method = LOSSES[name].changed({"T": temperature})
+    method = at(name, temperature)
     student = (60_000 * torch.randn(8, 10).clamp(-1, 1)).requires_grad_()
     loss = method(student, 60_000 * torch.randn(8, 10).clamp(-1, 1), torch.arange(8))
     loss.backward()
@@ -333,7 +339,7 @@ def test_top_k_with_all_but_one_is_the_loss_itself(name: str, temperature: float
     student, teacher = torch.randn(12, 6, requires_grad=True), 3 * torch.randn(12, 6)
     labels = torch.arange(12) % 6
     assert 0 < (teacher.argmin(1) == labels).sum() < 12
-    loss = LOSSES[name].changed({"T": float(temperature)})
+    loss = at(name, float(temperature))
     known = top_k_logits(teacher, labels, 5)
     torch.testing.assert_close(loss(student, known, labels), loss(student, teacher, labels), rtol=1e-5, atol=1e-6)
     assert top_k_error(loss, student, teacher, labels, 5) < 1e-5
@@ -342,7 +348,7 @@ def test_top_k_with_all_but_one_is_the_loss_itself(name: str, temperature: float
 @pytest.mark.parametrize("name", TOP_K)
 def test_top_k_error_falls_with_k(name: str) -> None:
     student, teacher, labels = torch.randn(64, 100), 3 * torch.randn(64, 100), torch.arange(64)
-    loss = LOSSES[name].changed({"T": 1.0})
+    loss = at(name, 1.0)
     errors = [top_k_error(loss, student, teacher, labels, k) for k in (2, 10, 50, 99)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.01
