@@ -69,7 +69,7 @@ class ImageData:
 
     @property
     def counts(self) -> str:
-        """Return `50000 training, 10000 test images`."""
+        """Returns `50000 training, 10000 test images`."""
         kind = "training" if self.labelled else "unlabelled training"
         return f"{len(self.train_images)} {kind}, {len(self.test_images)} test images"
 
@@ -89,7 +89,7 @@ def load_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = F
 
 
 def read_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = False) -> ImageData:
-    """Return the images that --data names. Raises UserError.
+    """Returns the images that --data names. Raises UserError.
 
     source: `sample`, a directory with train/CLASS/* and test/CLASS/*, or with the archive of CIFAR-10 or CIFAR-100 or
     its unpacked batches, or a .npz file. None is data/cifar10, which is filled by download when it is not there.

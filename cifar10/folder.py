@@ -51,7 +51,7 @@ class Split:
 
 
 def read_folder(path: Path, workers: int, skip_bad_images: bool) -> dict[str, NDArray[Any]]:
-    """Decode train/CLASS/* (or unlabelled train/*) and test/CLASS/*, or take what an earlier call decoded from them.
+    """Decodes train/CLASS/* (or unlabelled train/*) and test/CLASS/*, or take what an earlier call decoded from them.
 
     Raises BrokenImage with all files that cannot be decoded, UserError for folders that do not fit.
     """

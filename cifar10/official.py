@@ -39,7 +39,7 @@ class Published:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Return the names of all its files."""
+        """Returns the names of all its files."""
         return (*self.train, self.test, self.meta)
 
 
@@ -85,7 +85,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Builds plain values and numpy arrays; anything else in the pickle raises UnpicklingError with its name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the allowed types. Raises UnpicklingError for any other."""
+        """Returns one of the allowed types. Raises UnpicklingError for any other."""
         today = module.replace("numpy.core", "numpy._core")
         if (today, name) not in ARRAY_PIECES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no piece of an array")

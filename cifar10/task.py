@@ -13,7 +13,7 @@ from cifar10.data import ImageData, load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import TensorData, TensorTestData
+from distill.data.datasets import TensorTestData, TensorData
 from distill.data.order import split_validation
 from distill.errors import UserError
 from distill.files import checkpoint
@@ -56,26 +56,26 @@ class SmallImages(Task[Recipe, Options]):
     data: ImageData
 
     def __init__(self, recipe: Recipe, options: Options, train: Callable[[Recipe, Options], Any] | None = None) -> None:
-        """Load the images of `options`. train: trains a teacher by CE where there is none. Raises UserError."""
+        """Loads the images of `options`. train: trains a teacher by CE where there is none. Raises UserError."""
         self.train = train
         super().__init__(recipe, options)
 
     def resolve(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with networks named as in files. Raises UserError for an unknown name."""
+        """Returns the recipe with networks named as in files. Raises UserError for an unknown name."""
         teachers = ",".join(map(models.resolve, recipe.teacher_archs)) or None
         return replace(recipe, arch=models.resolve(recipe.arch), teacher_arch=teachers)
 
     def load_data(self) -> ImageData:
-        """Return the images that the options name."""
+        """Returns the images that the options name."""
         options = self.options
         return load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
 
     def prepare(self, spec: InputSpec) -> tuple[TensorData, dict[str, TensorTestData]]:  # noqa: ARG002
-        """Return the training data, and by name what each epoch is evaluated on."""
+        """Returns the training data, and by name what each epoch is evaluated on."""
         return prepare(self.data, self.recipe, self.device)
 
     def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> TensorTestData:  # noqa: ARG002
-        """Return the images of a split. Raises UserError for training images without labels."""
+        """Returns the images of a split. Raises UserError for training images without labels."""
         data = self.data
         if split == "train" and not data.labelled:
             raise UserError("the training images have no labels to evaluate on")
@@ -84,37 +84,37 @@ class SmallImages(Task[Recipe, Options]):
         return TensorTestData(images.to(self.device), labels.to(self.device), batch_size or TensorTestData.batch_size)
 
     def build(self, options: Options) -> tuple[Classifier, str | None]:
-        """Return the student as it is before training, and the digest of the weights it was given, if any."""
+        """Returns the student as it is before training, and the digest of the weights it was given, if any."""
         trained, _ = split_validation(len(self.data.train_images), self.recipe.val_split)
         examples = self.data.train_images[torch.from_numpy(trained[:EXAMPLES])]
         return models.build_student(self.recipe, self.data.classes, options, self.device, examples)
 
     def find(self, arch: str) -> Network:
-        """Return a network by its name, as the recipe's flags for the student want it."""
+        """Returns a network by its name, as the recipe's flags for the student want it."""
         return models.find(arch, self.recipe.image_size, theirs(self.recipe.weights))
 
     def find_trained(self, arch: str, weights: Weights | None) -> Network:
-        """Return a network as its weights were trained, with the size and normalisation of the recipe's flags."""
+        """Returns a network as its weights were trained, with the size and normalisation of the recipe's flags."""
         recipe = self.recipe
         network = models.find_trained(models.resolve(arch), weights, recipe.image_size, theirs(recipe.weights))
         return network.shown(None, recipe.mean, recipe.std)
 
     def class_names(self, weights: Weights) -> ClassNames:  # noqa: ARG002
-        """Return the classes of the data, as they are compared with those of `weights`."""
+        """Returns the classes of the data, as they are compared with those of `weights`."""
         return class_names(self.data.classes, self.options.class_order)
 
     def enlarged(self, spec: InputSpec) -> str:
-        """Return `, at 96 pixels` where a network sees the images enlarged."""
+        """Returns `, at 96 pixels` where a network sees the images enlarged."""
         return f", at {spec.size} pixels" if spec.size != self.data.test_images.shape[1] else ""
 
     # ------------------------------------------------------------------------------------------------------ the teacher
     def teacher_network(self) -> Network:
-        """Return the network of the first teacher, whatever its weights are."""
+        """Returns the network of the first teacher, whatever its weights are."""
         arch = self.recipe.teacher_archs[0]
         return models.find(arch, None if arch in MODELS else self.recipe.teacher_image_size)
 
     def find_teacher(self, recipe: Recipe, options: Options, run: Run | None) -> tuple[Network, Weights | None]:
-        """Return the one teacher of `recipe` with the weights of --teacher-checkpoint, or of its own CE run.
+        """Returns the one teacher of `recipe` with the weights of --teacher-checkpoint, or of its own CE run.
 
         run: the run that it is for; where there are no weights yet the teacher is trained first. None: it is not.
         Raises UserError.
@@ -130,7 +130,7 @@ class SmallImages(Task[Recipe, Options]):
         return network.shown(None, recipe.teacher_mean, recipe.teacher_std), weights
 
     def load_teacher(self, recipe: Recipe, options: Options, run: Run | None = None) -> tuple[Teacher, TeacherReport]:
-        """Return the one frozen teacher of `recipe`, and what it scores on the test images; both are printed."""
+        """Returns the one frozen teacher of `recipe`, and what it scores on the test images; both are printed."""
         teacher, report = super().load_teacher(recipe, options, run)
         path = find_file(recipe.teacher_arch or "", options)
         if path and options.teacher_checkpoint == "published":
@@ -144,12 +144,12 @@ class SmallImages(Task[Recipe, Options]):
         return teacher, report
 
     def suggest_normalisation(self, network: Classifier, accuracy: float, who: str, *flags: str) -> None:
-        """Print how a network of a file that does not tell its normalisation does with others, if it does badly."""
+        """Prints how a network of a file that does not tell its normalisation does with others, if it does badly."""
         if accuracy < WEAK:
             print(f"{who}: {compare_normalisations(network, self.test_data(network.spec), *flags)}")
 
     def _trained(self, recipe: Recipe, run: Run | None) -> Path | None:
-        """Return the checkpoint of the teacher's own CE run on this data.
+        """Returns the checkpoint of the teacher's own CE run on this data.
 
         Without `run` None if that run is not finished; else it is finished first, and what may surprise is printed.
         """
@@ -183,7 +183,7 @@ class SmallImages(Task[Recipe, Options]):
 
 
 def find_file(arch: str, options: Options) -> Path | None:
-    """Return the file of --teacher-checkpoint, if it is given. Raises UserError if `published` has none for `arch`."""
+    """Returns the file of --teacher-checkpoint, if it is given. Raises UserError if `published` has none for `arch`."""
     if options.teacher_checkpoint != "published":
         return Path(options.teacher_checkpoint) if options.teacher_checkpoint else None
     for path in (PUBLISHED / f"{arch}-ce.pt", PUBLISHED / f"{arch}-kd.pt"):
@@ -194,7 +194,7 @@ def find_file(arch: str, options: Options) -> Path | None:
 
 
 def compare_normalisations(network: Classifier, test: TensorTestData, *flags: str) -> str:
-    """Return a line with the accuracies of `network` under the usual normalisations, and the `flags` for the best."""
+    """Returns a line with the accuracies of `network` under the usual normalisations, and the `flags` for the best."""
     step = -(-len(test.labels) // COMPARED)  # images may come class by class
     some, given = TensorTestData(test.images[::step], test.labels[::step]), network.spec
     specs = {title: replace(given, mean=mean, std=std) for title, (mean, std) in NORMALISATIONS.items()}
@@ -214,7 +214,7 @@ def compare_normalisations(network: Classifier, test: TensorTestData, *flags: st
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe by which the teacher of `recipe` is trained if there is none."""
+    """Returns the recipe by which the teacher of `recipe` is trained if there is none."""
     arch = recipe.teacher_arch or ""
     common: dict[str, Any] = {"arch": arch, "mean": recipe.teacher_mean, "std": recipe.teacher_std}
     common["val_split"] = recipe.val_split
@@ -229,7 +229,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 
 @on_main
 def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path, Recipe]:
-    """Return directory and recipe of the teacher's CE run on this data: a finished one, else a begun one, else new."""
+    """Returns directory and recipe of the teacher's CE run on this data: a finished one, else a begun one, else new."""
     configs = runs_on(data_digest, expected.arch, "ce-*", data_name)
     begun = [(run, Recipe.from_dict(config["recipe"])) for run, config in configs if run.has_begun()]
     finished = [(run, recipe) for run, recipe in begun if run.load_summary(recipe.epochs)]
@@ -241,7 +241,7 @@ def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path,
 
 
 def announce_training(recipe: Recipe, student: str, data: ImageData, device: torch.device) -> None:
-    """Print that the teacher is trained first, how long that may take here, and what would be cheaper."""
+    """Prints that the teacher is trained first, how long that may take here, and what would be cheaper."""
     images = recipe.epochs * len(data.train_images)
     times = {arch: images * _seconds_per_image(arch, data, device) for arch in {recipe.arch, *CHEAP}}
     cheap = min(CHEAP, key=times.__getitem__)

@@ -50,6 +50,6 @@ class BrokenImage(UserError):
 
     @property
     def causes(self) -> str:
-        """Return `cannot decode FILE: cause` for the first five files."""
+        """Returns `cannot decode FILE: cause` for the first five files."""
         told = [f"cannot decode {file}: {cause}" for file, cause in sorted(self.files.items())]
         return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")

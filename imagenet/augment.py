@@ -49,7 +49,7 @@ class PhotoViews:
 
     @property
     def name(self) -> str:
-        """Return the policy and all its parameters: policies of one name show the same."""
+        """Returns the policy and all its parameters: policies of one name show the same."""
         cutout = f"+cutout{self.cutout}" if self.cutout else ""
         how = f"-{self.resized}-{self.interpolation}" if self.policy == "none" else ""
         return f"{self.policy}{self.size}{how}{cutout}-{self.decoder}"
@@ -58,7 +58,7 @@ class PhotoViews:
 
     @property
     def view_count(self) -> int | None:
-        """Return the number of distinct views, None where parameters are continuous."""
+        """Returns the number of distinct views, None where parameters are continuous."""
         return 1 if self.policy == "none" else None
 
     def render(self, file: str, index: int, view: int) -> Tensor:
@@ -80,7 +80,7 @@ class PhotoViews:
 
 
 def random_box(height: int, width: int, drawn: NDArray[np.float64]) -> Box:
-    """Return the first of ten draws of area and ratio that fits, at a random place.
+    """Returns the first of ten draws of area and ratio that fits, at a random place.
 
     Without one it is the largest centre of a ratio that is allowed.
     """

@@ -34,7 +34,7 @@ class Box(NamedTuple):
 
 
 def read_box(file: str, box_of: Callable[[int, int], Box], size: int, decoder: str) -> Tensor:
-    """Return the part `box_of(height, width)` of a photo, resized to `size` x `size`, as uint8 (3, size, size).
+    """Returns the part `box_of(height, width)` of a photo, resized to `size` x `size`, as uint8 (3, size, size).
 
     It is resized bilinearly with antialiasing.
     """
@@ -61,7 +61,7 @@ def read_centre(file: str, resized: int, size: int, interpolation: str, decoder:
 
 
 def examine(file: str, decoder: str) -> tuple[bool, bool]:
-    """Decode the whole photo: (EXIF would turn it, it has 16 bits and is nearly black). Raises BrokenImage."""
+    """Decodes the whole photo: (EXIF would turn it, it has 16 bits and is nearly black). Raises BrokenImage."""
 
     def look(image: Image.Image, content: bytes) -> tuple[bool, bool]:
         _centre(image, content, 32, 32, "bilinear", decoder)

@@ -104,7 +104,7 @@ class Workers:
                 file.close()
 
     def examine(self, files: Sequence[str], decoder: str) -> Iterator[Findings]:
-        """Decode every file; of each part of them, in order, what was found."""
+        """Decodes every file; of each part of them, in order, what was found."""
         parts = ((list(files[start : start + PART]), decoder) for start in range(0, len(files), PART))
         if not self.count:
             yield from (_examine(*part) for part in parts)
@@ -124,7 +124,7 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the processes."""
+        """Ends the processes."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -217,7 +217,7 @@ def _memory() -> tuple[Any, str]:
 
 
 def _allow_files(count: int) -> None:
-    """Raise the soft limit on open files to `count`, as far as the hard one lets it."""
+    """Raises the soft limit on open files to `count`, as far as the hard one lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         most = count if hard == resource.RLIM_INFINITY else min(count, hard)
@@ -270,7 +270,7 @@ def _render_part(
 
 
 def _render_into(images: Tensor, policy: PhotoViews, part: Job) -> None:
-    """Make each image its view. Raises BrokenImage, with all the files that cannot be decoded."""
+    """Makes each image its view. Raises BrokenImage, with all the files that cannot be decoded."""
     broken: dict[str, str] = {}
     for image, *row in zip(images, part.files, part.indices.tolist(), part.views.tolist(), strict=True):
         try:

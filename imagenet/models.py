@@ -242,7 +242,7 @@ def _efficientnet_names(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_swish(network: Any) -> nn.Module:
-    """Return the network with torch's own SiLU, as lean as the library's in memory, which compilers can read."""
+    """Returns the network with torch's own SiLU, as lean as the library's in memory, which compilers can read."""
     network.set_swish(memory_efficient=False)
     return network
 

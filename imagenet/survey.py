@@ -22,12 +22,12 @@ class Photos(Protocol):
 
     @property
     def files(self) -> Sequence[str]:
-        """Return the paths."""
+        """Returns the paths."""
         ...
 
 
 def survey(training: Photos, tests: Mapping[str, Photos], workers: Workers) -> None:
-    """Decode all photos of `tests` and the first 1,000 of `training`, and print what is odd about them.
+    """Decodes all photos of `tests` and the first 1,000 of `training`, and print what is odd about them.
 
     Of several processes on a machine one decodes. Raises BrokenImage with all that cannot be decoded.
     """

@@ -32,18 +32,18 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
     data: Photos
 
     def __init__(self, recipe: ImageNetRecipe, options: ImageNetOptions) -> None:
-        """List the photos of `options`. Raises UserError."""
+        """Lists the photos of `options`. Raises UserError."""
         self.workers = Workers(options.workers, options.loader_minutes)
         self._files: dict[tuple[str, str | None], Weights] = {}
         super().__init__(recipe, options)
         self.decoder = self.recipe.decoder
 
     def close(self) -> None:
-        """End the processes that decode."""
+        """Ends the processes that decode."""
         self.workers.close()
 
     def resolve(self, recipe: ImageNetRecipe) -> ImageNetRecipe:
-        """Return the recipe with networks named as in files. Raises UserError for an unknown name."""
+        """Returns the recipe with networks named as in files. Raises UserError for an unknown name."""
         pairs = zip(recipe.teacher_archs, member_files(recipe, self.options), strict=True)
         self._teacher_networks = [
             self._teacher_network(replace(recipe, teacher_arch=arch), replace(self.options, teacher_checkpoint=file))
@@ -55,11 +55,11 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         return replace(recipe, arch=models.find(recipe.arch).arch, teacher_arch=teachers)
 
     def load_data(self) -> Photos:
-        """Return the photos that the options name."""
+        """Returns the photos that the options name."""
         return load_data(self.options.data, self.workers, skip_bad_images=self.options.skip_bad_images)
 
     def prepare(self, spec: InputSpec) -> tuple[PhotoData, dict[str, PhotoTestData]]:
-        """Return the training data, and by name what each epoch is evaluated on.
+        """Returns the training data, and by name what each epoch is evaluated on.
 
         Views are rendered for the teacher that sees the largest photos.
         """
@@ -68,31 +68,31 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         return prepare(self.data, self.recipe, spec, largest, self.workers, self.device)
 
     def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> PhotoTestData:  # noqa: ARG002
-        """Return the photos of a split as a network of `spec` is evaluated on them."""
+        """Returns the photos of a split as a network of `spec` is evaluated on them."""
         photos = self.data
         test = (photos.val_files, photos.val_labels)
         paths, labels = (photos.train_files, photos.train_labels) if split == "train" else test
         return PhotoTestData(paths, labels, spec, self.workers, self.device, self.recipe.decoder)
 
     def build(self, options: ImageNetOptions) -> tuple[Classifier, str | None]:
-        """Return the student as it is before training, and the digest of the weights it was given, if any."""
+        """Returns the student as it is before training, and the digest of the weights it was given, if any."""
         return models.build_student(self.recipe, self.data.classes, options, self.device)
 
     def find(self, arch: str) -> Network:
-        """Return a network by its name, as the recipe's flags for the student want it."""
+        """Returns a network by its name, as the recipe's flags for the student want it."""
         return models.find(arch, theirs(self.recipe.weights)).at(self.recipe.image_size)
 
     def find_trained(self, arch: str, weights: Weights | None) -> Network:
-        """Return a network as its weights were trained, with the normalisation of the recipe's flags."""
+        """Returns a network as its weights were trained, with the normalisation of the recipe's flags."""
         network = models.find_trained(arch, self.recipe.weights, weights)
         return network.shown(None, self.recipe.mean, self.recipe.std)
 
     def class_names(self, weights: Weights) -> ClassNames:
-        """Return the classes of the data, as they are compared with those of `weights`."""
+        """Returns the classes of the data, as they are compared with those of `weights`."""
         return models.class_names(self.data.classes, self.options.class_order, weights)
 
     def published(self, network: Network, flag: str) -> Weights:
-        """Return the published weights of `network`. Raises UserError; `flag` names a file in their place."""
+        """Returns the published weights of `network`. Raises UserError; `flag` names a file in their place."""
         if len(self.data.classes) != CLASSES:
             raise UserError(
                 f"the published {network.arch} knows {CLASSES} classes, the data has {len(self.data.classes)}: "
@@ -101,16 +101,16 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         return fetch(network, f"or name them by {flag} FILE")
 
     def adopt(self, run: Run) -> None:
-        """Take the photos for those of `run` if only files have changed that it found broken."""
+        """Takes the photos for those of `run` if only files have changed that it found broken."""
         self.data = known_to(run, self.data)
 
     def survey(self, training: TrainingData, tests: Mapping[str, TestData]) -> None:
-        """Decode all test photos and the first training photos once. Raises BrokenImage."""
+        """Decodes all test photos and the first training photos once. Raises BrokenImage."""
         survey(training, tests, self.workers)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------------------------------------------ the teacher
     def teacher_network(self) -> Network:
-        """Return the network of the first teacher."""
+        """Returns the network of the first teacher."""
         return self._teacher_networks[0]
 
     def find_teacher(
@@ -119,7 +119,7 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         options: ImageNetOptions,
         run: Run | None,  # noqa: ARG002
     ) -> tuple[Network, Weights | None]:
-        """Return the one teacher of `recipe` with the weights of --teacher-checkpoint, or its published ones."""
+        """Returns the one teacher of `recipe` with the weights of --teacher-checkpoint, or its published ones."""
         network = self._teacher_network(recipe, options)
         if options.teacher_checkpoint == RANDOM:
             print(f"warning: --teacher-checkpoint {RANDOM}: {network.arch} has random weights, and knows nothing")
@@ -128,7 +128,7 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         return network, weights or self.published(network, "--teacher-checkpoint")
 
     def _load_file(self, options: ImageNetOptions, recipe: ImageNetRecipe) -> Weights | None:
-        """Return what the file of --teacher-checkpoint holds, if there is one; a file is read once."""
+        """Returns what the file of --teacher-checkpoint holds, if there is one; a file is read once."""
         file, which = options.teacher_checkpoint, kind_of(recipe.teacher_weights)
         if not file or file == RANDOM:
             return None

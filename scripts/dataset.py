@@ -25,15 +25,15 @@ class Dataset:
     test_split: str  # what its folder is called
 
     def open(self, recipe: Recipe, options: Options, **more: Any) -> Any:
-        """Return the distill.training.task.Task of `recipe`: its images, loaded."""
+        """Returns the distill.training.task.Task of `recipe`: its images, loaded."""
         return getattr(import_module(f"{self.name}.task"), self.task)(recipe, options, **more)
 
     def module(self, name: str) -> Any:
-        """Return a module of the package, such as `models` or `train_kd`."""
+        """Returns a module of the package, such as `models` or `train_kd`."""
         return import_module(f"{self.name}.{name}")
 
     def with_flags(self, flags: type) -> type[Options]:
-        """Return the options of this kind with the fields of the dataclass `flags` before them."""
+        """Returns the options of this kind with the fields of the dataclass `flags` before them."""
         return make_dataclass(flags.__name__, [], bases=(flags, self.options_type), frozen=True)
 
 
@@ -46,7 +46,7 @@ DATASETS = {
 
 
 def take_dataset(argv: Sequence[str]) -> tuple[Dataset, list[str]]:
-    """Return what --dataset in `argv` names, cifar10 without it, and the other words. Raises UserError."""
+    """Returns what --dataset in `argv` names, cifar10 without it, and the other words. Raises UserError."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--dataset", default="cifar10")
     given, rest = parser.parse_known_args(argv)

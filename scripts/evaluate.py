@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def settings(dataset: Dataset, options: Evaluate, arch: str) -> tuple[Recipe, Options]:
-    """Return recipe and options of a run whose student is the network that is evaluated."""
+    """Returns recipe and options of a run whose student is the network that is evaluated."""
     names = ["mean", "std", "weights", "image_size"] + ["decoder"] * hasattr(dataset.recipe_type, "decoder")
     recipe = dataset.recipe_type(arch=arch, **{name: getattr(options, name) for name in names})
     names = ["data", "workers", "skip_bad_images", "class_order", "device"]

@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def build(arch: str, dataset: Dataset, classes: int, device: Any) -> Any:
-    """Return the classifier of that name, with random weights, in eval mode."""
+    """Returns the classifier of that name, with random weights, in eval mode."""
     from distill.models.classifier import Classifier
 
     network = dataset.module("models").find(arch)

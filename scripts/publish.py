@@ -1,4 +1,4 @@
-"""Make small files of finished runs, to keep in git: weights in float16, and a line on each in checkpoints/README.md.
+"""Makes small files of finished runs, to keep in git: weights in float16, and a line on each in checkpoints/README.md.
 
     python scripts/publish.py checkpoints/cifar10-short/student-seed0 --data DIR
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def write(path: Path, run: Path, summary: dict[str, Any], classes: Sequence[str]) -> None:
-    """Write the weights that count (with --ema the average) in float16, and what is needed to use them. `classes`: of
+    """Writes the weights that count (with --ema the average) in float16, and what is needed to use them. `classes`: of
     the data, in its order."""
     from cifar10.models import CIFAR_INPUT
     from distill.files import checkpoint
@@ -94,7 +94,7 @@ def write(path: Path, run: Path, summary: dict[str, Any], classes: Sequence[str]
 
 
 def measure(path: Path, task: "SmallImages") -> float:
-    """Return the percent of the test images that the network in `path` gets right."""
+    """Returns the percent of the test images that the network in `path` gets right."""
     from distill.models import weights
     from distill.parallel.devices import choose_precision
     from distill.training.evaluation import evaluate

@@ -56,7 +56,7 @@ def is_joined(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def cores(system: Path = Path("/")) -> int:
-    """Return the number of processors that this process may use, at least 1.
+    """Returns the number of processors that this process may use, at least 1.
 
     These are those of its affinity, and no more than the quotas of its cgroups, v1 and v2, rounded up. system: where
     /proc and /sys lie.

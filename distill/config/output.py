@@ -32,11 +32,11 @@ class Stream(io.TextIOWrapper):
         self._descriptor, self._terminal = descriptor, os.isatty(descriptor)
 
     def write(self, text: str) -> int:
-        """Write text."""
+        """Writes text."""
         return self._guarded(lambda: super(Stream, self).write(text), len(text))
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Writes what waits."""
         self._guarded(super().flush, None)
 
     def _guarded(self, work: Callable[[], Result], otherwise: Result) -> Result:
@@ -56,7 +56,7 @@ class Stream(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Make the three standard streams of this process usable, also where it was started with them closed.
+    """Makes the three standard streams of this process usable, also where it was started with them closed.
 
     Otherwise the next files to be opened would take their numbers, and what is printed would go into these files.
     """

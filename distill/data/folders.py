@@ -57,7 +57,7 @@ def _sorted_in(
 
 
 def _list_split(path: Path, split: str, needed: str) -> dict[str, list[str]]:
-    """Return class -> image files in order of their names, NO_CLASS -> images where there are no class folders.
+    """Returns class -> image files in order of their names, NO_CLASS -> images where there are no class folders.
 
     Hidden files and folders, and files that are no images by name, are passed by. Raises UserError.
     """
@@ -98,7 +98,7 @@ def _owners(root: Path, folders: list[Path]) -> dict[Identity, str]:
 
 
 def _files_below(folder: Path, owners: dict[Identity, str]) -> list[str]:
-    """Return the files below a class's folder; hidden ones are passed by.
+    """Returns the files below a class's folder; hidden ones are passed by.
 
     Each real directory is visited once, links after all others, so that a link into the class itself adds nothing.
     Raises UserError where a directory is another class's.

@@ -48,7 +48,7 @@ def open_image(file: str, largest: int) -> Iterator[tuple[Image.Image, bytes]]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB, 8 bits a channel, of the same size, whatever Pillow's mode is.
+    """Returns an image as RGB, 8 bits a channel, of the same size, whatever Pillow's mode is.
 
     Raises ValueError for numbers without a known range.
     """
@@ -76,13 +76,13 @@ def is_dim(image: Image.Image) -> bool:
 
 
 def say_turned(turned: int, looked_at: int) -> None:
-    """Print how many of the first training files EXIF would turn, if any."""
+    """Prints how many of the first training files EXIF would turn, if any."""
     if turned:
         print(f"note: {turned} of the first {looked_at} training files carry an EXIF orientation, which is ignored")
 
 
 def say_dim(files: Sequence[str]) -> None:
-    """Print a line for files of 16 bits that are nearly black, if there are any."""
+    """Prints a line for files of 16 bits that are nearly black, if there are any."""
     if files:
         others = f" and {len(files) - 1} others" if len(files) > 1 else ""
         print(f"note: {files[0]}{others}: 16 bits, but no value from {DIM} on, so nearly black; scale 12 bits to 16")

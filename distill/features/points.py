@@ -56,7 +56,7 @@ class FeatureExtractor(nn.Module):
         self.classifier, self.places = classifier, tuple(places)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return (logits, features). Raises UserError if the network does not reach a place."""
+        """Returns (logits, features). Raises UserError if the network does not reach a place."""
         with _Tap(self.places) as tap:
             logits = self.classifier(images)
         found = [tap.found.get(place) for place in self.places]
@@ -136,7 +136,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _batch_norm(args: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Return weight and bias of F.batch_norm(input, running_mean, running_var, weight, bias, ...)."""
+    """Returns weight and bias of F.batch_norm(input, running_mean, running_var, weight, bias, ...)."""
     names = ("input", "running_mean", "running_var", "weight", "bias")
     known = {**dict(zip(names, args, strict=False)), **given}
     return known.get("weight"), known.get("bias")

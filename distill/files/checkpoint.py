@@ -59,7 +59,7 @@ def _pieces(value: Any) -> Iterator[Any]:
 
 # -------------------------------------------------------------------------------------------------------------- saving
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Make `path` hold `content`, or leave it as it was. Raises CheckpointError with path, cause and free bytes."""
+    """Makes `path` hold `content`, or leave it as it was. Raises CheckpointError with path, cause and free bytes."""
     temporary = _temporary(path)
     try:
         _write(temporary, content)
@@ -70,7 +70,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def save(path: Path, payload: dict[str, Any], *, keep_previous: bool = False) -> None:
-    """Write `payload` (plain values and tensors) with its digest; `keep_previous` keeps the former file.
+    """Writes `payload` (plain values and tensors) with its digest; `keep_previous` keeps the former file.
 
     Readable with plain `torch.load(path, weights_only=True)`. Raises CheckpointError; the former file is then whole.
     """
@@ -112,7 +112,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _keep(path: Path) -> None:
-    """Make PREVIOUS the file that `path` is, and leave `path` there for readers where the file system has links."""
+    """Makes PREVIOUS the file that `path` is, and leave `path` there for readers where the file system has links."""
     spare = _temporary(path.with_name(PREVIOUS))
     try:
         os.link(path, spare)
@@ -195,7 +195,7 @@ def load_latest(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 # ------------------------------------------------------------------------------------------------ weights into networks
 def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load `weights` into `network`, every key and shape as it must be. Raises CheckpointError naming what differs.
+    """Loads `weights` into `network`, every key and shape as it must be. Raises CheckpointError naming what differs.
 
     Lenient in two things that carry no information: BatchNorm's batch counters may be missing, and the
     `select.indexes` of pruned-network DenseNets are dropped. Weights that are not finite are refused.

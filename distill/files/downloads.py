@@ -39,7 +39,7 @@ def fetch(what: str, url: str, file: Path, sha256: str, by_hand: str) -> None:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Return the sha256 of an open file, in hexadecimal digits."""
+    """Returns the sha256 of an open file, in hexadecimal digits."""
     total = hashlib.sha256()
     while block := file.read(1 << 20):
         total.update(block)

@@ -46,7 +46,7 @@ class Array(Inert):
         self.state = state
 
     def tensor(self) -> Tensor | None:
-        """Return the numbers, in the memory that they were read into; None where it holds anything else."""
+        """Returns the numbers, in the memory that they were read into; None where it holds anything else."""
         try:
             _, shape, kind, by_columns, content = self.state
             if not re.fullmatch(r"[biuf]\d", kind.code) or kind.order not in "=|<":

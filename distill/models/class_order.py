@@ -25,7 +25,7 @@ class ClassNames:
     usual: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def order_of(self, theirs: Sequence[str], source: str) -> list[int] | None:
-        """Return for each class of the data the number that it has in the file `source`, None where all are the same.
+        """Returns for each class of the data the number that it has in the file `source`, None where all are the same.
 
         theirs: the names in the file, () where it has none. What is assumed or done is printed. Raises UserError where
         the file names other classes.
@@ -65,7 +65,7 @@ class ClassNames:
 
 
 def _match(theirs: Sequence[str], ours: Sequence[str], aliases: Mapping[str, str]) -> list[int] | None:
-    """Return where each of `ours` stands in `theirs`, None if they are other classes.
+    """Returns where each of `ours` stands in `theirs`, None if they are other classes.
 
     They are compared by exact names, else by plain forms, else without capitals and aliases. (ImageNet has a cardigan
     and a Cardigan.)
@@ -93,7 +93,7 @@ def shortened(names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def put_in_order(classifier: Classifier, order: Sequence[int], build: Callable[[int], nn.Module], source: str) -> None:
-    """Make output k of the network what its output order[k] was, by the order of the rows in its last layer.
+    """Makes output k of the network what its output order[k] was, by the order of the rows in its last layer.
 
     The last layer is what has another shape in the network that `build` makes for one class more. Raises UserError
     where that does not move the outputs.

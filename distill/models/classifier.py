@@ -81,7 +81,7 @@ class Classifier(nn.Module):
         return logits.float()
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return images uint8 (B, H, W, 3) as float32 (B, 3, S, S), channels_last, as the network wants them.
+        """Returns images uint8 (B, H, W, 3) as float32 (B, 3, S, S), channels_last, as the network wants them.
 
         They are resized to the network's own S if they were made for another network, or if `training_size` asks for
         it.

@@ -28,14 +28,14 @@ class Rewritten(nn.Module):
         self.network, self.dtype, self.steps = network, dtype, steps
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
+        """Returns the logits."""
         found: Tensor = self.network(images.to(self.dtype))
         return found
 
 
 @torch.no_grad()
 def rewrite(network: nn.Module, dtype: torch.dtype, example: Tensor) -> Rewritten:
-    """Return a copy of `network` for inference in `dtype` on batches like `example`.
+    """Returns a copy of `network` for inference in `dtype` on batches like `example`.
 
     example: float32 (B, 3, H, W), channels_last, of images that differ. Each step of the rewriting is kept only if the
     network still computes the same on `example`, in float32: a network that torch.fx cannot follow, or that it follows
@@ -72,7 +72,7 @@ class FusedConvolution(nn.Module):
         self.convolution = convolution
 
     def forward(self, images: Tensor, other: Tensor | None = None) -> Tensor:
-        """Return relu(conv(images)), or relu(other + conv(images))."""
+        """Returns relu(conv(images)), or relu(other + conv(images))."""
         c = self.convolution
         settings = (c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups)
         found: Tensor

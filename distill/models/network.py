@@ -64,7 +64,7 @@ def build_student(
     device: torch.device,
     examples: Tensor | None = None,
 ) -> tuple[Classifier, str | None]:
-    """Return the network of `recipe` as it is before training, and the digest of the weights it was given, if any.
+    """Returns the network of `recipe` as it is before training, and the digest of the weights it was given, if any.
 
     It is initialised from the recipe's seed, from the file --init or, if `pretrained`, from its published weights.
     Where these are of another number of classes the last layer is fresh.

@@ -13,7 +13,7 @@ from distill.models.classifier import Classifier
 
 
 def unreached(network: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that get no gradient from any image, as in EfficientNet's first block on small images.
+    """Returns the parameters that get no gradient from any image, as in EfficientNet's first block on small images.
 
     network: takes uint8 images and has their size in the spec of a Classifier in it; it is left as it is.
     """
@@ -47,7 +47,7 @@ def wants_two(network: nn.Module, work: Callable[[Tensor], Any] | None = None, s
 
 @torch.no_grad()
 def check_size(network: nn.Module, arch: str, flag: str, size: int | None = None) -> None:
-    """Raise UserError if `network` cannot see images of `size` pixels, or of its own size; `flag` is named.
+    """Raises UserError if `network` cannot see images of `size` pixels, or of its own size; `flag` is named.
 
     network: as for `unreached`.
     """

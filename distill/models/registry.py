@@ -30,7 +30,7 @@ class Registry:
         return _flatten(name) in map(_flatten, self._builders)
 
     def names(self) -> list[str]:
-        """Return the names of all networks, in order."""
+        """Returns the names of all networks, in order."""
         return sorted(self._builders)
 
     def resolve(self, name: str) -> str:

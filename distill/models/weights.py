@@ -122,7 +122,7 @@ def give(
     *,
     new_head: bool = False,
 ) -> None:
-    """Load `weights` into a network, its outputs in the data's order of classes; what is assumed is printed.
+    """Loads `weights` into a network, its outputs in the data's order of classes; what is assumed is printed.
 
     build: makes the same network for any number of classes. new_head: where the weights are of another number of
     classes the last layer stays as it is. Raises UserError where they do not fit.
@@ -139,7 +139,7 @@ def give(
 
 
 def fitted(state: Mapping[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:
-    """Return `state` with the names that `network` has; what is changed is printed.
+    """Returns `state` with the names that `network` has; what is changed is printed.
 
     Counters of other tools are left out, and a prefix of all keys if the rest is what `network` has.
     """

@@ -143,7 +143,7 @@ def choose_teacher_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def seed_generators(seed: int, device_name: str) -> None:
-    """Seed torch's generators for a run.
+    """Seeds torch's generators for a run.
 
     Rank 0 has `seed`; other ranks, and further GPUs of one process, have numbers of their own (the CPU's uses 32 bits).
     """
@@ -173,7 +173,7 @@ def generator_states(device_name: str) -> dict[str, Tensor]:
 
 
 def restore_generators(states: dict[str, Tensor], device_name: str) -> None:
-    """Set the generators to `states`; those of CUDA only where both sides have them."""
+    """Sets the generators to `states`; those of CUDA only where both sides have them."""
     torch.set_rng_state(states["cpu"])
     for k, device in enumerate(_own_devices(device_name)):
         if device.type == "cuda" and f"cuda{k or ''}" in states:

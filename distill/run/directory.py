@@ -30,12 +30,12 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        """Name a directory; entering the context takes hold of it."""
+        """Names a directory; entering the context takes hold of it."""
         self.path = path
         self._lock: DirectoryLock | None = None
 
     def __enter__(self: Held) -> Held:
-        """Take hold of it."""
+        """Takes hold of it."""
         self._hold()
         return self
 
@@ -83,7 +83,7 @@ class RunDirectory:
 
     @on_main
     def take_best(self, directory: Path, epoch: int) -> None:
-        """Take over best.pt of the directory that this run was begun in, if it is of this epoch."""
+        """Takes over best.pt of the directory that this run was begun in, if it is of this epoch."""
         other = RunDirectory(directory)
         if other.best() == epoch != self.best():
             checkpoint.save(self.path / BEST, checkpoint.load(other.path / BEST))
@@ -108,13 +108,13 @@ class RunDirectory:
         return _read_json(self.path / CONFIG, {"recipe": dict, "facts": dict, "starts": list})
 
     def load_summary(self, epochs: int) -> dict[str, Any] | None:
-        """Return summary.json, or None where the run has not trained for `epochs` (it may have been extended)."""
+        """Returns summary.json, or None where the run has not trained for `epochs` (it may have been extended)."""
         summary = _read_json(self.path / SUMMARY, {"epochs": int})
         return summary if summary and summary["epochs"] == epochs else None
 
     @on_main
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
-        """Make metrics.jsonl hold `records`, one line an epoch. They stand in the checkpoint too, which decides."""
+        """Makes metrics.jsonl hold `records`, one line an epoch. They stand in the checkpoint too, which decides."""
         lines = "".join(json.dumps(record) + "\n" for record in records)
         checkpoint.write_atomically(self.path / METRICS, lines.encode())
 
@@ -124,7 +124,7 @@ class RunDirectory:
 
 
 def to_json(content: dict[str, Any]) -> bytes:
-    """Return `content` as the bytes of a JSON file."""
+    """Returns `content` as the bytes of a JSON file."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

@@ -11,7 +11,7 @@ NOT_COMPARED = ("data", "images")  # facts for people: the name of the data, how
 
 
 def identify(data: Images, init_digest: str | None, device_name: str) -> dict[str, Any]:
-    """Return the facts of a run that do not depend on its teacher.
+    """Returns the facts of a run that do not depend on its teacher.
 
     These are its images, the weights that it starts from, and into how many parts a batch is divided, each of which has
     BatchNorm statistics of its own. `device_name`: as for parallel.devices.devices.
@@ -21,18 +21,18 @@ def identify(data: Images, init_digest: str | None, device_name: str) -> dict[st
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the fields in which two runs differ; each run is its recipe and facts in one dict."""
+    """Returns the fields in which two runs differ; each run is its recipe and facts in one dict."""
     return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in NOT_COMPARED]
 
 
 def format_diff(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return `--lr was 0.1, is 0.2, data_digest was 1, is 2` for the `changed` fields of two runs."""
+    """Returns `--lr was 0.1, is 0.2, data_digest was 1, is 2` for the `changed` fields of two runs."""
     flags = {name for owner in (Recipe, *Recipe.__subclasses__()) for name in vars(owner)["__dataclass_fields__"]}
     old, new = ({key: str(values.get(key))[:24] for key in changed} for values in (before, now))  # a digest is long
     return ", ".join(f"{flag(key) if key in flags else key} was {old[key]}, is {new[key]}" for key in changed)
 
 
 def format_counts(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return `23 training, 8 test images (24 training, 8 test images before)` from the facts of two runs."""
+    """Returns `23 training, 8 test images (24 training, 8 test images before)` from the facts of two runs."""
     same = before.get("images") == now.get("images")
     return f"{now.get('images')} ({'as many, but others,' if same else before.get('images')} before)"

@@ -13,7 +13,7 @@ def best_epoch(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def diverged(records: list[dict[str, Any]], first_loss: float | None) -> dict[str, Any] | None:
-    """Return the first epoch whose loss is more than a thousand times that of the first step, None if there is none.
+    """Returns the first epoch whose loss is more than a thousand times that of the first step, None if there is none.
 
     If the first epoch's loss was less than that of the first step it counts instead; only a loss of more than 1 has
     diverged. The result has the epoch's number, its loss, and what the run began with.

@@ -15,7 +15,7 @@ from distill.run.identity import differing
 
 @on_main
 def find_directory(options: Options, recipe: Recipe, data_name: str, data_digest: str) -> Path:
-    """Return the directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free.
+    """Returns the directory of a run: --output, or checkpoints/DATA/ARCH/RUN; with --fresh the next name that is free.
 
     Where DATA has no such run yet, the run of this recipe on the same images under another name is taken: a job finds
     its run wherever its images are staged. Raises UserError.
@@ -39,7 +39,7 @@ def find_directory(options: Options, recipe: Recipe, data_name: str, data_digest
 
 
 def _is_of(config: dict[str, Any], recipe: Recipe, extend: bool) -> bool:
-    """Return whether config.json is of `recipe`; with `extend` also if it is of fewer epochs."""
+    """Returns whether config.json is of `recipe`; with `extend` also if it is of fewer epochs."""
     try:
         before = type(recipe).from_dict(config["recipe"])
     except (UserError, TypeError):  # of another version, or of another kind of images
@@ -49,7 +49,7 @@ def _is_of(config: dict[str, Any], recipe: Recipe, extend: bool) -> bool:
 
 
 def runs_on(data_digest: str, arch: str, pattern: str, data_name: str) -> Iterator[tuple[RunDirectory, dict[str, Any]]]:
-    """Yield the runs of `arch` on images of this digest, each with its config.json.
+    """Yields the runs of `arch` on images of this digest, each with its config.json.
 
     `pattern`: of their directories' names. The images may have any name; runs under `data_name` come first, and one of
     these that cannot be read raises UserError.
@@ -68,7 +68,7 @@ def runs_on(data_digest: str, arch: str, pattern: str, data_name: str) -> Iterat
 
 
 def next_free(path: Path) -> Path:
-    """Return `path`, or `path` with the first of -2, -3, ... that does not exist yet."""
+    """Returns `path`, or `path` with the first of -2, -3, ... that does not exist yet."""
     number, free = 1, path
     while free.exists():
         number += 1

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> str | None:
-    """Return the commit of this repository, with `-dirty` where tracked files differ from it.
+    """Returns the commit of this repository, with `-dirty` where tracked files differ from it.
 
     None for a tree that is no checkout, be it inside another repository.
     """
@@ -32,10 +32,10 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Returns the versions of what computes."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return the name of the host, its system and the device."""
+    """Returns the name of the host, its system and the device."""
     return {"host": socket.gethostname(), "system": platform.platform(), "device": describe_device(device)}

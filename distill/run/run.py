@@ -27,14 +27,14 @@ class Run(RunDirectory):
     """
 
     def __init__(self, path: Path, recipe: Recipe, options: Options, facts: dict[str, Any] | None = None) -> None:
-        """Name a directory; entering the context takes hold of it."""
+        """Names a directory; entering the context takes hold of it."""
         super().__init__(path)
         self.recipe, self.options, self.facts = recipe, options, facts or {}
         self.summary: dict[str, Any] | None = None
 
     @on_main
     def check(self) -> None:
-        """Raise UserError, naming the fields that differ, if the directory holds another run.
+        """Raises UserError, naming the fields that differ, if the directory holds another run.
 
         Facts are compared as far as they are known. --extend lets `epochs` grow, --allow-data-change lets the images be
         others.
@@ -59,7 +59,7 @@ class Run(RunDirectory):
             raise UserError(f"{self.path} holds another run: {format_diff(changed, before, now)}; {hint}")
 
     def report(self) -> None:
-        """Set `summary`, and print the result, if the run is finished."""
+        """Sets `summary`, and print the result, if the run is finished."""
         self.summary = self._reported()
 
     @on_main
@@ -73,7 +73,7 @@ class Run(RunDirectory):
 
     @on_main
     def record_start(self, device: torch.device) -> None:
-        """Record in config.json that this process starts or continues the run.
+        """Records in config.json that this process starts or continues the run.
 
         Prints a line where the images, torch or the device are not those of the last start.
         """
@@ -91,7 +91,7 @@ class Run(RunDirectory):
         checkpoint.write_atomically(self.path / CONFIG, to_json(updated))
 
     def _data_change(self, start: dict[str, Any], before: dict[str, Any]) -> bool:
-        """Return whether the images are others than before; then note it in `start`, and print a line."""
+        """Returns whether the images are others than before; then note it in `start`, and print a line."""
         now = self.facts
         if before["data_digest"] == now["data_digest"]:
             return False

@@ -24,7 +24,7 @@ class TensorBoardWriter:
             self._shown = {tag: {event.step for event in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
     def show(self, records: list[dict[str, Any]]) -> None:
-        """Write what the files lack of `records`: all that was recorded without them, or before a kill."""
+        """Writes what the files lack of `records`: all that was recorded without them, or before a kill."""
         for record in records:
             for name, value in record.items():
                 steps = self._shown.setdefault(name, set())

@@ -53,7 +53,7 @@ def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> 
 
 
 def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cache: Path) -> TeacherReport:
-    """Return what `examine` does, and print it, with a warning for a teacher that is hardly better than guessing.
+    """Returns what `examine` does, and print it, with a warning for a teacher that is hardly better than guessing.
 
     name: of the teacher, and where it comes from. Of several processes on a machine one examines it.
     """

@@ -33,7 +33,7 @@ class Evaluation:
     predictions: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """Return accuracy, top5, loss, images and images_per_second."""
+        """Returns accuracy, top5, loss, images and images_per_second."""
         rate = self.images / max(self.seconds, 1e-9)
         named = {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
         return {**named, "images": self.images, "images_per_second": rate}
@@ -89,7 +89,7 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
 
 
 def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
-    """Return `options` whose init is what --evaluate asks for: --resume, --init, or the run's last checkpoint."""
+    """Returns `options` whose init is what --evaluate asks for: --resume, --init, or the run's last checkpoint."""
     if not options.evaluate:
         return options
     named = options.resume or options.init

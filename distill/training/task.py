@@ -50,7 +50,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     data: Images
 
     def __init__(self, recipe: AnyRecipe, options: AnyOptions) -> None:
-        """Load the images of `options`. Raises UserError."""
+        """Loads the images of `options`. Raises UserError."""
         self.device = start(options.device, deterministic=options.deterministic)
         self.options = options
         self.recipe = self.resolve(recipe)
@@ -58,86 +58,86 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         print(self.data)
 
     def __enter__(self) -> "Task[AnyRecipe, AnyOptions]":
-        """Return itself."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close what is open."""
+        """Closes what is open."""
         self.close()
 
     # ----------------------------------------------------------------------------------- what differs between the kinds
     @abstractmethod
     def resolve(self, recipe: AnyRecipe) -> AnyRecipe:
-        """Return the recipe with networks named as in files. Raises UserError for an unknown name."""
+        """Returns the recipe with networks named as in files. Raises UserError for an unknown name."""
 
     @abstractmethod
     def load_data(self) -> Any:
-        """Return the images that the options name. Raises UserError."""
+        """Returns the images that the options name. Raises UserError."""
 
     @abstractmethod
     def prepare(self, spec: InputSpec) -> tuple[TrainingData, Mapping[str, TestData]]:
-        """Return the training data for a student of `spec`, and by name what each epoch is evaluated on.
+        """Returns the training data for a student of `spec`, and by name what each epoch is evaluated on.
 
         `test` is always there, `val` if training images are held out. Raises UserError.
         """
 
     @abstractmethod
     def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> TestData:
-        """Return the images of a split, `test` or `train`, as a network of `spec` is evaluated on them."""
+        """Returns the images of a split, `test` or `train`, as a network of `spec` is evaluated on them."""
 
     @abstractmethod
     def build(self, options: AnyOptions) -> tuple[Classifier, str | None]:
-        """Return the student as it is before training, and the digest of the weights it was given, if any."""
+        """Returns the student as it is before training, and the digest of the weights it was given, if any."""
 
     @abstractmethod
     def find(self, arch: str) -> Network:
-        """Return a network by its name, as the recipe's flags for the student want it."""
+        """Returns a network by its name, as the recipe's flags for the student want it."""
 
     @abstractmethod
     def find_trained(self, arch: str, weights: Weights | None) -> Network:
-        """Return a network at the size and with the normalisation that its `weights` were trained with."""
+        """Returns a network at the size and with the normalisation that its `weights` were trained with."""
 
     @abstractmethod
     def class_names(self, weights: Weights) -> ClassNames:
-        """Return the classes of the data, as they are compared with those of `weights`."""
+        """Returns the classes of the data, as they are compared with those of `weights`."""
 
     @abstractmethod
     def teacher_network(self) -> Network:
-        """Return the network of the first teacher, whatever its weights are."""
+        """Returns the network of the first teacher, whatever its weights are."""
 
     @abstractmethod
     def find_teacher(self, recipe: AnyRecipe, options: AnyOptions, run: Run | None) -> tuple[Network, Weights | None]:
-        """Return the one teacher of `recipe` with its weights, None if they are random.
+        """Returns the one teacher of `recipe` with its weights, None if they are random.
 
         run: the run that it is for; where there are no weights yet the teacher is trained first. None: it is not.
         """
 
     def published(self, network: Network, flag: str) -> Weights:
-        """Return the published weights of `network`. Raises UserError; `flag` names a file in their place."""
+        """Returns the published weights of `network`. Raises UserError; `flag` names a file in their place."""
         raise UserError(f"{network.arch} has no published weights for these images: name a file by {flag}")
 
     def adopt(self, run: Run) -> None:
-        """Take the images for those of `run` if only files have changed that it found broken."""
+        """Takes the images for those of `run` if only files have changed that it found broken."""
 
     def survey(self, training: TrainingData, tests: Mapping[str, TestData]) -> None:
-        """Look at files that are read while it trains. Raises BrokenImage."""
+        """Looks at files that are read while it trains. Raises BrokenImage."""
 
     def enlarged(self, spec: InputSpec) -> str:  # noqa: ARG002
-        """Return `, at 96 pixels` where a network of `spec` sees the images enlarged, else nothing."""
+        """Returns `, at 96 pixels` where a network of `spec` sees the images enlarged, else nothing."""
         return ""
 
     def close(self) -> None:
-        """End what works beside this process."""
+        """Ends what works beside this process."""
 
     # ------------------------------------------------------------------------------------------------------ what is one
     def build_student(self) -> Classifier:
-        """Return the student as it is before training; with --evaluate, as it is in the checkpoint to evaluate."""
+        """Returns the student as it is before training; with --evaluate, as it is in the checkpoint to evaluate."""
         student, digest = self.build(to_evaluate(self.options, self.recipe, self.data))
         student.init_digest = digest
         return student
 
     def build_classifier(self, network: Network, weights: Weights | None, precision: torch.dtype) -> Classifier:
-        """Return `network` for the classes of the data, with `weights`; None are random ones."""
+        """Returns `network` for the classes of the data, with `weights`; None are random ones."""
         torch.manual_seed(0)  # of random weights
         built = network.build(num_classes=len(self.data.classes))
         classifier = Classifier(built, network.spec, precision, self.data.classes)
@@ -146,14 +146,14 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         return classifier.to(self.device)
 
     def load_teachers(self, run: Run) -> Ensemble:
-        """Return the frozen teachers of the run, with what they score; both are printed. Raises UserError."""
+        """Returns the frozen teachers of the run, with what they score; both are printed. Raises UserError."""
         labels = self.test_data(self.teacher_network().spec).labels
         return load_members(self.recipe, self.options, partial(self.load_teacher, run=run), labels)
 
     def load_teacher(
         self, recipe: AnyRecipe, options: AnyOptions, run: Run | None = None
     ) -> tuple[Teacher, TeacherReport]:
-        """Return the one frozen teacher of `recipe`, and what it scores on the test images; both are printed.
+        """Returns the one frozen teacher of `recipe`, and what it scores on the test images; both are printed.
 
         A run goes on with the precision that --teacher-precision auto meant when it began.
         """
@@ -168,13 +168,13 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         return teacher, introduce(teacher, test, cache_key, title, cache)
 
     def build_teacher(self, network: Network, weights: Weights | None, precision: str) -> Teacher:
-        """Return the frozen teacher."""
+        """Returns the frozen teacher."""
         classifier = self.build_classifier(network, weights, choose_teacher_precision(precision, self.device))
         check_size(classifier, network.arch, self.teacher_size_flag)
         return Teacher(classifier, self.options.device)
 
     def check_student(self, student: Classifier) -> None:
-        """Raise UserError for what cannot be trained, before hours are spent on a teacher."""
+        """Raises UserError for what cannot be trained, before hours are spent on a teacher."""
         check_batch_norm(student, self.recipe.arch, self.recipe, self.options.device)
         if self.recipe.overhaul:
             find_feature_points(student, self.recipe.arch)
@@ -184,7 +184,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
             find_feature_points(Classifier(built, network.spec), network.arch)
 
     def show_features(self, student: Classifier) -> None:
-        """Print where --overhaul takes the features of student and teacher."""
+        """Prints where --overhaul takes the features of student and teacher."""
         if len(self.recipe.teacher_archs) > 1:
             raise UserError("--show-features takes one teacher")
         network, weights = self.find_teacher(self.recipe, self.options, None)
@@ -201,7 +201,7 @@ def open_run(
     tests: Mapping[str, TestData],
     load_teachers: Callable[[Run], Ensemble] | None = None,
 ) -> Iterator[tuple[Run, Ensemble | None]]:
-    """Take hold of the run of `task` and `student`, and load its teachers.
+    """Takes hold of the run of `task` and `student`, and load its teachers.
 
     The result of a finished run is printed, and is its `summary`; then there may be no teachers. Another run than the
     one in the directory is refused before a teacher is loaded or trained, and once more with it.
@@ -234,7 +234,7 @@ def results(
     teachers: Ensemble | None = None,
     top_k_error: float | None = None,
 ) -> dict[str, Any]:
-    """Return what a summary says of a run that is at its end; with `teachers` also how the student compares to them.
+    """Returns what a summary says of a run that is at its end; with `teachers` also how the student compares to them.
 
     Raises RuntimeError if a teacher has changed.
     """
