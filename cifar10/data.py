@@ -25,7 +25,6 @@ from distill.data.order import EpochPlan, ViewOrder, split_validation
 from distill.data.views import check_cutout
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.losses.methods import METHODS
 from distill.parallel.processes import first_here, rank_and_world_size
 from distill.run.directory import ROOT
 
@@ -120,9 +119,9 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
     Images lie on `device` as uint8. Raises UserError if there are too few of them.
     """
     if not data.labelled:
-        if METHODS[recipe.method or "kd"].labels:
-            raise UserError(f"the training images have no labels, which --method {recipe.method} wants")
-        if recipe.objective == "ce" or recipe.shares[1] or recipe.val_split:
+        if recipe.method and recipe.method.needs_labels:
+            raise UserError(f"the training images have no labels, which --method {recipe.method.name} wants")
+        if recipe.loss_weights[1] or recipe.val_split:
             raise UserError(
                 "the training images have no labels: they take trainKD.sh --w 1 (or --ce-weight 0), and no --val-split"
             )

@@ -7,6 +7,7 @@ from run records (README, "Results"); where no run has been made yet, it says so
 from dataclasses import replace
 
 from distill.config.recipe import Recipe
+from distill.losses.kd_loss import KD
 
 STUDENT = Recipe(arch="efficientnet_b0", epochs=60)
 """EfficientNet-B0 by cross-entropy: SGD Nesterov 0.1, batch 128, 5 epochs of warm-up, cosine, weight decay 5e-4.
@@ -23,14 +24,14 @@ bash scripts/trainCE.sh --recipe teacher --arch resnet152
 Accuracy: not measured yet. Time: for a GPU; on a CPU take short_teacher.
 """
 
-KD = replace(STUDENT, teacher_arch=TEACHER.arch, T=3.0, w=0.8)
+DEFAULT_KD = replace(STUDENT, teacher_arch=TEACHER.arch, method=KD(T=3.0, w=0.8))
 """The student of `student` taught, with the original repository's T and w.
 
 bash scripts/trainKD.sh
 Accuracy: not measured yet. Time: that of `student`, after its teacher's 60 epochs and with its answers: for a GPU.
 """
 
-STUDENT_KD = replace(KD, T=4.0, w=0.9, ema=0.999, dropout=0.0)
+STUDENT_KD = replace(DEFAULT_KD, method=KD(T=4.0, w=0.9), ema=0.999, dropout=0.0)
 """The recommended form: softer, with more of the teacher, the average of the weights, and no dropout, since the teacher
 already regularises.
 
@@ -46,7 +47,7 @@ Not run yet: it takes a GPU.
 """
 
 LONG_STUDENT_KD = replace(
-    LONG_STUDENT, teacher_arch="resnet152", T=4.0, w=0.9, weight_decay=2e-4, ema=0.999, dropout=0.0
+    LONG_STUDENT, teacher_arch="resnet152", method=KD(T=4.0, w=0.9), weight_decay=2e-4, ema=0.999, dropout=0.0
 )
 """The same taught, less regularised, as the teacher does that; the average of the weights.
 
@@ -92,7 +93,7 @@ bash scripts/trainCE.sh --recipe original
 Accuracy: 90.67 there; not measured here yet. Time: 3.7 h on 2 CPU cores.
 """
 
-ORIGINAL_KD = replace(ORIGINAL, teacher_arch="resnet152", T=3.0, w=0.8)
+ORIGINAL_KD = replace(ORIGINAL, teacher_arch="resnet152", method=KD(T=3.0, w=0.8))
 """The same taught; it started from the student trained by CE: --init checkpoints/cifar10/efficientnet_b0/RUN/last.pt.
 
 bash scripts/trainKD.sh --recipe original_kd --init FILE
@@ -139,7 +140,7 @@ bash scripts/trainCE.sh --recipe short_student
 Accuracy: 90.11 and 90.22 (two seeds). Time: 75 minutes.
 """
 
-SHORT_STUDENT_KD = replace(SHORT_STUDENT, teacher_arch=SHORT_TEACHER.arch, T=4.0, w=0.9)
+SHORT_STUDENT_KD = replace(SHORT_STUDENT, teacher_arch=SHORT_TEACHER.arch, method=KD(T=4.0, w=0.9))
 """The same with a teacher.
 
 bash scripts/trainKD.sh --recipe short_student_kd --teacher-arch airbench94 --teacher-checkpoint published
@@ -172,13 +173,13 @@ bash scripts/trainCE.sh --data sample --recipe sample_student        37.10 %, 38
 SAMPLE_TEACHER = replace(SAMPLE_STUDENT, arch="resnet18", epochs=4)
 """bash scripts/trainCE.sh --data sample --recipe sample_teacher      49.10 %, 124 s"""
 
-SAMPLE_STUDENT_KD = replace(SAMPLE_STUDENT, teacher_arch=SAMPLE_TEACHER.arch)
+SAMPLE_STUDENT_KD = replace(SAMPLE_STUDENT, teacher_arch=SAMPLE_TEACHER.arch, method=KD(T=3.0, w=0.8))
 """bash scripts/trainKD.sh --data sample --recipe sample_student_kd   42.00 %, 43 s, from that teacher, in bfloat16"""
 
 RECIPES = {
     "student": STUDENT,
     "teacher": TEACHER,
-    "kd": KD,
+    "kd": DEFAULT_KD,
     "student_kd": STUDENT_KD,
     "long_student": LONG_STUDENT,
     "long_student_kd": LONG_STUDENT_KD,

@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
         prog="trainKD.sh",
         recipes=RECIPES,
         default="kd",
-        description=f"Train a student taught by a teacher.\n\n  {cli.LOSS_FORMULA}\n\n{cli.LOSS_LEGEND}",
+        description="Train a student taught by a teacher.",
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
     train(recipe, options)
@@ -40,10 +40,10 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.task import SmallImages
-    from distill.teacher.cached import cache_teachers, measure_top_k
+    from distill.teacher.cached import cache_teachers
     from distill.training.engine import fit
     from distill.training.evaluation import evaluate_student
-    from distill.training.objectives import build_loss
+    from distill.training.objectives import build_loss, measure_top_k
     from distill.training.task import open_run, results
 
     with SmallImages(recipe, options, train_ce.train) as task:

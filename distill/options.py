@@ -11,16 +11,23 @@ def option(
     default: Any,
     help: str,
     *,
-    group: str,
+    group: str = "distillation",
+    photos: Any = None,
     flags: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
     choices: tuple[str, ...] = (),
     least: float = -math.inf,
     most: float = math.inf,
     above: float = -math.inf,
     below: float = math.inf,
 ) -> Any:
-    """A field with its flag: `help`, the `group` it is listed under, further `flags`, and the values it allows."""
-    metadata = {"help": help, "group": group, "flags": flags, "choices": choices}
+    """Returns a dataclass field with its flag.
+
+    photos: the default on photos, where that is another one. group: what the flag is listed under. flags: further
+    spellings; aliases: those that --help does not show. The others are the values that the field allows.
+    """
+    metadata = {"help": help, "group": group, "flags": flags, "aliases": aliases, "choices": choices}
+    metadata |= {"photos": default if photos is None else photos}
     return field(default=default, metadata={**metadata, "least": least, "most": most, "above": above, "below": below})
 
 
@@ -30,10 +37,10 @@ def flag(name: str) -> str:
 
 
 def value_type(owner: type, name: str) -> type:
-    """The type of a field's values: `int` for `int` and for `int | None`."""
+    """Returns the type of a field's values: `int` for `int` and for `int | None`."""
     hint = get_type_hints(owner)[name]
-    found: type = next((a for a in get_args(hint) if a is not type(None)), hint)
-    return found
+    kind: type = next((a for a in get_args(hint) if a is not type(None)), hint)
+    return kind
 
 
 def allowed(known: "Field[Any]", kind: type) -> str:
@@ -54,15 +61,16 @@ def allowed(known: "Field[Any]", kind: type) -> str:
 
 
 def validate(settings: Any) -> None:
-    """Check every field of a dataclass made with `option`. Raises UserError for the first that is out of range."""
+    """Checks every field made with `option`. Raises UserError for the first that is out of range."""
     for known in fields(settings):
-        check(type(settings), known, getattr(settings, known.name))
+        if known.metadata:
+            check(type(settings), known, getattr(settings, known.name))
 
 
 def check(owner: type, known: "Field[Any]", value: Any) -> None:
     """Raises UserError `--flag must be ..., got ...` unless `value` is allowed for the field."""
     kind = value_type(owner, known.name)
-    if value is None and known.default is None:
+    if value is None and type(None) in get_args(get_type_hints(owner)[known.name]):
         return
     fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if isinstance(value, bool) and kind is not bool:

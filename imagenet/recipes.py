@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from distill.config.recipe import Options, Recipe
+from distill.losses.kd_loss import KD
 from distill.options import option
 
 
@@ -78,7 +79,7 @@ bash scripts/train.sh DATA --arch resnet18
 Published: resnet18 69.76 (torchvision, 90 epochs). Not run here.
 """
 
-STANDARD_KD = replace(STANDARD, teacher_arch="resnet152", T=1.0, w=0.5)
+STANDARD_KD = replace(STANDARD, teacher_arch="resnet152", method=KD(T=1.0, w=0.5))
 """The same, taught. T = 1: at a higher one a teacher of 1,000 classes says little that the formula's weight helps.
 
 bash scripts/train.sh DATA --arch resnet18 --teacher-arch resnet34
@@ -101,7 +102,7 @@ bash scripts/train.sh DATA --recipe original
 76.3 there, which are the published weights'. Not run here.
 """
 
-ORIGINAL_KD = replace(ORIGINAL, teacher_arch="resnet152", T=3.0, w=0.8)
+ORIGINAL_KD = replace(ORIGINAL, teacher_arch="resnet152", method=KD(T=3.0, w=0.8))
 """bash scripts/train.sh DATA --recipe original --kd. Its KL term was 1,000 times weaker than the formula says."""
 
 FINETUNE = replace(ORIGINAL, epochs=10, lr=0.01, schedule="cosine", pretrained=True)
@@ -110,7 +111,7 @@ FINETUNE = replace(ORIGINAL, epochs=10, lr=0.01, schedule="cosine", pretrained=T
 bash scripts/train.sh DATA --recipe finetune
 """
 
-FINETUNE_KD = replace(FINETUNE, teacher_arch="resnet152", T=3.0, w=0.8)
+FINETUNE_KD = replace(FINETUNE, teacher_arch="resnet152", method=KD(T=3.0, w=0.8))
 """bash scripts/train.sh DATA --recipe finetune --kd
 77.07 there, from ResNet152 (78.31), with a KL term 1,000 times weaker. Not run here.
 """
@@ -137,7 +138,7 @@ bash scripts/train.sh DATA --recipe strong
 Published: efficientnet_b0 77.7 (timm). Not run here.
 """
 
-STRONG_KD = replace(STRONG, teacher_arch="resnet152", T=1.0, w=0.5)
+STRONG_KD = replace(STRONG, teacher_arch="resnet152", method=KD(T=1.0, w=0.5))
 """bash scripts/train.sh DATA --recipe strong --kd"""
 
 RECIPES = {

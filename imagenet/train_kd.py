@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         prog="train.sh",
         recipes=RECIPES,
         default="standard_kd",
-        description=f"Train a network on photos, taught by another.\n\n  {cli.LOSS_FORMULA}\n\n{cli.LOSS_LEGEND}",
+        description="Train a network on photos, taught by another.",
         examples=(__doc__ or "").split("\n\n", 1)[1],
         options=ImageNetOptions(),
         positional="data",
@@ -39,10 +39,10 @@ def main(argv: Sequence[str]) -> None:
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
     """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
-    from distill.teacher.cached import cache_teachers, measure_top_k
+    from distill.teacher.cached import cache_teachers
     from distill.training.engine import fit
     from distill.training.evaluation import evaluate_student
-    from distill.training.objectives import build_loss
+    from distill.training.objectives import build_loss, measure_top_k
     from distill.training.task import open_run, results
     from imagenet.task import PhotoTask
 

@@ -34,15 +34,17 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from distill import losses  # noqa: E402
 from distill.config import cli  # noqa: E402
 from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
+from distill.losses.kd_loss import KD  # noqa: E402
 from distill.options import option, validate  # noqa: E402
 
 ROWS = ("original", "original_eval", "usual", "ce", "empty_store", "full_store")
 METHODS: dict[str, dict[str, Any]] = {
     "kd_standardized": {"standardize": True},
-    **{name: {"method": name} for name in ("dkd", "nkd", "dist")},
+    **{name: {"method": name} for name in losses.METHODS if name not in ("kd", "none")},
     "overhaul": {"overhaul": True},
 }
 
@@ -178,11 +180,12 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from distill.teacher.store import Encoding, LogitStore
     from distill.teacher.teacher import Teacher
     from distill.training.engine import Trainer
-    from distill.training.objectives import CrossEntropy, Objective, objective
+    from distill.training.objectives import CrossEntropy, Objective, build_loss
 
     recipe = Recipe(
         arch=MODELS.resolve(options.arch),
         teacher_arch=options.teacher_arch,
+        method=KD(),
         batch_size=options.batch_size,
         epochs=100_000,
         warmup=0,
@@ -192,7 +195,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
         pixels, labels = images.train_images.repeat(25, 1, 1, 1), images.train_labels.repeat(25)
         images = replace(images, train_images=pixels, train_labels=labels)
     data: TrainingData
-    recipe = recipe.changed(METHODS.get(row, {}))
+    recipe = recipe.with_flags(METHODS.get(row, {}))
     data, _ = prepare(images, recipe, device)
     student, _ = build_student(recipe, images.classes, Options(), device)
     aim: Objective = CrossEntropy()
@@ -210,9 +213,9 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
                 for slot in range(162):
                     store.write(slot, every, logits)
             with redirect_stdout(io.StringIO()):  # the table has the names
-                aim = objective(recipe, student, teacher, data)
+                aim = build_loss(recipe, student, teacher, data)
             cache = LogitCache(teacher, store, encoding)
-            cached = CachedTeacher(data, [cache]) if recipe.method != "none" else None
+            cached = CachedTeacher(data, [cache]) if recipe.uses_teacher_logits else None
         settings = Options(device=str(device))  # one GPU, as the other rows
         trainer = Trainer(Run(Path(name), recipe, settings), student, aim, data, cached)
         trainer.model.train(None)
@@ -235,7 +238,7 @@ def theirs(options: Benchmark, row: str, device: Any) -> Iterator[None]:
 
     from cifar10.data import load_data
     from cifar10.models import CIFAR_INPUT, MODELS
-    from distill.losses.kd_loss import kd
+    from distill.losses.kd_loss import distillation_loss
 
     steps: list[Any] = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     if row != "usual":
@@ -265,11 +268,12 @@ def theirs(options: Benchmark, row: str, device: Any) -> Iterator[None]:
             images, there = pixels.to(device, memory_format=layout), labels.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=modern):
                 logits = student(images).float()
-                loss = F.cross_entropy(logits, there)
                 if taught:
                     with torch.no_grad():
-                        answers = teacher(images).float()
-                    loss = 0.8 * kd(logits, answers, temperature=3.0) + 0.2 * loss
+                        teacher_logits = teacher(images).float()
+                    loss = distillation_loss(logits, teacher_logits, there, T=3.0, w=0.8)
+                else:
+                    loss = F.cross_entropy(logits, there)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -21,6 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
+from distill.losses.kd_loss import KD  # noqa: E402
 from distill.options import option  # noqa: E402
 from scripts.dataset import take_dataset  # noqa: E402
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             "--render-size of the largest"
         )
     # Logits do not depend on the method, and this one takes images without labels; one image a step leaves out none.
-    recipe = recipe.changed({"method": "kd", "w": 1.0, "standardize": False, "overhaul": False})
+    recipe = replace(recipe, method=KD(w=1.0), features=None)
     more = {"train": dataset.module("train_ce").train} if dataset.name == "cifar10" else {}
     with dataset.open(replace(recipe, batch_size=1, accumulate=1), options, **more) as task:
         return work(task, options)

@@ -125,7 +125,7 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
             where["teacher_checkpoint"] = "published"
         if name.endswith("-finetuned"):
             where["init"] = str(directory / f"student-seed{seed}" / "last.pt")
-        return Run(f"{name}-seed{seed}", ours.changed({**mine, "seed": seed}), replace(options, **where))
+        return Run(f"{name}-seed{seed}", ours.with_flags({**mine, "seed": seed}), replace(options, **where))
 
     count = options.seeds or (3 if table == "full" else 1)
     teachers = [name for name in only if name.startswith("teacher-")]

@@ -21,9 +21,11 @@ sys.path[0] = str(ROOT)
 
 from cifar10.recipes import RECIPES  # noqa: E402
 from distill.config import cli  # noqa: E402
-from distill.config.recipe import Recipe  # noqa: E402
+from distill.config.recipe import Recipe, flatten  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.losses.methods import SETTINGS  # noqa: E402
+from distill.losses import METHODS  # noqa: E402
+from distill.losses.kd_loss import KD  # noqa: E402
+from distill.losses.overhaul import Overhaul  # noqa: E402
 from distill.options import flag  # noqa: E402
 
 RECORDS = ROOT / "checkpoints" / "records"
@@ -61,25 +63,22 @@ def rows(table: str) -> dict[str, Recipe]:
 
 
 def by_method(taught: Recipe) -> dict[str, Recipe]:
-    """The student of `taught` alone and by every method, else alike. Their flags are the authors' for CIFAR, but for
-    the rise of dkd: theirs takes 20 epochs of 240."""
-    nothing: dict[str, Any] = {
-        **dict.fromkeys((*SETTINGS, "method", "feature_weight", "teacher_arch")),
-        "overhaul": False,
-    }
-    alone = replace(taught, **nothing, standardize=False)
+    """Returns the student of `taught` alone and by every method, else alike.
+
+    Their flags are the authors' for CIFAR, but for the warm-up of dkd: theirs takes 20 epochs of 240.
+    """
     flags: dict[str, dict[str, Any]] = {
         "kd": {"T": 4.0, "w": 0.9},
         "kd-T1": {"T": 1.0, "kd_weight": 3.0},
         "kd-standardized": {"standardize": True, "kd_weight": 9.0, "ce_weight": 0.1},
-        "dkd": {"method": "dkd", "ramp": 2.0},
-        "nkd": {"method": "nkd"},
-        "dist": {"method": "dist"},
+        "dkd": {"method": "dkd", "kd_warmup": 2.0},
         "overhaul": {"overhaul": True},
         "overhaul-kd": {"overhaul": True, "T": 4.0, "w": 0.9},
     }
-    plain = replace(alone, teacher_arch=taught.teacher_arch)
-    return {"ce": alone, **{name: plain.changed(given) for name, given in flags.items()}}
+    flags |= {name: {"method": name} for name in METHODS if name not in (*flags, "none")}
+    alone = replace(taught, teacher_arch=None, method=None, features=None)
+    plain = replace(taught, method=KD(), features=None)
+    return {"ce": alone, **{name: plain.with_flags(given) for name, given in flags.items()}}
 
 
 def differs(table: str, name: str, recipe: Recipe) -> str | None:
@@ -90,9 +89,9 @@ def differs(table: str, name: str, recipe: Recipe) -> str | None:
         return f"{name} is no row of the table {table}, with -seedN behind it"
     if recipe.seed != int(found[2]):
         return f"{name} has --seed {recipe.seed}"
-    ours, theirs = recipe.to_dict(), row.to_dict()
-    if wrong := [key for key in theirs if key not in FREE and ours[key] != theirs[key]]:
-        return ", ".join(f"{flag(key)} of {name} is {ours[key]}, the table's {theirs[key]}" for key in wrong)
+    ours, theirs = flatten(recipe.to_dict()), flatten(row.to_dict())
+    if wrong := [key for key in theirs if key not in FREE and ours.get(key) != theirs[key]]:
+        return ", ".join(f"{flag(key)} of {name} is {ours.get(key)}, the table's {theirs[key]}" for key in wrong)
     return None
 
 
@@ -239,6 +238,16 @@ def methods() -> list[str]:
     return [*lines, "", made(found.values())]
 
 
+def losses() -> list[str]:
+    """Returns the lines of the table of methods."""
+    lines = ["| method | its term of the loss | flags (on photos) | source |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        if method.formula:
+            formula = method.formula.replace("|", "\\|") + (f"; {method.note}" if method.note else "")
+            lines.append(f"| `{name}` | {formula} | {method.flags()} | {method.source} |")
+    return [*lines, f"| `--overhaul` | {Overhaul.formula} | {Overhaul.flags()} | {Overhaul.source} |"]
+
+
 def made(rows_of_runs: Iterable[Sequence[dict[str, Any]]]) -> str:
     """What the runs of a table were made on, and by which commits."""
     runs = [run for row_of_runs in rows_of_runs for run in row_of_runs]
@@ -288,7 +297,7 @@ def written(text: str) -> str:
     """README's `text` with the tables as the records have them. Raises UserError if it has no place for them."""
     command = "`bash scripts/reproduce.sh {}`:"
     tables = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in TEACHERS}
-    tables["methods"] = [command.format("methods --data SUBSET"), "", *methods()]
+    tables |= {"methods": [command.format("methods --data SUBSET"), "", *methods()], "losses": losses()}
     for name, lines in tables.items():
         begin = MARKERS[0].format(name)
         head, _, rest = text.partition(begin)

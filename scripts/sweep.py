@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
+from distill.losses.kd_loss import KD  # noqa: E402
 from distill.options import option  # noqa: E402
 from scripts.dataset import take_dataset  # noqa: E402
 
@@ -25,7 +26,7 @@ class Sweep:
     """What a sweep goes through."""
 
     T_list: str = option("1,2,3,4", "temperatures, with commas", group="sweep")
-    w_list: str = option("0.5,0.8,0.9", "shares of the KD term, with commas", group="sweep")
+    w_list: str = option("0.5,0.8,0.9", "weights of the KD term, with commas", group="sweep")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,21 +42,23 @@ def main(argv: Sequence[str]) -> None:
     )
     if options.output:
         raise UserError("--output names one run: a sweep's runs lie side by side in checkpoints/")
-    if recipe.w is None or recipe.method != "kd":
+    method = recipe.method
+    if not isinstance(method, KD) or method.w is None:
         raise UserError("a sweep goes through --T and --w of --method kd: leave out --method, --kd-weight, --ce-weight")
     pairs = [(T, w) for T in numbers(options.T_list, "--T-list") for w in numbers(options.w_list, "--w-list")]
-    recipes = [replace(recipe, T=T, w=w) for T, w in pairs]  # all of them are checked before the first one trains
+    # all of them are checked before the first one trains
+    recipes = [replace(recipe, method=replace(method, T=T, w=w)) for T, w in pairs]
     train = dataset.module("train_kd").train
     start, rows = time.perf_counter(), []
-    for each in recipes:
-        print(f"== T {each.T:g}, w {each.w:g}")
-        rows.append((each, train(each, options) or {}))
+    for (T, w), each in zip(pairs, recipes, strict=True):
+        print(f"== T {T:g}, w {w:g}")
+        rows.append((T, w, train(each, options) or {}))
     print("\n| T | w | test accuracy | agreement with the teacher | seconds |")
     print("|---|---|---|---|---|")
-    for each, found in rows:
+    for T, w, summary in rows:
         print(
-            f"| {each.T:g} | {each.w:g} | {found['test_accuracy']:.2f} % | {found['agreement']:.2f} % "
-            f"| {found['wall_seconds']:.0f} |"
+            f"| {T:g} | {w:g} | {summary['test_accuracy']:.2f} % | {summary['agreement']:.2f} % "
+            f"| {summary['wall_seconds']:.0f} |"
         )
     print(f"\n{len(rows)} runs, {time.perf_counter() - start:.0f} s in this call")
 

@@ -16,7 +16,7 @@ from distill.config.recipe import Options, Recipe
 from distill.data.datasets import TensorData
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.losses.kd_loss import TopKLogits, top_k_logits
+from distill.losses.top_k import TopKLogits, top_k_logits
 from distill.teacher import cached
 from distill.teacher import store as logit_store
 from distill.teacher.cached import CachedTeacher, LogitCache

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from distill.losses.methods import METHODS
 from torch import Tensor, nn
 
 from cifar10 import train_ce, train_kd
@@ -26,7 +27,6 @@ from distill.errors import UserError
 from distill.features.overhaul import FeatureLoss, margin, partial_l2, pooled
 from distill.features.points import FeatureExtractor, find_feature_points
 from distill.files import checkpoint
-from distill.losses.methods import METHODS
 from distill.models import weights
 from distill.models.classifier import Classifier, InputSpec
 from distill.run.run import Run

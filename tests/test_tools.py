@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from distill.losses.methods import SETTINGS
 from torch import nn
 
 from cifar10 import task, train_ce, train_kd
@@ -18,7 +19,6 @@ from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.losses.methods import SETTINGS
 from distill.models.classifier import Classifier
 from scripts import benchmark, model_size, precompute, publish, reproduce, results, sweep
 from tests.conftest import teacher_file

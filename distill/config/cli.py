@@ -14,20 +14,20 @@ from typing import Any, NoReturn, TypeVar
 
 from distill.config import output
 from distill.config.environment import find_ranks, is_joined
+from distill.config.method_flags import FEATURE_FLAGS, METHOD_FLAGS, Choice
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError, lost_process, out_of_memory, too_many_files
-from distill.losses.methods import SETTINGS
+from distill.losses import METHODS
+from distill.losses.method import Method
+from distill.losses.overhaul import Overhaul
 from distill.options import allowed, flag, value_type
 
-LOSS_FORMULA = "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)"
-LOSS_LEGEND = """  s, t  logits of student and teacher     y  label     nats, mean over the images of a batch
-  T     temperature: higher shows more of what the teacher thinks of the wrong classes
-  w     share of the teacher's term: 0 is cross-entropy, 1 is the teacher alone"""
+LOSS_LEGEND = "s, t: logits of student and teacher, y: label; in nats, mean over the images of a batch"
 DISTILLATION_FIELDS = (
     *("teacher_arch", "ensemble", "teacher_image_size", "teacher_checkpoint", "teacher_precision", "teacher_weights"),
     *("teacher_mean", "teacher_std"),
     *("top_k", "store", "store_limit"),
-    *(*SETTINGS, "method", "standardize", "overhaul", "feature_weight", "teacher_bn", "show_features"),
+    *(*METHOD_FLAGS, *FEATURE_FLAGS, "method", "overhaul", "show_features"),
 )
 
 
@@ -41,13 +41,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError with the message of argparse."""
         raise UserError(re.sub(r"^argument (?:-\w/)?(--[\w-]+)\S*: must be", r"\1 must be", message))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """parse_args that takes `_` for `-` in flags and names the nearest flag of an unknown one."""
         namespace, unknown = self.parse_known_args([_hyphenate(token) for token in argv])
         if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
+            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+            known = [name for action in shown for name in action.option_strings]
             name = unknown[0].split("=")[0]
             if name in map(flag, DISTILLATION_FIELDS):
                 raise UserError(f"unknown argument {name} without a teacher: it is for trainKD.sh, and train.sh --kd")
@@ -75,39 +77,66 @@ def _converter(owner: type, known: "Field[Any]") -> Callable[[str], Any]:
     return convert
 
 
-def _add_flags(parser: Parser, owner: type, defaults: Any, hidden: Sequence[str]) -> None:
+def _add_flags(parser: Parser, defaults: Any, hidden: Sequence[str] = (), *, switches: bool = False) -> None:
+    """Adds a flag for each field of `defaults`, a dataclass made with `option`, but those that are `hidden`.
+
+    switches: flags of type bool can be turned off as well, since a recipe may have turned them on.
+    """
+    for known in fields(defaults):
+        if known.metadata and known.name not in hidden:
+            _add_flag(parser, known, defaults, switches)
+
+
+def _add_flag(parser: Parser, known: "Field[Any]", defaults: Any, switches: bool, *, listed: bool = True) -> None:
     groups = {group.title: group for group in parser._action_groups}
-    for known in fields(owner):  # type: ignore[arg-type]
-        if known.name in hidden:
-            continue
-        title = known.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        group = groups[title]
-        names = [*(f for f in known.metadata["flags"] if len(f) == 2), flag(known.name)]
-        names += [f for f in known.metadata["flags"] if len(f) > 2]
-        value, words = getattr(defaults, known.name), known.metadata["help"]
-        shown = words if value is None or isinstance(value, bool) else f"{words} (default: {value})"
-        settings: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS, "help": shown}
-        if value_type(owner, known.name) is bool:
-            # A recipe may have turned the switch on, so that it must be possible to turn it off.
-            on = issubclass(owner, Recipe) or getattr(defaults, known.name)
-            action = argparse.BooleanOptionalAction if on else "store_true"
-            group.add_argument(*names, action=action, **settings)
-            continue
-        metavar = "|".join(known.metadata["choices"]) or known.name.split("_")[-1].upper()
-        group.add_argument(*names, type=_converter(owner, known), metavar=metavar, **settings)
+    title = known.metadata["group"]
+    group = groups[title] if title in groups else parser.add_argument_group(title)
+    further = known.metadata["flags"]
+    names = [*(f for f in further if len(f) == 2), flag(known.name), *(f for f in further if len(f) > 2)]
+    value, words = getattr(defaults, known.name), known.metadata["help"]
+    shown = words if value is None or isinstance(value, bool) else f"{words} (default: {value})"
+    settings: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS}
+    if value_type(type(defaults), known.name) is bool:
+        settings["action"] = argparse.BooleanOptionalAction if switches or value else "store_true"
+    else:
+        settings["type"] = _converter(type(defaults), known)
+        settings["metavar"] = "|".join(known.metadata["choices"]) or known.name.split("_")[-1].upper()
+    group.add_argument(*names, help=shown if listed else argparse.SUPPRESS, **settings)
+    for alias in known.metadata["aliases"]:
+        group.add_argument(alias, help=argparse.SUPPRESS, **settings)
+
+
+def _add_method_flags(parser: Parser, method: Method, features: Overhaul, photos: bool) -> None:
+    """Adds the flags of all methods; --help lists those of `method`."""
+    _add_flags(parser, Choice(), switches=True)
+    _add_flags(parser, method, switches=True)
+    added = {known.name for known in fields(method)}
+    for other in METHODS.values():
+        for known in fields(other):
+            if known.name not in added:
+                _add_flag(parser, known, other.defaults(photos), True, listed=False)
+                added.add(known.name)
+    _add_flags(parser, features, switches=True)
+
+
+def _shown_method(argv: Sequence[str], base: Recipe) -> Method | None:
+    """Returns the method whose flags --help lists: that of --method, else of `base`."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--method")
+    name = parser.parse_known_args([_hyphenate(token) for token in argv])[0].method
+    return METHODS[name].defaults(base.photos) if base.method and name in METHODS else base.method
 
 
 def parse_flags(
     argv: Sequence[str], defaults: Settings, *, prog: str, description: str, positional: str | None = None
 ) -> Settings:
-    """`defaults`, a dataclass made with `option`, with the flags in `argv`; `positional`: see parse(). Raises
-    UserError.
+    """Returns `defaults`, a dataclass made with `option`, with the flags in `argv`.
+
+    positional: see parse(). Raises UserError.
     """
     parser = Parser(prog=prog, usage=_usage(positional), description=description)
     _add_positional(parser, positional)
-    _add_flags(parser, type(defaults), defaults, ())
+    _add_flags(parser, defaults)
     return replace(defaults, **_given(parser, argv, positional))
 
 
@@ -170,7 +199,7 @@ def parse(
         positional=positional,
     )
     name = find_recipe(settled.recipe or default, recipes, recipes[default].objective)
-    recipe = recipes[name].changed(given)
+    recipe = recipes[name].with_flags(given)
     if settled.show_recipe:
         print(json.dumps({"recipe": name, **recipe.to_dict()}, indent=2))
         raise SystemExit(0)
@@ -187,14 +216,20 @@ def read_flags(
     epilog: str = "",
     positional: str | None = None,
 ) -> tuple[dict[str, Any], Settings]:
-    """The fields of a recipe that `argv` gives, by name, and `options` with those that it gives. The flags of
-    distillation exist where `base` has a teacher. Raises UserError.
+    """Returns the fields of a recipe that `argv` gives, by name, and `options` with those that it gives.
+
+    The flags of distillation exist where `base` has a teacher. Raises UserError.
     """
-    hidden = DISTILLATION_FIELDS if base.objective == "ce" else ()
+    hidden, method = DISTILLATION_FIELDS if base.objective == "ce" else (), _shown_method(argv, base)
+    if method:
+        lines = [f"loss = {' + '.join(method.terms)}", *filter(None, [method.note]), LOSS_LEGEND]
+        description = "\n  ".join([f"{description}\n", *lines])
     parser = Parser(prog=prog, usage=_usage(positional), description=description, epilog=epilog)
     _add_positional(parser, positional)
-    _add_flags(parser, type(base), base, hidden)
-    _add_flags(parser, type(options), options, hidden)
+    _add_flags(parser, base, hidden, switches=True)
+    if method:
+        _add_method_flags(parser, method, base.features or Overhaul.defaults(base.photos), base.photos)
+    _add_flags(parser, options, hidden)
     given = _given(parser, argv, positional)
     return given, replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})
 

@@ -1,4 +1,4 @@
-"""Everything that defines a run, as frozen and validated dataclasses. Knows no torch, so that it loads at once.
+"""Everything that defines a run, as frozen and validated dataclasses. Loads no torch, so that it loads at once.
 
 `Recipe` is the identity of a run: two runs with equal recipes, data and teacher are the same run. `Options` is the
 rest: where things lie and how far to go this time. cli.py makes one flag from each field.
@@ -8,17 +8,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+from distill.config.method_flags import choose_method
 from distill.errors import UserError
-from distill.losses.methods import FEATURE_WEIGHT, FEATURES_SOURCE, METHODS, SETTINGS, STANDARDIZED, settle
+from distill.losses import METHODS
+from distill.losses.kd_loss import KD
+from distill.losses.method import STANDARDIZED_SOURCE, Method
+from distill.losses.overhaul import Overhaul
+from distill.losses.top_k import TEMPERATURES
 from distill.options import check_normalisation, option, validate
 
 Self = TypeVar("Self", bound="Recipe")
+LAST_FLAT_COMMIT = "1791190"  # the last one whose recipes have the method's flags beside the other fields
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run computes. Raises UserError, naming the flag, for a value out of range, and for a flag that the method
-    does not use. Flags of the method that are None become its authors' defaults for the kind of images (methods.py).
+    """What a run computes. With a teacher it has a `method`, and `features` where those are learned as well.
+
+    Raises UserError, naming the flag, for a value out of range and for flags that do not fit together.
     """
 
     photos: ClassVar[bool] = False  # whose defaults a method takes
@@ -27,6 +34,8 @@ class Recipe:
     teacher_arch: str | None = option(
         None, "the teacher; of several, with commas, their mean teaches", group="networks"
     )
+    method: Method | None = None
+    features: Overhaul | None = None
     ensemble: str = option(
         "logits",
         "of several teachers: the mean of their logits, or of their probabilities at the loss's temperature",
@@ -47,49 +56,6 @@ class Recipe:
         group="networks",
         least=16,
         most=2048,
-    )
-    T: float | None = option(None, "temperature of both softmaxes", group="distillation", least=1e-4, most=1e4)
-    w: float | None = option(None, "share of the KD term; the CE term has 1 - w", group="distillation", least=0, most=1)
-    method: str | None = option(
-        None,
-        "loss on logits, with the flags that it takes and their defaults (on photos): "
-        + "; ".join(f"{name}: {method}" for name, method in METHODS.items() if str(method))
-        + "; none: with --overhaul",
-        group="distillation",
-        choices=tuple(METHODS),
-    )
-    standardize: bool = option(
-        False, "kd and dkd on logits less their mean, over their deviation, image by image", group="distillation"
-    )
-    alpha: float | None = option(None, "of dkd: weight of (label, not label)", group="distillation", least=0)
-    beta: float | None = option(
-        None, "of dkd: weight of the other classes; of dist: of the classes' correlation", group="distillation", least=0
-    )
-    gamma: float | None = option(
-        None, "of nkd: weight of the other classes; of dist: of the images' correlation", group="distillation", least=0
-    )
-    tau: float | None = option(None, "temperature of dkd, nkd, dist", group="distillation", least=1e-4, most=1e4)
-    ramp: float | None = option(
-        None, "of dkd, nkd, dist: epochs over which the weight rises, 1/N in the first", group="distillation", least=0
-    )
-    kd_weight: float | None = option(
-        None, "of the term on logits; with kd in place of --w", group="distillation", least=0
-    )
-    ce_weight: float | None = option(None, "of the CE term; with kd in place of --w", group="distillation", least=0)
-    overhaul: bool = option(
-        False,
-        "learn the teacher's features as well; without a method given, in place of its logits",
-        group="distillation",
-    )
-    feature_weight: float | None = option(
-        None, "of --overhaul, per image (default: 1e-3, on ImageNet 1e-4)", group="distillation", least=0
-    )
-    teacher_bn: str = option(
-        "eval",
-        "statistics that the teacher's BatchNorm uses for features: its own (eval), or the batch's, as the authors of "
-        "overhaul have it",
-        group="distillation",
-        choices=("eval", "batch"),
     )
     epochs: int = option(60, "passes over the training images", group="training", least=1)
     batch_size: int = option(
@@ -229,85 +195,69 @@ class Recipe:
         validate(self)
         check_normalisation(self, "mean", "std")
         check_normalisation(self, "teacher_mean", "teacher_std")
-        given = {name: getattr(self, name) for name in SETTINGS}
-        wanted = {"T", "w", "kd_weight"} & {name for name, value in given.items() if value is not None}
-        method = self.method or ("kd" if wanted or not self.overhaul else "none")
-        try:
-            settled = settle(given, method, photos=self.photos, standardize=self.standardize)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        weight = FEATURE_WEIGHT[self.photos] if self.overhaul and self.feature_weight is None else self.feature_weight
-        for name, value in {**settled, "method": method, "feature_weight": weight}.items():
-            object.__setattr__(self, name, value)
-        validate(self)
-        self._check_method(method)
+        if bool(self.teacher_arch) != (self.method is not None):
+            raise UserError("a recipe has both a teacher and a method, or neither")
+        if self.method:
+            self._check_method(self.method)
+        self._check_features()
+        self._check_teachers()
+        self._check_views()
 
-    def _check_method(self, method: str) -> None:
-        known = METHODS[method]
-        if method == "none" and not self.overhaul:
-            raise UserError("--method none is for --overhaul; without both, trainCE trains by cross-entropy")
-        if not self.overhaul and (self.feature_weight is not None or self.teacher_bn != "eval"):
-            raise UserError("--feature-weight and --teacher-bn belong to --overhaul")
-        if self.teacher_arch and not any(self.shares):
-            hint = "add --method kd --w 1" if self.overhaul else "one of them must be more"
+    def _check_method(self, method: Method) -> None:
+        if not method.needs_teacher_logits and not self.features:
+            raise UserError(f"--method {method.name} is for --overhaul; without both, trainCE trains by cross-entropy")
+        if not any(method.weights):
+            hint = "add --method kd --w 1" if self.features else "one of them must be more"
             raise UserError(f"--kd-weight 0 and --ce-weight 0 leave the last layer untaught: {hint}")
-        if method == "dist" and self.batch_size < 2 * self.accumulate:
-            raise UserError("--method dist correlates across images: --batch-size must be 2 for each of --accumulate")
-        if (self.padding != 4 or self.reflect or self.alternate_flip) and self.augment != "crop_flip":
-            raise UserError("--padding, --reflect and --alternate-flip belong to --augment crop_flip of small images")
-        if self.size_at(self.epochs - 1):
-            raise UserError(f"--sizes {self.sizes} leaves none of {self.epochs} epochs at the student's own size")
-        if self.overhaul and self.sizes:
+        if method.correlates_images and self.batch_size < 2 * self.accumulate:
+            raise UserError(
+                f"--method {method.name} correlates across images: --batch-size must be 2 for each of --accumulate"
+            )
+        if self.mixup and method.needs_labels:
+            raise UserError(f"--method {method.name} wants one label for each image, and --mixup gives it two")
+        if self.top_k and (method.standardize or not method.supports_top_k):
+            able = ", ".join(name for name, other in METHODS.items() if other.supports_top_k)
+            raise UserError(f"--top-k is for --method {able}, and not for --standardize, which wants all logits")
+        if self.top_k and method.T not in TEMPERATURES:
+            raise UserError(f"--top-k knows what the other classes sum to at --T 1, 2, 3 and 4, not {method.T:g}")
+
+    def _check_features(self) -> None:
+        if self.features and self.sizes:
             raise UserError("--overhaul compares features of one size: leave out --sizes")
-        if len(self.teacher_archs) > 1 and (self.overhaul or self.top_k):
+        if self.features and self.compile:
+            raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
+
+    def _check_teachers(self) -> None:
+        if len(self.teacher_archs) > 1 and (self.features or self.top_k):
             raise UserError("--overhaul and --top-k take one teacher")
         if len(self.teacher_archs) > 1 and (self.teacher_mean or self.teacher_weights):
             raise UserError("--teacher-mean, --teacher-std and --teacher-weights are of one teacher, here are several")
         if len(self.teacher_archs) < 2 and self.ensemble != "logits":
             raise UserError("--ensemble is for several teachers: --teacher-arch A,B")
-        if self.overhaul and self.compile:
-            raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
-        if self.standardize and known.standardized is None:
-            raise UserError(f"--standardize is for kd and dkd, not for --method {method}")
-        if self.mixup and known.labels:
-            raise UserError(f"--method {method} wants one label for each image, and --mixup gives it two")
-        if self.top_k and (self.standardize or not known.top_k):
-            able = ", ".join(name for name, other in METHODS.items() if other.top_k)
-            raise UserError(f"--top-k is for --method {able}, and not for --standardize, which wants all logits")
-        if self.top_k and (self.T or self.tau) not in (1, 2, 3, 4):
-            name, value = ("--T", self.T) if self.T else ("--tau", self.tau)
-            raise UserError(f"--top-k knows what the other classes sum to at {name} 1, 2, 3 and 4, not {value:g}")
 
-    def changed(self: Self, given: Mapping[str, Any]) -> Self:
-        """The recipe with the fields `given`. Where that means another method, it comes with its own defaults, not with
-        what this one's flags are; replace() would keep them.
+    def _check_views(self) -> None:
+        if (self.padding != 4 or self.reflect or self.alternate_flip) and self.augment != "crop_flip":
+            raise UserError("--padding, --reflect and --alternate-flip belong to --augment crop_flip of small images")
+        if self.size_at(self.epochs - 1):
+            raise UserError(f"--sizes {self.sizes} leaves none of {self.epochs} epochs at the student's own size")
+
+    def with_flags(self: Self, given: Mapping[str, Any]) -> Self:
+        """Returns the recipe with the values of the flags `given`, by name.
+
+        Those of the method are among them: choose_method() says what they mean. Raises UserError.
         """
-        given = dict(given)
-        overhaul = given.get("overhaul", self.overhaul)
-        asks_for_logits = bool({"T", "w", "kd_weight"} & given.keys())
-        method = given.get("method") or self.method
-        if not given.get("method"):
-            if overhaul and not self.overhaul and not asks_for_logits:
-                method = "none"
-            elif method == "none" and (asks_for_logits or not overhaul):
-                method = "kd"
-        if method != self.method:
-            given = {**dict.fromkeys(SETTINGS), **given, "method": method}
-            if method in METHODS and METHODS[method].standardized is None:
-                given.setdefault("standardize", False)
-        elif {"kd_weight", "ce_weight"} & given.keys() and method == "kd":
-            given.setdefault("w", None)
-        elif "w" in given:
-            given = {"kd_weight": None, "ce_weight": None, **given}
-        if given.get("standardize", self.standardize) != self.standardize:
-            given = {"T": None, "tau": None, **given}
-        if not overhaul and self.overhaul:
-            given = {"feature_weight": None, "teacher_bn": "eval", **given}
-        return replace(self, **given)
+        names = {f.name for f in fields(self)} - {"method", "features"}
+        changes = {name: value for name, value in given.items() if name in names}
+        if self.method:
+            others = {name: value for name, value in given.items() if name not in names}
+            method, features = choose_method(self.method, self.features, others, self.photos)
+            return replace(self, **changes, method=method, features=features)
+        return replace(self, **changes)
 
     def size_at(self, epoch: int) -> int | None:
-        """Pixels that the student sees in `epoch`, from 0; None where they are its own. Raises UserError for --sizes
-        that do not have the form PIXELS:EPOCHS,...
+        """Returns the pixels that the student sees in `epoch`, from 0; None where they are its own.
+
+        Raises UserError for --sizes that do not have the form PIXELS:EPOCHS,...
         """
         for part in self.sizes.split(",") if self.sizes else ():
             pixels, _, epochs = part.strip().partition(":")
@@ -330,76 +280,98 @@ class Recipe:
 
     @property
     def temperature(self) -> float:
-        """Of the term on logits; 1 where there is none."""
-        return self.T or self.tau or 1.0
+        """The temperature of the term on logits; 1 where there is none."""
+        return self.method.T if self.method else 1.0
+
+    @property
+    def uses_teacher_logits(self) -> bool:
+        """Whether the loss has a term on the teacher's logits."""
+        return self.method is not None and self.method.needs_teacher_logits
+
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """The weights of the term on logits and of the CE term."""
+        return self.method.weights if self.method else (0.0, 1.0)
 
     @property
     def trained_by(self) -> str:
         """`CE`, `KD from resnet18`, `KD standardized from resnet18`, `DIST and features from resnet18`."""
-        if self.objective == "ce":
+        if not self.method:
             return "CE"
-        words = [] if self.method == "none" else [f"{self.method}".upper() + " standardized" * self.standardize]
-        words += ["features"] if self.overhaul else []
+        words = [self.method.name.upper() + " standardized" * self.method.standardize]
+        words = (words if self.method.needs_teacher_logits else []) + ["features"] * (self.features is not None)
         return f"{' and '.join(words)} from {' + '.join(self.teacher_archs)}"
 
     @property
-    def shares(self) -> tuple[float, float]:
-        """(of the term on logits, of the CE term)."""
-        if self.w is not None:
-            return self.w, 1 - self.w
-        return self.kd_weight or 0.0, self.ce_weight or 0.0
-
-    @property
-    def settings(self) -> dict[str, float]:
-        """The flags of the method, as they are in force."""
-        found = {name: getattr(self, name) for name in SETTINGS}
-        return {name: value for name, value in found.items() if value is not None}
-
-    @property
     def formula(self) -> str:
-        """The loss of the run in a line, with the values in force."""
-        method, values = METHODS[self.method or ""], self.settings
-        shares = ("w", "(1 - w)") if self.w is not None else ("kd_weight", "ce_weight")
-        rising = "min(epoch / ramp, 1) * " if self.ramp else ""
-        if not self.ramp:
-            values.pop("ramp", None)
-        terms = [] if self.method == "none" else [f"{shares[0]} * {rising}{method.formula}"]
-        terms.append(f"{shares[1]} * CE(s, y)")
-        if self.overhaul:
-            terms.append("feature_weight * sum over stages of partial_l2 / (2^(stages after it) * B)")
-            values["feature_weight"] = self.feature_weight or 0.0
-        notes = [method.note, method.source, STANDARDIZED if self.standardize else ""]
-        notes += [FEATURES_SOURCE] if self.overhaul else []
+        """The loss of the run in a line, with the values in force; empty without a teacher."""
+        if not self.method:
+            return ""
+        terms, values = self.method.terms, self.method.numbers
+        if not self.method.kd_warmup:
+            values.pop("kd_warmup", None)
+        notes = [self.method.note, self.method.source, STANDARDIZED_SOURCE if self.method.standardize else ""]
+        if self.features:
+            terms.append(f"feature_weight * {self.features.formula}")
+            values["feature_weight"] = self.features.feature_weight
+            notes.append(self.features.source)
         shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         return "; ".join([f"loss = {' + '.join(terms)}  with {shown}", *filter(None, notes)])
 
     @property
     def run_name(self) -> str:
         """The name of the run's directory below its student's."""
-        if self.objective == "ce":
+        if not self.method:
             return f"ce-seed{self.seed}"
-        words = ["overhaul"] if self.overhaul else []
-        words += [] if self.method == "none" else [f"{self.method}{'-standardized' if self.standardize else ''}"]
+        method, features = self.method, self.features
+        words = ["overhaul"] if features else []
+        words += [f"{method.name}{'-standardized' * method.standardize}"] if method.needs_teacher_logits else []
         words.append("+".join(self.teacher_archs))
         words += [self.ensemble] if self.ensemble != "logits" else []
-        usual = {} if self.method == "kd" else METHODS[self.method or ""].defaults(self.photos, self.standardize)
-        values = {name: value for name, value in self.settings.items() if usual.get(name) != value}
-        if self.overhaul and self.feature_weight != FEATURE_WEIGHT[self.photos]:
-            values["feature_weight"] = self.feature_weight or 0.0
+        usual = method.defaults(self.photos).changed({"standardize": True} if method.standardize else {}, self.photos)
+        hidden = {} if isinstance(method, KD) else usual.numbers  # of plain kd T and w are always named
+        values = {name: value for name, value in method.numbers.items() if hidden.get(name) != value}
+        if features and features.feature_weight != features.defaults(self.photos).feature_weight:
+            values["feature_weight"] = features.feature_weight
         words += [f"{name.replace('_', '')}{value:g}" for name, value in values.items()]
-        words += ["bnbatch"] if self.teacher_bn == "batch" else []
+        words += ["bnbatch"] if features and features.teacher_bn == "batch" else []
         return "-".join([*words, f"seed{self.seed}"])
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the fields as a record holds them, `method` and `features` as dictionaries or None."""
+        nested = {"method": self.method, "features": self.features}
+        return {**asdict(self), **{name: value.to_dict() if value else None for name, value in nested.items()}}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """The inverse of to_dict. Raises UserError for fields of another version of this program."""
+    def from_dict(cls: type[Self], values: Mapping[str, Any]) -> Self:
+        """Returns the recipe of to_dict(). Raises UserError for fields of another version of this program."""
+        if "T" in values:
+            raise UserError(f"the recipe is of an earlier version: commit {LAST_FLAT_COMMIT} is the last that reads it")
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise UserError(f"the recipe has fields that this version does not know: {', '.join(unknown)}")
-        return cls(**values)  # what an older version did not know is at its default
+        nested: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "features": {Overhaul.name: Overhaul}}
+        built = {name: _build(name, values.get(name), classes) for name, classes in nested.items()}
+        return cls(**{**values, **built})  # what an older version did not know is at its default
+
+
+def _build(field: str, values: Mapping[str, Any] | None, classes: Mapping[str, type[Any]]) -> Any:
+    """Returns the object whose to_dict() is `values`. Raises UserError."""
+    if values is None:
+        return None
+    try:
+        return classes[values["name"]](**{name: value for name, value in values.items() if name != "name"})
+    except (LookupError, TypeError):
+        raise UserError(f"the recipe has a {field} that this version does not know: {values}") from None
+
+
+def flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of Recipe.to_dict() with those of its method and features beside the others, by flag."""
+    flat: dict[str, Any] = {}
+    for name, value in recipe.items():
+        nested = name in ("method", "features") and isinstance(value, Mapping)
+        flat |= {name: value["name"], **{k: v for k, v in value.items() if k != "name"}} if nested else {name: value}
+    return flat
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.data.draws import ViewDraws
 from distill.data.order import EpochPlan, Selection
 from distill.data.views import ViewPolicy, Views, mix
-from distill.losses.kd_loss import TopKLogits
+from distill.losses.top_k import TopKLogits
 
 
 class Images(Protocol):

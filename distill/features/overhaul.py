@@ -1,7 +1,4 @@
-"""Overhaul feature distillation: the student's features before each stage's last activation learn the teacher's.
-
-Heo et al. 2019, A Comprehensive Overhaul of Feature Distillation, arXiv:1904.01866.
-"""
+"""Features of student and teacher, connected, for the loss of distill/losses/overhaul.py."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,42 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.data.datasets import Batch
 from distill.features.points import FeatureExtractor, FeaturePoint, find_feature_points
+from distill.losses.overhaul import Overhaul, margin
 from distill.models.classifier import Classifier
 from distill.parallel.devices import wrap_inference
 from distill.parallel.processes import reduce, world_size
 from distill.teacher.teacher import Teacher
 
 MEASURED = 10_000  # images
-
-
-def margin(gamma: Tensor, beta: Tensor) -> Tensor:
-    """The mean of the negative part of a normal distribution with mean beta and deviation |gamma|, per channel:
-    m = mu - sigma * phi(mu / sigma) / Phi(-mu / sigma), and -3 sigma where hardly anything is negative
-    (Phi(-mu / sigma) <= 0.001); where sigma is 0, min(mu, 0).
-
-    gamma, beta: (C,), weight and bias of a BatchNorm -> float32 (C,).
-    """
-    mu, sigma = beta.detach().double(), gamma.detach().double().abs()
-    ratio = mu / sigma.clamp(min=torch.finfo(torch.float64).tiny)
-    negative = torch.special.ndtr(-ratio)
-    density = torch.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi)
-    found = torch.where(negative > 0.001, mu - sigma * density / negative.clamp(min=1e-3), -3 * sigma)
-    return torch.where(sigma > 0, found, mu.clamp(max=0)).float()
-
-
-def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
-    """Sum over all elements of (s - t')^2 with t' = max(t, margin), without those where s <= t' <= 0.
-
-    student, teacher: (B, C, H, W), the teacher's raw feature; margin: (C,) -> scalar, computed in float32. The gradient
-    goes to the student alone. Raises ValueError if the shapes do not fit.
-    """
-    if student.dim() != 4 or student.shape != teacher.shape or margin.shape != student.shape[1:2]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (student, teacher, margin))
-        raise ValueError(f"features must both be (B, C, H, W) and the margin (C,), got {shapes}")
-    own = student.float()
-    target = torch.maximum(teacher.detach().float(), margin.detach().float().view(1, -1, 1, 1))
-    counts = (own > target) | (target > 0)
-    return ((own - target) ** 2 * counts).sum()
 
 
 class Connected(nn.Module):
@@ -71,6 +39,7 @@ class Connected(nn.Module):
         self.connectors.to(student.mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns the logits, and the features as the teacher has them."""
         logits, features = self.tapped(images)
         precision = self.tapped.classifier.precision
         with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
@@ -99,11 +68,11 @@ def pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class FeatureLoss:
-    """sum over the stages i of L of partial_l2 / (2^(L - 1 - i) * B), and what it takes: the places of both networks,
-    aligned at the end, the teacher's margins, and `learner`, the student with its connectors, which is trained.
+    """The loss `method` on features, and what it takes.
 
-    teacher_bn: `batch` lets the teacher's BatchNorm use the statistics of the batch; its running ones do not move.
-    Raises UserError where a network's stages cannot be found.
+    That is the places of both networks, aligned at the end, the teacher's margins, and `learner`, the student with its
+    connectors, which is trained. method.teacher_bn: `batch` lets the teacher's BatchNorm use the statistics of the
+    batch; its running ones do not move. Raises UserError where a network's stages cannot be found.
     """
 
     def __init__(
@@ -111,17 +80,17 @@ class FeatureLoss:
         student: Classifier,
         teacher: Teacher,
         names: tuple[str, str],
+        method: Overhaul = Overhaul(),  # noqa: B008 it is frozen
         *,
         seed: int = 0,
-        teacher_bn: str = "eval",
         device_name: str = "cpu",
     ) -> None:
         own, known = find_feature_points(student, names[0]), find_feature_points(teacher.network, names[1])
         count = min(len(own), len(known))
-        self.own, self.known = own[-count:], known[-count:]
+        self.method, self.own, self.known = method, own[-count:], known[-count:]
         self.learner = Connected(student, self.own, self.known, seed)
         norms = [module for module in teacher.network.modules() if isinstance(module, _BatchNorm)]
-        self._norms = norms if teacher_bn == "batch" else []
+        self._norms = norms if method.teacher_bn == "batch" else []
         tapped = FeatureExtractor(teacher.network, self.known)
         self._device = teacher.network.mean.device
         self._teacher = wrap_inference(tapped, self._device, device_name)
@@ -143,8 +112,9 @@ class FeatureLoss:
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
-        """Where the teacher has no BatchNorm at a place: the mean of a channel's negative values over `batches`, as far
-        as MEASURED images.
+        """Measures the margin where the teacher has no BatchNorm at a feature point.
+
+        It is the mean of a channel's negative values over `batches`, as far as MEASURED images.
         """
         missing = [k for k, found in enumerate(self.margins) if found is None]
         if not missing:
@@ -165,15 +135,16 @@ class FeatureLoss:
             self.margins[k] = (total[0] / total[1].clamp(min=1)).float().to(self._device)
 
     def __call__(self, features: Sequence[Tensor], images: Tensor) -> Tensor:
-        """features: the student's, connected; images: uint8 (B, H, W, 3), the same that it has seen."""
-        known = self.known_features(images)
-        total = torch.zeros((), device=images.device)
-        for stage, (own, target) in enumerate(zip(features, known, strict=True)):
-            limit = self.margins[stage]
-            assert limit is not None
-            loss = partial_l2(own, pooled(target, (own.shape[2], own.shape[3])), limit)
-            total = total + loss / 2 ** (len(features) - 1 - stage)
-        return total / len(images)
+        """Returns the loss, a scalar.
+
+        features: the student's, connected; images: uint8 (B, H, W, 3), the same that it has seen.
+        """
+        known = [
+            pooled(target, (own.shape[2], own.shape[3]))
+            for own, target in zip(features, self.known_features(images), strict=True)
+        ]
+        margins = [limit for limit in self.margins if limit is not None]
+        return self.method(features, known, margins)
 
     def __str__(self) -> str:
         lines = ["features (channels, height, width), before the last activation of a stage or after a linear block:"]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from distill.config.recipe import Recipe
+from distill.config.method_flags import FEATURE_FLAGS, METHOD_FLAGS
+from distill.config.recipe import Recipe, flatten
 from distill.data.datasets import Images
 from distill.options import flag
 from distill.parallel.devices import replicas
@@ -21,13 +22,19 @@ def identify(data: Images, init_digest: str | None, device_name: str) -> dict[st
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns the fields in which two runs differ; each run is its recipe and facts in one dict."""
+    """Returns the fields in which two runs differ; each run is its recipe and facts in one dict.
+
+    Those of the method are named by its flags.
+    """
+    before, now = flatten(before), flatten(now)
     return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in NOT_COMPARED]
 
 
 def format_diff(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:
     """Returns `--lr was 0.1, is 0.2, data_digest was 1, is 2` for the `changed` fields of two runs."""
     flags = {name for owner in (Recipe, *Recipe.__subclasses__()) for name in vars(owner)["__dataclass_fields__"]}
+    flags = flags - {"features"} | {*METHOD_FLAGS, *FEATURE_FLAGS}
+    before, now = flatten(before), flatten(now)
     old, new = ({key: str(values.get(key))[:24] for key in changed} for values in (before, now))  # a digest is long
     return ", ".join(f"{flag(key) if key in flags else key} was {old[key]}, is {new[key]}" for key in changed)
 

@@ -108,16 +108,14 @@ class Run(RunDirectory):
         recipe, best_kept = self.recipe, self.best()
         if best := results.get("best_epoch"):
             best["weights"] = BEST if best_kept == best["epoch"] else None
-        taught = recipe.objective == "kd"
         summary: dict[str, Any] = {
             "arch": recipe.arch,
             "teacher_arch": recipe.teacher_arch,
             "objective": recipe.objective,
             "trained_by": recipe.trained_by,
-            "method": recipe.method if taught else None,
-            "T": recipe.T if taught else None,
-            "w": recipe.w if taught else None,
-            "formula": recipe.formula if taught else None,
+            "method": recipe.method.to_dict() if recipe.method else None,
+            "features": recipe.features.to_dict() if recipe.features else None,
+            "formula": recipe.formula or None,
             "seed": recipe.seed,
             "view_seed": recipe.view_seed,
             "data": {"name": self.facts["data"], "digest": self.facts["data_digest"]},

@@ -13,42 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import Batch, Images, TestData, TrainingData
-from distill.losses.kd_loss import TopKLogits, top_k_error
-from distill.models.classifier import Classifier
+from distill.data.datasets import Batch, Images, TrainingData
+from distill.losses.top_k import TopKLogits
 from distill.parallel.processes import gather
 from distill.run.directory import CHECKPOINTS
 from distill.teacher.ensemble import Ensemble, mean_logits
-from distill.teacher.report import COMPARED, TeacherReport
 from distill.teacher.store import Encoding, LogitStore, fits, store_key
 from distill.teacher.teacher import Teacher
-from distill.training.objectives import logit_loss
 
 STORES = CHECKPOINTS / "stores"
 FLUSH_SECONDS = 60.0  # what a kill costs at most of the teacher's work
-
-
-@torch.no_grad()
-def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, known: TeacherReport) -> float | None:
-    """|g_k - g| / |g| of the gradient of the term on logits, on test images before training; printed. None without
-    --top-k.
-    """
-    if not recipe.top_k:
-        return None
-    found: list[Tensor] = []
-    for images, _ in test.batches():
-        found.append(student.eval()(images).cpu())
-        if sum(map(len, found)) >= COMPARED:
-            break
-    logits = torch.cat(found)[:COMPARED]
-    with torch.enable_grad():
-        labels = test.labels[:COMPARED].cpu()
-        error = top_k_error(logit_loss(recipe), logits, known.logits[: len(logits)], labels, recipe.top_k)
-    print(
-        f"top-k: with {recipe.top_k} logits of an answer the gradient of the term on logits differs by "
-        f"{100 * error:.2g} % from that with all, on {len(logits)} test images, the student as before training"
-    )
-    return error
 
 
 @dataclass
@@ -218,7 +192,7 @@ def cache_teachers(
 
     Each of `teachers` has a store, unless that is turned off or would be too large.
     """
-    if recipe.method == "none":
+    if not recipe.uses_teacher_logits:
         return None
     members = list(zip(teachers.archs, teachers.members, strict=True))
     caches = [_open_cache(recipe, options, data, training, arch, teacher) for arch, teacher in members]

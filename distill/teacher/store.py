@@ -24,7 +24,7 @@ from torch import Tensor
 from distill.data.datasets import TrainingData
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.losses.kd_loss import TEMPERATURES, TopKLogits, top_k_logits
+from distill.losses.top_k import TEMPERATURES, TopKLogits, top_k_logits
 from distill.teacher.teacher import Teacher
 
 KEY, ASIDE = "key.json", ".damaged"

@@ -176,7 +176,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     def check_student(self, student: Classifier) -> None:
         """Raises UserError for what cannot be trained, before hours are spent on a teacher."""
         check_batch_norm(student, self.recipe.arch, self.recipe, self.options.device)
-        if self.recipe.overhaul:
+        if self.recipe.features:
             find_feature_points(student, self.recipe.arch)
             network = self.teacher_network()
             with torch.random.fork_rng(devices=[]):
