@@ -13,7 +13,7 @@ from cifar10.data import ImageData, load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import TensorTestData, TensorData
+from distill.data.datasets import TensorData, TensorTestData
 from distill.data.order import split_validation
 from distill.errors import UserError
 from distill.files import checkpoint
