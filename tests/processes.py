@@ -21,13 +21,14 @@ from cifar10.models import CIFAR_INPUT, MODELS, build_student
 from distill.config import cli
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
+from distill.losses.overhaul import NoLogits, Overhaul
 from distill.models.classifier import Classifier
 from distill.parallel import devices, processes
 from distill.run.run import Run
 from distill.teacher.teacher import Teacher
 from distill.training.engine import fit
 from distill.training.evaluation import evaluate
-from distill.training.objectives import CrossEntropy, Objective, Step, objective
+from distill.training.objectives import CrossEntropy, Objective, Step, build_loss
 from distill.training.stop import Stopped
 from imagenet import survey, train_ce
 from imagenet.data import PhotoTestData
@@ -81,8 +82,8 @@ def main(argv: list[str]) -> None:
     if case == "overhaul":
         torch.manual_seed(5)
         teacher = Teacher(Classifier(MODELS.build("resnet18", len(data.classes)), CIFAR_INPUT).double())
-        with_features = replace(recipe, teacher_arch="resnet18", overhaul=True, method="none", T=None, w=None)
-        aim = objective(with_features, student, teacher, training)
+        with_features = replace(recipe, teacher_arch="resnet18", method=NoLogits(), features=Overhaul())
+        aim = build_loss(with_features, student, teacher, training)
     if one_step:  # in float64: float32's own rounding grows to 1e-4 of the largest gradient on some processors
         learner = (aim.model or student).double()
         norms = [module for module in learner.modules() if isinstance(module, nn.BatchNorm2d)]

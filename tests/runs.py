@@ -8,6 +8,7 @@ from torch import nn
 from cifar10.data import load_data, prepare
 from distill.config.recipe import Options, Recipe
 from distill.files import checkpoint
+from distill.losses.kd_loss import KD
 from distill.models.classifier import Classifier, InputSpec
 from distill.run.run import Run
 from distill.teacher.cached import CachedTeacher, LogitCache
@@ -31,7 +32,7 @@ def small_network(classes: int = 4, seed: int = 0) -> Classifier:
 
 
 def taught(T: float, w: float, labelled: bool = True) -> Distillation:
-    return distillation(Recipe(teacher_arch="teacher", T=T, w=w), labelled)
+    return distillation(Recipe(teacher_arch="teacher", method=KD(T=T, w=w)), labelled)
 
 
 def train(

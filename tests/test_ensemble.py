@@ -12,12 +12,22 @@ from cifar10.models import MODELS
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.files import checkpoint
+from distill.losses import kd_loss
+from distill.losses.overhaul import Overhaul
 from distill.teacher.ensemble import mean_logits, member_files
 from distill.training.stop import Stopped
 from imagenet import train_kd as photos_kd
 
 ARCHS = ("airbench94", "densenet_cifar")
-KD = Recipe(arch="airbench94", teacher_arch=",".join(ARCHS), T=4.0, w=0.9, epochs=2, batch_size=8, lr=0.05, warmup=0)
+KD = Recipe(
+    arch="airbench94",
+    teacher_arch=",".join(ARCHS),
+    method=kd_loss.KD(T=4.0, w=0.9),
+    epochs=2,
+    batch_size=8,
+    lr=0.05,
+    warmup=0,
+)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -77,8 +87,8 @@ def test_one_teacher_is_its_own_mean(home: Path, small_npz: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"overhaul": True}, "--overhaul and --top-k take one teacher"),
-        ({"top_k": 2, "T": 4.0}, "--overhaul and --top-k take one teacher"),
+        ({"features": Overhaul()}, "--overhaul and --top-k take one teacher"),
+        ({"top_k": 2}, "--overhaul and --top-k take one teacher"),
         ({"teacher_arch": "resnet18", "ensemble": "probabilities"}, "--ensemble is for several teachers"),
     ],
 )

@@ -194,9 +194,9 @@ def test_a_full_disk_costs_the_store_not_the_run(
 
 
 def test_what_a_store_depends_on(small_npz: Path, tmp_path: Path) -> None:
-    """Teacher, precision, images, policy, view seed, what is mixed; not the number of views, epochs, T, w, seed."""
+    """Teacher, precision, images, policy, view seed, what is mixed; not the number of views, epochs, seed."""
     first = store_of(tmp_path, small_npz)[2].path
-    for same_store in ({"views": 5}, {"seed": 3}, {"epochs": 9}, {"T": 1.0}, {"val_split": 5}):
+    for same_store in ({"views": 5}, {"seed": 3}, {"epochs": 9}, {"val_split": 5}):
         assert store_of(tmp_path, small_npz, replace(RECIPE, **same_store))[2].path == first  # type: ignore[arg-type]
     others = [store_of(tmp_path, small_npz, seed=2)[2].path]
     for change in ({"view_seed": 1}, {"augment": "none", "views": None}, {"cutout": 8}, {"mixup": True}):
@@ -254,7 +254,7 @@ def test_train_kd_uses_the_store(small_npz: Path, tmp_path: Path, capsys: pytest
     full, said = state("full")
     assert "teacher: 0 views computed, 80 were in the store" in said
     assert without == filling == full
-    assert "0 views computed" in state("other", replace(KD, T=1.0, w=0.5, seed=3, epochs=1))[1]
+    assert "0 views computed" in state("other", KD.with_flags({"T": 1.0, "w": 0.5, "seed": 3, "epochs": 1}))[1]
     assert "store: off: 2 views of 40 images" in state("limit", store_limit=0)[1]
     summary = json.loads((tmp_path / "full" / "summary.json").read_text())
     assert summary["teacher_precision"]["images"] == 20
@@ -332,7 +332,7 @@ def test_train_kd_with_top_k(small_npz: Path, tmp_path: Path, capsys: pytest.Cap
     states = [checkpoint.load(tmp_path / name / "last.pt") for name in "ab"]
     assert checkpoint.digest(states[0]["student"]) == checkpoint.digest(states[1]["student"])
     with pytest.raises(UserError, match="--top-k knows what the other classes sum to at --T"):
-        replace(KD, top_k=2, T=2.5)
+        KD.with_flags({"top_k": 2, "T": 2.5})
 
 
 def test_a_segment_that_is_gone_or_cannot_be_put_aside(

@@ -14,6 +14,7 @@ from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch, Mixture, TensorTestData
 from distill.errors import UserError
 from distill.files import checkpoint
+from distill.losses.dist import DIST
 from distill.models import weights
 from distill.training.evaluation import evaluate
 from distill.training.metrics import Tally
@@ -237,7 +238,7 @@ def test_distillation_is_the_weighted_sum() -> None:
 
 
 def test_dist_wants_two_images_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(teacher_arch="resnet18", method="dist", batch_size=4, warmup=0)
+    recipe = Recipe(teacher_arch="resnet18", method=DIST(), batch_size=4, warmup=0)
     monkeypatch.setattr("distill.training.objectives.world_size", lambda: 2)
     assert distillation(recipe).parts == ("kd", "ce")
     monkeypatch.setattr("distill.training.objectives.world_size", lambda: 4)

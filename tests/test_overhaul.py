@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distill.losses.methods import METHODS
 from torch import Tensor, nn
 
 from cifar10 import train_ce, train_kd
@@ -24,9 +23,12 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
 from distill.errors import UserError
-from distill.features.overhaul import FeatureLoss, margin, partial_l2, pooled
+from distill.features.overhaul import FeatureLoss, pooled
 from distill.features.points import FeatureExtractor, find_feature_points
 from distill.files import checkpoint
+from distill.losses import METHODS
+from distill.losses.kd_loss import KD
+from distill.losses.overhaul import Overhaul, margin, partial_l2
 from distill.models import weights
 from distill.models.classifier import Classifier, InputSpec
 from distill.run.run import Run
@@ -34,7 +36,7 @@ from distill.teacher.cached import CachedTeacher, LogitCache
 from distill.teacher.store import Encoding
 from distill.teacher.teacher import Teacher
 from distill.training.engine import fit
-from distill.training.objectives import CrossEntropy, objective
+from distill.training.objectives import CrossEntropy, build_loss
 from distill.training.stop import Stopped
 
 CPU = torch.device("cpu")
@@ -336,7 +338,7 @@ def test_replicas_in_threads_keep_their_own_features() -> None:
 def test_the_teacher_does_not_move(teacher_bn: str) -> None:
     teacher = Teacher(classifier("densenet_cifar"))
     answer = teacher.logits(images(4))
-    loss = FeatureLoss(classifier("resnet18"), teacher, ("resnet18", "densenet_cifar"), teacher_bn=teacher_bn)
+    loss = FeatureLoss(classifier("resnet18"), teacher, ("resnet18", "densenet_cifar"), Overhaul(teacher_bn=teacher_bn))
     learner = loss.learner.train()
     _, own = learner(images(4))
     one, other = loss(own, images(4)), loss([f[:2] for f in own], images(4)[:2])
@@ -384,7 +386,8 @@ def test_a_cut_run_continues_bit_by_bit_and_exports_the_student_alone(small_npz:
     exported = weights.load(tmp_path / "whole" / "last.pt").state
     checkpoint.apply_weights(MODELS.build("mobilenetv2", 4), exported, "the exported student")
     record = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert record["method"] == "kd"
+    assert record["method"] == KD(T=4.0).to_dict()
+    assert record["features"]["feature_weight"] == 0.001
     assert "feature_weight = 0.001" in record["formula"]
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all({"train_features", "train_kd", "train_ce"} <= line.keys() for line in lines)
@@ -455,7 +458,7 @@ def tiny(width: int, seed: int) -> Classifier:
     return Classifier(Tiny(width), CIFAR_INPUT)
 
 
-RECIPE = Recipe(teacher_arch="tiny", epochs=4, batch_size=25, lr=0.05, warmup=0, augment="none")
+RECIPE = Recipe(teacher_arch="tiny", method=KD(), epochs=4, batch_size=25, lr=0.05, warmup=0, augment="none")
 
 
 @pytest.fixture(scope="module")
@@ -478,15 +481,20 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]
 VARIANTS = ("kd standardized", "dkd standardized", "none overhaul", "kd overhaul", "dist overhaul")
 
 
-@pytest.mark.parametrize("method", [*(name for name in METHODS if name != "none"), *VARIANTS])
+@pytest.mark.parametrize(
+    "method", [*(name for name, method in METHODS.items() if method.needs_teacher_logits), *VARIANTS]
+)
 def test_every_method_lowers_its_loss_and_trains(method: str, taught: tuple[Any, Any, Teacher], tmp_path: Path) -> None:
     views, tests, teacher = taught
     name, *more = method.split()
-    recipe = RECIPE.changed({"method": name, "standardize": "standardized" in more, "overhaul": "overhaul" in more})
-    recipe = replace(recipe, ramp=2.0) if recipe.ramp else recipe  # its authors' is longer than this run
+    given: dict[str, Any] = {"method": name, **({"standardize": True} if "standardized" in more else {})}
+    recipe = RECIPE.with_flags({**given, "overhaul": "overhaul" in more})
+    assert recipe.method
+    if recipe.method.kd_warmup:
+        recipe = recipe.with_flags({"kd_warmup": 2.0})  # its authors' is longer than this run
     student = tiny(16, 2)
-    aim = objective(recipe, student, teacher, views)
-    cached = CachedTeacher(views, [LogitCache(teacher, None, Encoding(10))]) if recipe.method != "none" else None
+    aim = build_loss(recipe, student, teacher, views)
+    cached = CachedTeacher(views, [LogitCache(teacher, None, Encoding(10))]) if recipe.uses_teacher_logits else None
     facts = {"data": "sample", "data_digest": ""}
     with Run(tmp_path, recipe, Options(), facts) as run:
         found = fit(run, student=student, loss=aim, data=views, teacher=cached, tests=tests)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from distill.losses.methods import SETTINGS
 from torch import nn
 
 from cifar10 import task, train_ce, train_kd
@@ -24,7 +23,6 @@ from scripts import benchmark, model_size, precompute, publish, reproduce, resul
 from tests.conftest import teacher_file
 
 pytestmark = pytest.mark.usefixtures("home")
-METHOD_FIELDS = (*SETTINGS, "method", "standardize", "overhaul", "feature_weight", "teacher_bn")
 
 
 @pytest.fixture
@@ -248,7 +246,7 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     assert results.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
     readme = tmp_path / "README.md"
     begin, end = results.MARKERS
-    places = [f"{begin.format(name)}\nold\n{end}\n" for name in results.TABLES]
+    places = [f"{begin.format(name)}\nold\n{end}\n" for name in (*results.TABLES, "losses")]
     readme.write_text(f"before\n{''.join(places)}after\n")
     assert results.main(["--check"]) == 1
     assert results.main([]) == 0
@@ -322,7 +320,7 @@ def test_the_table_of_methods(tmp_path: Path) -> None:
     for name, seed, accuracy in (("ce", 0, 50.0), ("nkd", 0, 53.0), ("nkd", 1, 54.0)):
         run = tmp_path / f"{name}-seed{seed}"
         assert results.record("methods", [finished_run(run, replace(rows[name], seed=seed), accuracy, results.SUBSET)])
-    used = "gamma = 3.5, tau = 3, kd_weight = 1, ce_weight = 1"
+    used = "gamma = 3.5, T = 3, kd_weight = 1, ce_weight = 1"
     assert results.methods()[2:4] == [
         f"| `nkd` | NKD from densenet40 | {used} | 53.50 +- 0.71 | +3.50 | 80.12 | 2 |",
         "| `ce` | CE |  | 50.00 |  |  | 1 |",
@@ -332,7 +330,9 @@ def test_the_table_of_methods(tmp_path: Path) -> None:
 def test_methods_differ_in_nothing_but_the_method() -> None:
     for table in ("long_student_kd", "student_kd"):
         rows = results.by_method(RECIPES[table])
-        kept = [{**recipe.to_dict(), **dict.fromkeys((*METHOD_FIELDS, "teacher_arch"))} for recipe in rows.values()]
+        kept = [
+            {**recipe.to_dict(), **dict.fromkeys(("method", "features", "teacher_arch"))} for recipe in rows.values()
+        ]
         assert all(recipe == kept[0] for recipe in kept)
         assert len({recipe.formula for name, recipe in rows.items() if name != "ce"}) == len(rows) - 1
     assert results.by_method(RECIPES["short_student_kd"])["ce"] == RECIPES["short_student"]
@@ -398,7 +398,7 @@ def test_reproduce_trains_each_method(flags: list[str], home: Path, capsys: pyte
     names = ["ce-seed0", "kd-T1-seed0", "ce-seed1", "kd-T1-seed1"]
     assert [line.removeprefix("== ") for line in said.splitlines() if line.startswith("==")] == names
     recipes = [json.loads((home / "methods" / name / "config.json").read_text())["recipe"] for name in names]
-    assert [(r["teacher_arch"], r["kd_weight"], r["seed"]) for r in recipes] == [
+    assert [(r["teacher_arch"], r["method"] and r["method"]["kd_weight"], r["seed"]) for r in recipes] == [
         (None, None, 0),
         ("densenet_cifar", 3.0, 0),
         (None, None, 1),

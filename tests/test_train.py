@@ -18,11 +18,12 @@ from cifar10.recipes import RECIPES
 from distill.config.recipe import Options
 from distill.errors import UserError
 from distill.files import checkpoint
+from distill.losses import kd_loss
 from distill.models import weights
 from tests.conftest import teacher_file
 
 CE = replace(RECIPES["student"], epochs=2, batch_size=8)
-KD = replace(CE, teacher_arch="densenet_cifar")
+KD = replace(CE, teacher_arch="densenet_cifar", method=kd_loss.KD())
 
 
 def test_kd_trains_its_teacher_first(home: Path, small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,8 +39,8 @@ def test_kd_trains_its_teacher_first(home: Path, small_npz: Path, capsys: pytest
         "arch",
         "teacher_arch",
         "objective",
-        "T",
-        "w",
+        "method",
+        "features",
         "seed",
         "view_seed",
         "data",
@@ -88,7 +89,7 @@ def test_a_teacher_of_other_data_is_passed_by(home: Path, small_npz: Path, tmp_p
     options = Options(data=str(tmp_path / "small.npz"))
     train_kd.train(replace(KD, epochs=1), options)
     assert sorted(p.name for p in (home / "small" / "densenet_cifar").iterdir()) == ["ce-seed0", "ce-seed0-2"]
-    train_kd.train(replace(KD, epochs=1, T=4.0), options)
+    train_kd.train(KD.with_flags({"epochs": 1, "T": 4.0}), options)
     assert len(list((home / "small" / "densenet_cifar").iterdir())) == 2
 
 
@@ -250,7 +251,7 @@ def test_unlabelled_images_are_taught_by_the_teacher_alone(home: Path, tmp_path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sample.test_images[i].numpy()).save(folder / f"{i}.png")
     options = Options(data=str(root), teacher_checkpoint=teacher_file(tmp_path / "teacher.pth", 10))
-    recipe = replace(KD, epochs=1, w=1.0)
+    recipe = KD.with_flags({"epochs": 1, "w": 1.0})
     summary = train_kd.train(recipe, options)
     assert summary is not None
     assert (home / "shots").is_dir()
@@ -259,7 +260,7 @@ def test_unlabelled_images_are_taught_by_the_teacher_alone(home: Path, tmp_path:
     assert record["train_loss"] == record["train_kd"]
     assert record["test_accuracy"] == summary["test_accuracy"]
     assert "train_ce" not in record
-    for wrong in (replace(recipe, w=0.9), replace(recipe, val_split=5)):
+    for wrong in (recipe.with_flags({"w": 0.9}), replace(recipe, val_split=5)):
         with pytest.raises(UserError, match="have no labels"):
             train_kd.train(wrong, options)
     with pytest.raises(UserError, match="have no labels"):

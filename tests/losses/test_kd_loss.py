@@ -25,16 +25,14 @@ from distill.models.classifier import Classifier
 from distill.training.objectives import build_loss
 from tests.runs import SPEC, small_network, teaching
 
-CASES = json.loads((Path(__file__).parent / "data" / "golden_losses.json").read_text())
+CASES = json.loads((Path(__file__).resolve().parents[1] / "golden" / "golden_losses.json").read_text())
 
 
-LOSSES: dict[str, Method] = {
-    f"{name}{', standardised' if standardize else ''}": method.defaults().changed(
-        {"standardize": True} if standardize else {}
-    )
-    for name, method in METHODS.items()
-    for standardize in (False, True)
-    if method.needs_teacher_logits and (not standardize or "standardize" in {f.name for f in fields(method)})
+LOSSES = {name: method.defaults() for name, method in METHODS.items() if method.needs_teacher_logits}
+LOSSES |= {
+    f"{name}, standardised": method.changed({"standardize": True})
+    for name, method in LOSSES.items()
+    if "standardize" in {f.name for f in fields(method)}
 }
 
 

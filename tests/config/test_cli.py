@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import pytest
 from cifar10 import train_ce, train_kd
 from cifar10.recipes import RECIPES
 from distill.config import cli
+from distill.config.method_flags import Choice
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.losses.methods import METHODS
+from distill.losses import METHODS
+from distill.losses.dist import DIST
+from distill.losses.kd_loss import KD
+from distill.losses.overhaul import Overhaul
 from distill.options import flag
 
 FLAGS = """--arch --teacher-arch --ensemble --teacher-image-size --pretrained --weights --teacher-weights --image-size
 --mean --std --teacher-mean --teacher-std --class-order --allow-data-change
---T --w --method --standardize --alpha --beta --gamma --tau --ramp
+--T --w --method --standardize --alpha --beta --gamma --tau --kd-warmup --ramp
 --kd-weight --ce-weight --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k
 --store --store-limit
 --epochs --batch-size --accumulate --lr --bias-lr --bn-momentum --optimizer --momentum --weight-decay --decay-all
@@ -35,22 +39,22 @@ def parse(argv: list[str], default: str = "kd") -> tuple[Recipe, Options]:
     return cli.parse(argv, prog="x", recipes=RECIPES, default=default, description="", examples="")
 
 
+def flags_of(*owners: type) -> set[str]:
+    """The flags that the fields of dataclasses make, and their hidden spellings."""
+    known = [f for owner in (*owners, Choice, Overhaul, *METHODS.values()) for f in fields(owner) if f.metadata]
+    return {name for f in known for name in (flag(f.name), *f.metadata["aliases"])}
+
+
 def test_the_set_of_flags_is_frozen() -> None:
     """People have scripts: a flag that goes or changes its name breaks them."""
-    from dataclasses import fields
-
-    flags = {flag(f.name) for owner in (Recipe, Options) for f in fields(owner)}
-    assert flags == set(FLAGS.split())
+    assert flags_of(Recipe, Options) == set(FLAGS.split())
 
 
 def test_flags_for_photos_are_frozen() -> None:
-    from dataclasses import fields
-
     from imagenet.recipes import ImageNetOptions, ImageNetRecipe
 
-    flags = {flag(f.name) for owner in (ImageNetRecipe, ImageNetOptions) for f in fields(owner)}
     more = "--render-size --decoder --loader-minutes --kd"
-    assert flags == set(FLAGS.split()) | set(more.split())
+    assert flags_of(ImageNetRecipe, ImageNetOptions) == set(FLAGS.split()) | set(more.split())
 
 
 def test_spellings_of_flags() -> None:
@@ -75,11 +79,10 @@ def test_recipes_and_what_is_given_beside_them() -> None:
 
 def test_defaults_of_the_two_commands() -> None:
     assert RECIPES["student"].arch == RECIPES["kd"].arch == "efficientnet_b0"
-    assert (RECIPES["kd"].teacher_arch, RECIPES["kd"].T, RECIPES["kd"].w) == (
-        "resnext29_2x64d",
-        3.0,
-        0.8,
-    )
+    assert (RECIPES["kd"].teacher_arch, RECIPES["kd"].method) == ("resnext29_2x64d", KD(T=3.0, w=0.8))
+
+
+EVEN = {"kd_weight": 1, "ce_weight": 1}
 
 
 @pytest.mark.parametrize(
@@ -93,29 +96,50 @@ def test_defaults_of_the_two_commands() -> None:
             {"method": "kd", "T": 3, "kd_weight": 9, "ce_weight": 0.1},
         ),
         ("--kd-weight 3", {"method": "kd", "T": 3, "kd_weight": 3, "ce_weight": 1}),
-        ("--method dkd", {"alpha": 1, "beta": 8, "tau": 4, "ramp": 20, "kd_weight": 1, "ce_weight": 1}),
-        ("--method dkd --standardize", {"alpha": 1, "beta": 8, "tau": 2, "ramp": 20, "kd_weight": 1, "ce_weight": 1}),
-        ("--method nkd --gamma 1", {"gamma": 1, "tau": 3, "ramp": 0, "kd_weight": 1, "ce_weight": 1}),
-        ("--method dist", {"beta": 1, "gamma": 1, "tau": 4, "ramp": 0, "kd_weight": 2, "ce_weight": 1}),
+        (
+            "--method dkd",
+            {"method": "dkd", "alpha": 1, "beta": 8, "T": 4, "kd_warmup": 20, "kd_weight": 1, "ce_weight": 1},
+        ),
+        (
+            "--method dkd --standardize",
+            {"method": "dkd", "alpha": 1, "beta": 8, "T": 2, "kd_warmup": 20, "kd_weight": 1, "ce_weight": 1},
+        ),
+        (
+            "--method nkd --gamma 1",
+            {"method": "nkd", "gamma": 1, "T": 3, "kd_warmup": 0, "kd_weight": 1, "ce_weight": 1},
+        ),
+        (
+            "--method dist",
+            {"method": "dist", "beta": 1, "gamma": 1, "T": 4, "kd_warmup": 0, "kd_weight": 2, "ce_weight": 1},
+        ),
         ("--overhaul", {"method": "none", "ce_weight": 1, "feature_weight": 1e-3}),
         ("--overhaul --T 4", {"method": "kd", "T": 4, "w": 0.8, "feature_weight": 1e-3}),
         ("--overhaul --kd-weight 1", {"method": "kd", "T": 3, "kd_weight": 1, "ce_weight": 1, "feature_weight": 1e-3}),
         (
-            "--overhaul --method dist --tau 1",
-            {"beta": 1, "gamma": 1, "tau": 1, "ramp": 0, "kd_weight": 2, "ce_weight": 1},
+            "--overhaul --method dist --tau 1 --ramp 2",
+            {
+                "method": "dist",
+                "beta": 1,
+                "gamma": 1,
+                "T": 1,
+                "kd_warmup": 2,
+                "kd_weight": 2,
+                "ce_weight": 1,
+                "feature_weight": 1e-3,
+            },
         ),
     ],
 )
 def test_methods_come_with_their_own_defaults(given: str, expected: dict[str, Any]) -> None:
     recipe = parse(given.split())[0]
-    named = {name: value for name, value in expected.items() if name not in ("method", "feature_weight")}
-    assert recipe.settings == named
-    for name, value in expected.items():
-        assert getattr(recipe, name) == value
-        if isinstance(value, (int, float)) and name not in ("ramp",):
-            assert f"{name} = {value:g}" in recipe.formula
+    assert recipe.method
+    name, weight = expected.pop("method"), expected.pop("feature_weight", None)
+    assert recipe.method.name == name
+    assert recipe.method.numbers == expected
+    assert recipe.features == (weight and Overhaul(feature_weight=weight))
+    for flag_name, value in expected.items():
+        assert (f"{flag_name} = {value:g}" in recipe.formula) == bool(value)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    assert replace(recipe, seed=1).settings == named
 
 
 def test_defaults_on_photos_and_what_a_recipe_says() -> None:
@@ -125,12 +149,12 @@ def test_defaults_on_photos_and_what_a_recipe_says() -> None:
         given = ["--recipe", name, *arguments.split()]
         recipes = photos.RECIPES
         found, _ = cli.parse(given, prog="x", recipes=recipes, default="standard_kd", description="", examples="")
-        return found.settings  # type: ignore[no-any-return]
+        return found.method.numbers  # type: ignore[no-any-return]
 
     assert settings("") == {"T": 1, "w": 0.5}
-    assert settings("--method dkd") == {"alpha": 1, "beta": 0.5, "tau": 1, "ramp": 1, "kd_weight": 1, "ce_weight": 1}
-    assert settings("--method nkd") == {"gamma": 1.5, "tau": 1, "ramp": 0, "kd_weight": 1, "ce_weight": 1}
-    assert settings("--method dist")["tau"] == 1
+    assert settings("--method dkd") == {"alpha": 1, "beta": 0.5, "T": 1, "kd_warmup": 1, "kd_weight": 1, "ce_weight": 1}
+    assert settings("--method nkd") == {"gamma": 1.5, "T": 1, "kd_warmup": 0, "kd_weight": 1, "ce_weight": 1}
+    assert settings("--method dist")["T"] == 1
     assert settings("--kd-weight 3 --ce-weight 1") == {"T": 1, "kd_weight": 3, "ce_weight": 1}
     assert settings("--method kd", "original") == {"T": 3, "w": 0.8}  # the recipe's own, as the method is the same
 
@@ -139,25 +163,44 @@ def test_defaults_on_photos_and_what_a_recipe_says() -> None:
 def test_a_recipe_of_another_method(method: str) -> None:
     """Nothing given: nothing changes; what is given means what it would mean beside plain kd."""
     name, *overhaul = method.split()
-    recipe = RECIPES["kd"].changed({"method": name, "overhaul": bool(overhaul) or name == "none"})
-    for given in ({}, {"seed": 1}, {"ce_weight": 0.5} if recipe.w is None else {"w": 0.5}):
-        changed = recipe.changed(given)
-        assert changed == replace(recipe, **given)
-        assert changed.method == name
-    back = recipe.changed({"overhaul": False, "method": "kd"})
-    assert back == RECIPES["kd"]
-    other = recipe.changed({"method": "nkd" if name == "dist" else "dist", "overhaul": False})
-    assert other.run_name == f"{'nkd' if name == 'dist' else 'dist'}-resnext29_2x64d-seed0"
+    recipe = RECIPES["kd"].with_flags({"method": name, "overhaul": bool(overhaul) or name == "none"})
+    assert recipe.method
+    assert recipe.method.name == name
+    assert recipe.with_flags({}) == recipe
+    assert recipe.with_flags({"seed": 1}) == replace(recipe, seed=1)
+    weight = "w" if name == "kd" else "ce_weight"
+    changed = recipe.with_flags({weight: 0.5})
+    assert changed == replace(recipe, method=replace(recipe.method, **{weight: 0.5}))
+    assert recipe.with_flags({"overhaul": False, "method": "kd"}) == RECIPES["kd"]
+    other = "nkd" if name == "dist" else "dist"
+    assert recipe.with_flags({"method": other, "overhaul": False}).run_name == f"{other}-resnext29_2x64d-seed0"
     if name == "none":
-        assert recipe.changed({"overhaul": False}) == RECIPES["kd"]
-        assert recipe.changed({"w": 0.5}).method == "kd"
+        assert recipe.with_flags({"overhaul": False}) == RECIPES["kd"]
+        assert recipe.with_flags({"w": 0.5}).method == KD(w=0.5)
 
 
 def test_ways_to_weigh_kd() -> None:
-    weighed = RECIPES["kd"].changed({"kd_weight": 9.0, "ce_weight": 0.1})
-    assert weighed.shares == (9.0, 0.1)
-    assert weighed.changed({"w": 0.9}).settings == {"T": 3, "w": 0.9}
-    assert RECIPES["kd"].changed({"standardize": True}).changed({"method": "nkd"}).standardize is False
+    weighed = RECIPES["kd"].with_flags({"kd_weight": 9.0, "ce_weight": 0.1})
+    assert weighed.loss_weights == (9.0, 0.1)
+    assert weighed.with_flags({"w": 0.9}).method == KD(w=0.9)
+    assert RECIPES["kd"].loss_weights == (0.8, 1 - 0.8)
+    assert RECIPES["kd"].with_flags({"standardize": True}).method == KD(T=2.0, standardize=True)
+    assert RECIPES["kd"].with_flags({"standardize": True}).with_flags({"method": "dist"}).method == DIST()
+    for wrong in ({"kd_weight": 1.0, "ce_weight": 1.0}, {"w": None, "ce_weight": 1.0}):
+        with pytest.raises(UserError, match="either w, or both"):
+            KD(**wrong)  # type: ignore[arg-type]
+
+
+def test_recipes_of_earlier_versions_are_refused() -> None:
+    old = {"arch": "resnet18", "teacher_arch": "resnet152", "T": 3.0, "w": 0.8, "method": "kd"}
+    with pytest.raises(UserError, match="commit 1791190 is the last that reads it"):
+        Recipe.from_dict(old)
+    new = RECIPES["kd"].to_dict()
+    for wrong in ({"name": "fitnet"}, {**new["method"], "p": 2}, {}):
+        with pytest.raises(UserError, match="has a method that this version does not know"):
+            Recipe.from_dict({**new, "method": wrong})
+    with pytest.raises(UserError, match="both a teacher and a method, or neither"):
+        Recipe.from_dict({**new, "method": None})
 
 
 def test_names_of_runs() -> None:
@@ -167,6 +210,8 @@ def test_names_of_runs() -> None:
         "--teacher-arch resnet18 --standardize --seed 2": "kd-standardized-resnet18-T2-w0.8-seed2",
         "--teacher-arch resnet18 --method dkd": "dkd-resnet18-seed0",
         "--teacher-arch resnet18 --method dkd --beta 2": "dkd-resnet18-beta2-seed0",
+        "--teacher-arch resnet18 --method dkd --tau 2 --ramp 0": "dkd-resnet18-T2-kdwarmup0-seed0",
+        "--teacher-arch resnet18 --method dkd --standardize": "dkd-standardized-resnet18-seed0",
         "--teacher-arch resnet18 --overhaul": "overhaul-resnet18-seed0",
         "--teacher-arch resnet18 --overhaul --method dist --teacher-bn batch": "overhaul-dist-resnet18-bnbatch-seed0",
         "--teacher-arch resnet18 --overhaul --w 1 --feature-weight 1": "overhaul-kd-resnet18-T3-w1-"
@@ -189,7 +234,7 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
         train_kd.main(["--help"])
     shown = capsys.readouterr().out
     for words in (
-        cli.LOSS_FORMULA,
+        "loss = w * T^2 * KL(softmax(t/T) || softmax(s/T)) + (1 - w) * CE(s, y)",
         "default: 3.0",
         "bash scripts/trainKD.sh",
         "training:",
@@ -197,6 +242,13 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
         "sample_student_kd",
     ):
         assert words in shown
+    assert not [name for name in ("--tau", "--ramp", "--alpha", "--gamma") if name in shown]
+    with pytest.raises(SystemExit):
+        train_kd.main(["--method", "dkd", "--help"])
+    shown = capsys.readouterr().out
+    assert "loss = kd_weight * min(epoch / kd_warmup, 1) * T^2 * (alpha" in shown
+    assert not [name for name in ("--w W", "--gamma", "--tau", "--ramp") if name in shown]
+    assert not [name for name in ("--alpha", "--beta", "--T T", "--kd-warmup", "--standardize") if name not in shown]
     with pytest.raises(SystemExit):
         train_ce.main(["--help"])
     assert "--teacher" not in capsys.readouterr().out
@@ -242,17 +294,17 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--extend --fresh", "--extend continues a run and --fresh"),
     ("kd", "--fresh --resume x", "--resume continues a run and --fresh"),
     ("kd", "--method fitnet", "--method must be one of " + ", ".join(METHODS)),
-    ("kd", "--method dkd --T 4", "--T is no flag of --method dkd, which takes --alpha, --beta, --tau"),
-    ("kd", "--method nkd --w 0.5", "--w is no flag of --method nkd, which takes --gamma, --tau"),
-    ("kd", "--method dist --alpha 1", "--alpha is no flag of --method dist, which takes --beta, --gamma, --tau"),
-    ("kd", "--beta 8", "--beta is no flag of --method kd, which takes --T, --w, or --kd-weight and --ce-weight"),
+    ("kd", "--method dkd --gamma 4", "--gamma is no flag of --method dkd, which takes --alpha, --beta, --T"),
+    ("kd", "--method nkd --w 0.5", "--w is no flag of --method nkd, which takes --gamma, --T"),
+    ("kd", "--method dist --alpha 1", "--alpha is no flag of --method dist, which takes --beta, --gamma, --T"),
+    ("kd", "--beta 8", "--beta is no flag of --method kd, which takes --T, --w, --kd-weight, --ce-weight"),
     ("kd", "--w 0.9 --kd-weight 9", "--w shares out the loss, --kd-weight and --ce-weight weigh it"),
-    ("kd", "--method dist --standardize", "--standardize is for kd and dkd, not for --method dist"),
+    ("kd", "--method dist --standardize", "--standardize is no flag of --method dist, which takes"),
     ("kd", "--method dkd --mixup", "--method dkd wants one label for each image"),
-    ("kd", "--method dist --top-k 5", "--top-k is for --method kd"),
-    ("kd", "--standardize --top-k 5", "--top-k is for --method kd"),
+    ("kd", "--method dist --top-k 5", "--top-k is for --method dkd, kd, nkd"),
+    ("kd", "--standardize --top-k 5", "--top-k is for --method dkd, kd, nkd"),
     ("kd", "--method none", "--method none is for --overhaul"),
-    ("kd", "--method dkd --tau 0", "--tau must be a number, at least 0.0001"),
+    ("kd", "--method dkd --tau 0", "--T must be a number, at least 0.0001"),
     ("kd", "--feature-weight 1", "belong to --overhaul"),
     ("kd", "--teacher-bn batch", "belong to --overhaul"),
     ("kd", "--overhaul --ce-weight 0", "leave the last layer untaught: add --method kd --w 1"),

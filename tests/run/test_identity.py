@@ -66,7 +66,7 @@ def test_teacher_and_store_are_found_again(
     recipe = replace(KD, arch="densenet_cifar", epochs=1)
     train_kd.train(recipe, Options(data=staged[0]))
     assert "it is trained first by CE" in said(capsys)
-    train_kd.train(replace(recipe, T=1.0), Options(data=staged[1]))
+    train_kd.train(recipe.with_flags({"T": 1.0}), Options(data=staged[1]))
     out = said(capsys)
     assert "trained first" not in out
     assert f"note: {home / '4711' / 'densenet_cifar' / 'ce-seed0'} is on these images, under another name" in out

@@ -15,6 +15,7 @@ from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
+from distill.losses import kd_loss
 from distill.models import weights
 from distill.run.directory import RunDirectory
 from imagenet import train_kd as photo_kd
@@ -22,7 +23,7 @@ from imagenet.recipes import STANDARD, ImageNetOptions
 from scripts import evaluate
 
 CE = replace(RECIPES["student"], arch="densenet_cifar", epochs=1, batch_size=8, warmup=0.25)
-KD = replace(CE, teacher_arch="airbench94", T=3.0, w=0.8)
+KD = replace(CE, teacher_arch="airbench94", method=kd_loss.KD(T=3.0, w=0.8))
 HALF = {"mean": "0.5", "std": "0.5"}
 
 
@@ -145,8 +146,7 @@ def test_photos(photos: Path, tmp_path: Path, home: Path) -> None:
         STANDARD,
         arch="shufflenet_v2_x0_5",
         teacher_arch="shufflenet_v2_x0_5",
-        T=1.0,
-        w=0.5,
+        method=kd_loss.KD(T=1.0, w=0.5),
         batch_size=8,
         image_size=32,
         render_size=32,

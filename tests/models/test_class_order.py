@@ -19,6 +19,7 @@ from cifar10.recipes import RECIPES
 from distill.config.recipe import Options
 from distill.errors import UserError
 from distill.files import checkpoint
+from distill.losses import kd_loss
 from distill.models import weights
 from distill.models.class_order import ClassNames, put_in_order
 from distill.models.classifier import Classifier
@@ -26,7 +27,7 @@ from distill.models.network import Network, load_into
 from imagenet import models as photo_models
 
 CE = replace(RECIPES["student"], arch="densenet_cifar", epochs=1, batch_size=8, warmup=0.25)
-KD = replace(CE, teacher_arch="densenet_cifar", T=3.0, w=0.8)
+KD = replace(CE, teacher_arch="densenet_cifar", method=kd_loss.KD(T=3.0, w=0.8))
 ALIASES = dict(zip(CLASSES, ("plane", "car", *CLASSES[2:]), strict=True))
 
 
