@@ -343,7 +343,7 @@ def words(arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(("command", "arguments", "named"), MISTAKES, ids=[f"{c} {a}" for c, a, _ in MISTAKES])
 def test_mistakes(command: str, arguments: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
     with pytest.raises(UserError) as error:
         COMMANDS[command](words(arguments))
     assert named in str(error.value)

@@ -11,7 +11,7 @@ import pytest
 
 from distill.config.output import OutputError, Stream
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "'caf\\udce9 \\xe9 \\u65e5'"  # in Python's spelling: Latin-1 of a file system in UTF-8, and what ASCII lacks
 
 

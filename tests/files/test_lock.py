@@ -76,7 +76,7 @@ def test_the_next_takes_over_after_a_kill(unlocked: Path) -> None:
         "DirectoryLock(pathlib.Path(sys.argv[1]))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code, str(unlocked)], cwd=root, stderr=subprocess.DEVNULL, check=False)
     assert (unlocked / HELD).exists()
     DirectoryLock(unlocked).release()

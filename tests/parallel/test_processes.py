@@ -20,9 +20,9 @@ from distill.errors import UserError
 from distill.files import checkpoint
 from distill.parallel import devices
 from distill.training import wrap
-from tests.test_kill import final_state
+from tests.training.test_kill import final_state
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 FLAGS = ["--arch", "densenet_cifar", "--batch-size", "8", "--epochs", "3", "--device", "cpu"]
 

@@ -18,8 +18,8 @@ from distill.training.stop import Stopped
 from imagenet import train_ce as train_photos
 from imagenet.recipes import RECIPES as PHOTO_RECIPES
 from imagenet.recipes import ImageNetOptions
+from tests.cifar10.test_train import CE, KD
 from tests.runs import train
-from tests.test_train import CE, KD
 
 SMALL = replace(CE, arch="densenet_cifar", epochs=1)
 

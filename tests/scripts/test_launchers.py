@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import teacher_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ["trainCE.sh", "trainKD.sh"]
 
 

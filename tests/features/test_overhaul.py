@@ -40,7 +40,7 @@ from distill.training.objectives import CrossEntropy, build_loss
 from distill.training.stop import Stopped
 
 CPU = torch.device("cpu")
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "golden"
 CASES = json.loads((DATA / "golden_losses.json").read_text())
 OURS = {MODELS.resolve(name) for name in json.loads((DATA / "golden_cifar10_models.json").read_text())}
 

@@ -20,7 +20,7 @@ from imagenet.augment import PhotoViews
 from imagenet.data import load_data
 from imagenet.loader import Job, Workers
 from imagenet.models import find
-from tests.test_processes import processes
+from tests.parallel.test_processes import processes
 
 SMALL = ["--arch", "mobilenet_v3_small", "--image-size", "32", "--batch-size", "8", "--epochs", "2", "--lr", "0.01"]
 SMALL += ["--workers", "0"]

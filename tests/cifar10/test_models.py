@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.models.classifier import Classifier, InputSpec
 from distill.models.registry import Registry
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_cifar10_models.json").read_text())
+GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "golden" / "golden_cifar10_models.json").read_text())
 
 
 def golden_weights(network: nn.Module) -> dict[str, torch.Tensor]:

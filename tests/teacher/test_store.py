@@ -22,9 +22,9 @@ from distill.teacher import store as logit_store
 from distill.teacher.cached import CachedTeacher, LogitCache
 from distill.teacher.store import Encoding, LogitStore, fits, store_key
 from distill.teacher.teacher import Teacher
+from tests.cifar10.test_train import KD
 from tests.conftest import teacher_file
 from tests.runs import small_network
-from tests.test_train import KD
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(epochs=3, batch_size=8, views=2)

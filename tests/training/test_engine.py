@@ -38,7 +38,7 @@ from distill.training.stop import SIGNALS, Stopped, StopRequest
 from distill.training.wrap import wrap_parallel
 from tests.runs import CPU, RECIPE, small_network, state, taught, teaching, train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---------------------------------------------------------------------------------------------- continuing, bit for bit

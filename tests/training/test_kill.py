@@ -1,6 +1,6 @@
 """SIGKILL at random instants, some inside a save, each followed by the same command: the final state is the same.
 
-More of them: python tests/test_kill.py 25
+More of them: python tests/training/test_kill.py 25
 """
 
 import json
@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cifar10.models import MODELS
 from distill.files import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def kd_command(npz: Path, teacher: Path, output: Path) -> list[str]:
