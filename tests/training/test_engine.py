@@ -337,7 +337,6 @@ ABSURD: list[dict[str, Any]] = [
     {"ranks": [{"generators": {"cpu": torch.zeros(3)}, "tally": torch.zeros(4)}]},
     {"recipe": [1]},
     {"facts": 3},
-    {"format": 1},
 ]
 
 
@@ -348,6 +347,16 @@ def test_absurd_state(small_npz: Path, tmp_path: Path, change: dict[str, Any]) -
     checkpoint.save(tmp_path / "absurd.pt", payload | change)
     with pytest.raises(checkpoint.CheckpointError, match=r"absurd\.pt"):
         train(tmp_path / "other", small_npz, options=Options(resume=str(tmp_path / "absurd.pt")))
+
+
+def test_a_checkpoint_of_the_former_format(small_npz: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", small_npz)
+    payload = checkpoint.load(tmp_path / "run" / "last.pt")
+    checkpoint.save(tmp_path / "run" / "last.pt", payload | {"format": 1})
+    with pytest.raises(
+        checkpoint.CheckpointError, match="of format 1, not 2: commit 1791190 is the last that reads it"
+    ):
+        train(tmp_path / "run", small_npz)
 
 
 def test_extend(small_npz: Path, tmp_path: Path) -> None:

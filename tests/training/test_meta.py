@@ -17,6 +17,7 @@ from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch, TensorData
+from distill.losses.kd_loss import KD
 from distill.models.classifier import Classifier
 from distill.run.run import Run
 from distill.teacher.cached import CachedTeacher, LogitCache
@@ -28,7 +29,7 @@ from tests.runs import CPU, small_network
 
 META = torch.device("meta")
 RECIPE = Recipe(batch_size=8)
-KD = replace(RECIPE, teacher_arch="resnet18")
+TAUGHT = replace(RECIPE, teacher_arch="resnet18", method=KD())
 
 
 class OnMeta(TorchDispatchMode):
@@ -84,7 +85,7 @@ def test_cross_entropy(changes: dict[str, Any], small_npz: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("method", "top_k"), [("kd", 0), ("dkd", 0), ("dist", 0), ("nkd", 0), ("kd", 2)])
 def test_cached_logits(method: str, top_k: int, small_npz: Path, tmp_path: Path) -> None:
-    recipe = KD.with_flags({"method": method, "top_k": top_k})
+    recipe = TAUGHT.with_flags({"method": method, "top_k": top_k})
     data, teacher, student = images(small_npz, recipe), Teacher(small_network(seed=1)), small_network()
     key = {"teacher": "small", "images": data.image_count, "classes": 4, "top_k": top_k}
     store = LogitStore(tmp_path / "stores", key)
@@ -96,7 +97,7 @@ def test_cached_logits(method: str, top_k: int, small_npz: Path, tmp_path: Path)
 
 
 def test_features(small_npz: Path, tmp_path: Path) -> None:
-    recipe = KD.with_flags({"method": "none", "overhaul": True, "clip_norm": 1.0})
+    recipe = TAUGHT.with_flags({"method": "none", "overhaul": True, "clip_norm": 1.0})
     data = images(small_npz)
     student, teacher = (Classifier(MODELS.build(arch, 4), CIFAR_INPUT) for arch in ("mobilenetv2", "resnet18"))
     loss = build_loss(recipe, student, Teacher(teacher), data)
