@@ -113,6 +113,7 @@ def test_every_file_is_in_the_tree_of_the_readme() -> None:
             assert Path(file).name in readme, f"{file} is not in the tree of the README"
 
 
+@pytest.mark.slow
 def test_code_in_the_readme_runs() -> None:
     text = "".join((ROOT / name).read_text() for name in ("README.md", "checkpoints/README.md"))
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

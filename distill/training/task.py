@@ -23,6 +23,7 @@ from distill.models.network import Network, load_into
 from distill.models.probe import check_size
 from distill.models.weights import Weights
 from distill.parallel.devices import choose_teacher_precision, start
+from distill.parallel.processes import on_main
 from distill.run.directory import CHECKPOINTS
 from distill.run.identity import identify
 from distill.run.paths import find_directory
@@ -212,11 +213,11 @@ def open_run(
     with Run(path, recipe, options) as run:
         task.adopt(run)
         run.facts, teachers = identify(task.data, student.init_digest, options.device), None
+        if not on_main(run.load_summary)(recipe.epochs):
+            task.survey(data, tests)  # a broken file is told as such, not as another set of images
         run.check()
         if not (load_teachers and options.teacher_checkpoint):  # that file may be of another teacher
             run.report()
-        if not run.summary:
-            task.survey(data, tests)
         if load_teachers and not run.summary:
             teachers = load_teachers(run)
             run.facts |= teachers.facts

@@ -37,6 +37,7 @@ def golden_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN)
 def test_agrees_with_the_reference(name: str) -> None:
     expected = GOLDEN[name]
@@ -57,6 +58,7 @@ def test_every_reference_network_is_here() -> None:
     assert {MODELS.resolve(name) for name in GOLDEN} <= set(MODELS.names())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS.names())
 def test_contract(name: str) -> None:
     """Shapes for any number of classes, a gradient to every parameter that the function uses, the state_dict."""

@@ -13,6 +13,7 @@ from cifar10.models import MODELS, build_student, find, resolve
 from cifar10.recipes import RECIPES
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
+from distill.losses.kd_loss import KD
 from distill.models import weights
 from distill.training.wrap import check_batch_norm
 from tests.runs import CPU
@@ -142,7 +143,7 @@ def test_it_is_trained_and_teaches(home: Path, small_npz: Path, capsys: pytest.C
     assert f"{ARCH}: sees the images enlarged to 40 pixels" in capsys.readouterr().out
     file = home / "small" / ARCH / "ce-seed0" / "last.pt"
     assert weights.load(file).spec.size == 40
-    taught = Recipe(arch="airbench94", teacher_arch=ARCH, epochs=2, batch_size=8, views=1)
+    taught = Recipe(arch="airbench94", teacher_arch=ARCH, method=KD(), epochs=2, batch_size=8, views=1)
     for size, expected in ((None, 40), (48, 48)):
         recipe = replace(taught, teacher_image_size=size, seed=size or 0)
         summary = train_kd.train(recipe, Options(data=str(small_npz), teacher_checkpoint=str(file)))
@@ -156,7 +157,7 @@ def test_it_is_trained_and_teaches(home: Path, small_npz: Path, capsys: pytest.C
 
 @pytest.mark.usefixtures("home")
 def test_a_teacher_with_imagenet_weights_is_trained_first(small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = Recipe(arch="densenet_cifar", teacher_arch="efficientnet-lite0", epochs=30, batch_size=8)
+    recipe = Recipe(arch="densenet_cifar", teacher_arch="efficientnet-lite0", method=KD(), epochs=30, batch_size=8)
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(recipe, Options(data=str(small_npz), steps=1))
     said = capsys.readouterr().out
@@ -169,7 +170,7 @@ def test_a_run_whose_data_changed_goes_on_with_its_teacher(
     small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The teacher was trained on the images as they were: it is not trained again on the others."""
-    recipe = Recipe(arch="airbench94", teacher_arch="airbench94", epochs=3, batch_size=8)
+    recipe = Recipe(arch="airbench94", teacher_arch="airbench94", method=KD(), epochs=3, batch_size=8)
     train_ce.train(replace(CE, arch="airbench94", image_size=None, epochs=3), Options(data=str(small_npz)))
     options = Options(data=str(small_npz), output=str(tmp_path / "run"))
     with pytest.raises(UserError, match="stopped after 6 steps"):

@@ -26,6 +26,7 @@ CE = replace(RECIPES["student"], epochs=2, batch_size=8)
 KD = replace(CE, teacher_arch="densenet_cifar", method=kd_loss.KD())
 
 
+@pytest.mark.slow
 def test_kd_trains_its_teacher_first(home: Path, small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = train_kd.train(KD, Options(data=str(small_npz)))
     said = capsys.readouterr().out
@@ -57,6 +58,7 @@ def test_kd_trains_its_teacher_first(home: Path, small_npz: Path, capsys: pytest
     assert "finished before" in said
 
 
+@pytest.mark.slow
 def test_the_student_does_not_depend_on_who_trained_the_teacher(home: Path, small_npz: Path, tmp_path: Path) -> None:
     """A teacher trained in the same process and one from a file give the same student, bit for bit."""
     train_kd.train(KD, Options(data=str(small_npz), output=str(tmp_path / "a")))
@@ -66,6 +68,7 @@ def test_the_student_does_not_depend_on_who_trained_the_teacher(home: Path, smal
     assert checkpoint.digest(students[0]) == checkpoint.digest(students[1])
 
 
+@pytest.mark.slow
 def test_a_cut_teacher_is_finished_first(home: Path, small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="stopped after 3 steps"):
         train_kd.train(KD, Options(data=str(small_npz), steps=3))
@@ -81,6 +84,7 @@ def test_a_teacher_of_other_classes_is_refused(small_npz: Path, tmp_path: Path) 
         train_kd.train(KD, options)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_data_is_passed_by(home: Path, small_npz: Path, tmp_path: Path) -> None:
     """The data may have changed under the same name: the teacher of the new data stands beside the old one."""
     train_ce.train(replace(CE, arch="densenet_cifar", epochs=1), Options(data=str(small_npz)))
@@ -93,6 +97,7 @@ def test_a_teacher_of_other_data_is_passed_by(home: Path, small_npz: Path, tmp_p
     assert len(list((home / "small" / "densenet_cifar").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_teacher_that_saw_the_validation_images(small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_ce.train(replace(CE, arch="densenet_cifar", epochs=1), Options(data=str(small_npz)))
@@ -108,6 +113,7 @@ def test_weak_teacher_is_warned_about(small_npz: Path, tmp_path: Path, capsys: p
     assert "near chance (25.00 %)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_init_starts_from_the_weights(small_npz: Path, tmp_path: Path) -> None:
     train_ce.train(CE, Options(data=str(small_npz), output=str(tmp_path / "first")))
     named = str(tmp_path / "first" / "last.pt")
@@ -129,6 +135,7 @@ def test_evaluate_flag(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"accuracy {found['accuracy']:.2f} %  top-5 100.00 %")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", "original", "bare"])
 def test_evaluate_script(command: Any, small_npz: Path, tmp_path: Path, name: str) -> None:
     weights = MODELS.build("densenet_cifar", 4).state_dict()
@@ -148,6 +155,7 @@ def test_evaluate_script(command: Any, small_npz: Path, tmp_path: Path, name: st
     assert values["images"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -191,6 +199,7 @@ def test_a_cheaper_pair_is_suggested(
     assert advice in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_teacher_of_another_recipe_is_told(small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_ce.train(replace(CE, arch="densenet_cifar", epochs=1), Options(data=str(small_npz)))
@@ -206,12 +215,14 @@ def test_mistakes_are_told_before_the_teacher_is_trained(small_npz: Path, tmp_pa
         train_kd.train(KD, options)
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_its_teacher_no_more(home: Path, small_npz: Path) -> None:
     summary = train_kd.train(KD, Options(data=str(small_npz)))
     shutil.rmtree(home / "small" / "densenet_cifar")
     assert train_kd.train(KD, Options(data=str(small_npz))) == summary
 
 
+@pytest.mark.slow
 def test_evaluate_script_knows_the_network_of_our_files(command: Any, small_npz: Path, tmp_path: Path) -> None:
     train_ce.train(
         replace(CE, arch="densenet_cifar", val_split=8), Options(data=str(small_npz), output=str(tmp_path / "run"))
@@ -221,6 +232,7 @@ def test_evaluate_script_knows_the_network_of_our_files(command: Any, small_npz:
         assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.slow
 def test_results_script(command: Any, small_npz: Path, tmp_path: Path) -> None:
     train_ce.train(replace(CE, arch="densenet_cifar"), Options(data=str(small_npz), output=str(tmp_path / "done")))
     with pytest.raises(UserError, match="densenet_cifar stopped after 1 steps"):

@@ -342,6 +342,7 @@ def words(arguments: str) -> list[str]:
     return ["" if word == "''" else word for word in arguments.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "arguments", "named"), MISTAKES, ids=[f"{c} {a}" for c, a, _ in MISTAKES])
 def test_mistakes(command: str, arguments: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
@@ -356,6 +357,7 @@ def test_at_least_sixty_kinds() -> None:
     assert len({(command, arguments) for command, arguments, _ in MISTAKES}) >= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["--T 0", "--data nowhere", "--arch x --data sample"])
 def test_a_mistake_is_one_line_and_exit_code_2(command: Any, arguments: str) -> None:
     found = command("cifar10/train_kd.py", *arguments.split())

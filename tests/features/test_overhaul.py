@@ -201,6 +201,7 @@ def test_features_are_those_of_a_hand_written_forward(name: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", MODELS.names())
 def test_every_network_has_stages_and_margins(arch: str) -> None:
     network = classifier(arch)
@@ -334,6 +335,7 @@ def test_replicas_in_threads_keep_their_own_features() -> None:
         torch.testing.assert_close(torch.cat([own[k] for _, own in found]), feature, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher_bn", ["eval", "batch"])
 def test_the_teacher_does_not_move(teacher_bn: str) -> None:
     teacher = Teacher(classifier("densenet_cifar"))
@@ -371,6 +373,7 @@ def kd_run(npz: Path, output: Path, *more: str) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.slow
 def test_a_cut_run_continues_bit_by_bit_and_exports_the_student_alone(small_npz: Path, tmp_path: Path) -> None:
     whole = kd_run(small_npz, tmp_path / "whole", "--T", "4")
     cut = kd_run(small_npz, tmp_path / "cut", "--T", "4", "--steps", "3")
@@ -393,6 +396,7 @@ def test_a_cut_run_continues_bit_by_bit_and_exports_the_student_alone(small_npz:
     assert all({"train_features", "train_kd", "train_ce"} <= line.keys() for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_cut_run_with_the_batchs_statistics(small_npz: Path, tmp_path: Path) -> None:
     """The answers are those of eval mode, of a teacher rewritten before or after its features were asked for;
@@ -405,6 +409,7 @@ def test_a_cut_run_with_the_batchs_statistics(small_npz: Path, tmp_path: Path) -
         assert checkpoint.digest(cut[key]) == checkpoint.digest(whole[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_show_features(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = "--arch resnet18 --teacher-arch densenet40 --batch-size 8 --show-features --data"
@@ -481,6 +486,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]
 VARIANTS = ("kd standardized", "dkd standardized", "none overhaul", "kd overhaul", "dist overhaul")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [*(name for name, method in METHODS.items() if method.needs_teacher_logits), *VARIANTS]
 )

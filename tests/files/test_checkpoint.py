@@ -111,6 +111,7 @@ def save_often(path: Path, count: int) -> None:
         checkpoint.save(path, PAYLOAD)
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_file(saved: Path) -> None:
     """As two runs do with a teacher's answers in the cache: both get through, and the file is whole."""
     context = multiprocessing.get_context("spawn")

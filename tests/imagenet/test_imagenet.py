@@ -189,6 +189,7 @@ def jobs(files: list[str]) -> Iterator[Job]:
         yield Job([files[i] for i in indices], indices, indices % 3)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(photos: Path) -> None:
     files, found = files_of(photos), []
     for count in (0, 1, 3):
@@ -416,6 +417,7 @@ def test_names_and_settings() -> None:
     assert (rates.dropout_rate, rates.drop_connect_rate) == (0.1, 0.3)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "today", "published"),
     [
@@ -562,6 +564,7 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_run_that_is_cut_with_other_workers(photos: Path, tmp_path: Path) -> None:
     flags = [str(photos), *SMALL, "--accumulate", "2", "--optimizer", "rmsprop", "--ema", "0.9", "--output"]
@@ -573,6 +576,7 @@ def test_a_run_that_is_cut_with_other_workers(photos: Path, tmp_path: Path) -> N
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_kd_and_its_store(photos: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The teacher sees another size; the second run, at another temperature, asks it nothing."""
     teacher = models.find("resnet18").build(num_classes=4)
@@ -592,6 +596,7 @@ def test_kd_and_its_store(photos: Path, home: Path, tmp_path: Path, capsys: pyte
     assert runs == ["kd-resnet18-T1-w0.5-seed0", "kd-resnet18-T2-w0.5-seed0"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_features_of_a_teacher_that_sees_another_size(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -610,6 +615,7 @@ def test_features_of_a_teacher_that_sees_another_size(
     assert "feature_weight = 0.0001" in record["formula"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_stores_and_sweeps_of_photos(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(models.find("resnet18").build(num_classes=4).state_dict(), tmp_path / "teacher.pth")
@@ -649,6 +655,7 @@ def test_mistakes(flags: list[str], message: str, photos: Path) -> None:
         train_kd.main([str(photos), "--batch-size", "8", "--workers", "0", *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_random_teachers_are_asked_for(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*SMALL, "--teacher-arch", "resnet18", "--render-size", "32", "--workers", "0", "--steps", "1"]
@@ -664,6 +671,7 @@ def test_recipes() -> None:
     assert (STANDARD.lr, STANDARD.batch_size, STANDARD.weight_decay, STANDARD.epochs) == (0.1, 256, 1e-4, 100)
 
 
+@pytest.mark.slow
 def test_evaluate_takes_photos(photos: Path, tmp_path: Path, command: Command) -> None:
     weights = models.find("mobilenet_v3_small").build(num_classes=4).state_dict()
     torch.save(weights, tmp_path / "weights.pth")

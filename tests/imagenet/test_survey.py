@@ -95,6 +95,7 @@ def test_what_was_broken_is_looked_at_again(own: Path, monkeypatch: pytest.Monke
     assert not survey.look(files, "photos", Workers(0)).broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 2])
 def test_all_broken_photos_in_the_making_are_named(count: int, own: Path) -> None:
     files = sorted(str(file) for file in (own / "train").rglob("*.*"))
@@ -120,6 +121,7 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "look", lambda *_: survey.Findings())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("name", ["train/n2/02.JPEG", "val/n2/26.JPEG"])
 def test_a_run_ends_saved_and_a_mended_file_continues_it(name: str, own: Path, tmp_path: Path) -> None:
@@ -173,6 +175,7 @@ def test_leaving_files_out_is_a_recorded_change(own: Path, tmp_path: Path, capsy
     assert "finished before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unseen")
 def test_the_teacher_is_not_asked_again_after_a_file_was_mended(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

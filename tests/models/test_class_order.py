@@ -61,6 +61,7 @@ def accuracy_of_teacher(said: str) -> float:
     return float(line.split("test accuracy ")[1].split()[0])
 
 
+@pytest.mark.slow
 def test_the_published_teacher_and_folders_in_another_order(
     home: Path, some: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_the_published_teacher_and_folders_in_another_order(
     assert found > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_numbered_classes_and_folders_of_numbers(some: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Labels 0 to 11 of an array, and folders 0, 1, 10, 11, 2: the teacher says the same of each image."""

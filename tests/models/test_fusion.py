@@ -16,6 +16,7 @@ def warmed(network: nn.Module, images: Tensor) -> nn.Module:
     return network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in MODELS.names() if n not in ("resnext29_8x64d", "densenet161")])
 def test_every_network_in_float32(name: str) -> None:
     torch.manual_seed(0)

@@ -59,6 +59,7 @@ def said_of_teacher(capsys: pytest.CaptureFixture[str]) -> tuple[float, str]:
     return float(re.findall(r"test accuracy ([\d.]+) %", said)[0]), said
 
 
+@pytest.mark.slow
 def test_a_foreign_teacher_and_its_normalisation(
     home: Path, foreign: str, some: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_foreign_teacher_and_its_normalisation(
     assert config["recipe"]["teacher_std"] == "0.5"
 
 
+@pytest.mark.slow
 def test_evaluate_by_flags(foreign: str, some: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--arch", "airbench94", "--checkpoint", foreign, "--data", some]
     evaluate.main(flags)
@@ -98,6 +100,7 @@ def test_evaluate_by_flags(foreign: str, some: str, capsys: pytest.CaptureFixtur
     assert "takes the best" not in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_its_normalisation(small_npz: Path, tmp_path: Path) -> None:
     """So that it is seen the same way as a start, as a teacher, and where it is evaluated."""
     options = Options(data=str(small_npz), output=str(tmp_path / "run"))

@@ -60,6 +60,7 @@ def until_saved(process: "subprocess.Popen[str]", output: Path, times: int) -> N
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gradient", "overhaul"])
 def test_gradient_and_evaluation_of_two_are_those_of_one(case: str, small_npz: Path, tmp_path: Path) -> None:
     """EfficientNet-B0 in float64, BatchNorm in eval mode, no dropout, each number to 1e-5: CE, the two in two parts
@@ -85,6 +86,7 @@ def test_gradient_and_evaluation_of_two_are_those_of_one(case: str, small_npz: P
         assert one["found"]["accuracy"] == two["found"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_photos_are_evaluated_alike_by_two(photos: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         found = processes(count, "photos", photos, tmp_path)
@@ -121,6 +123,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(small_npz: Path, monkeypatch:
         prepare(load_data(str(small_npz)), Recipe(batch_size=8), CPU)
 
 
+@pytest.mark.slow
 def test_nan_in_one_process_stops_all(small_npz: Path, tmp_path: Path) -> None:
     found = processes(2, "nan", small_npz, tmp_path)
     assert found.returncode == 1

@@ -60,6 +60,7 @@ def test_output_takes_the_same_images_under_any_name(staged: tuple[str, str], tm
     assert train_ce.train(SMALL, Options(data=staged[1], output=output))
 
 
+@pytest.mark.slow
 def test_teacher_and_store_are_found_again(
     home: Path, staged: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
+from distill.losses.kd_loss import KD
 from distill.run import provenance
 from distill.run.directory import RunDirectory
 from distill.run.paths import find_directory, next_free
@@ -47,6 +48,7 @@ def hold(path: Path, barrier: Barrier, results: "multiprocessing.Queue[str]") ->
         results.put(str(error))
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(tmp_path: Path) -> None:
     """Exactly one of two that start together wins, the other names it; a killed holder leaves no lock."""
     context = multiprocessing.get_context("spawn")
@@ -167,7 +169,7 @@ def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
 
 
 def test_names_and_fresh(tmp_path: Path) -> None:
-    kd = replace(Recipe(), teacher_arch="resnet152", seed=2)
+    kd = replace(Recipe(), teacher_arch="resnet152", method=KD(), seed=2)
     assert kd.run_name == "kd-resnet152-T3-w0.8-seed2"
     images = SimpleNamespace(name="cifar10", digest="1", classes=())
     assert find_directory(Options(), kd, images.name, images.digest).parts[-3:] == (

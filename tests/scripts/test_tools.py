@@ -31,6 +31,7 @@ def flags(small_npz: Path, tmp_path: Path) -> list[str]:
     return ["--data", str(small_npz), "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", teacher]
 
 
+@pytest.mark.slow
 def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert precompute.main([*flags, "--views", "2"]) == 0
     assert "80 views are in" in capsys.readouterr().out
@@ -43,6 +44,7 @@ def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.C
     assert "teacher: 0 views computed, 120 were in the store" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [["--method", "dist"], ["--overhaul"], ["--kd-weight", "9", "--ce-weight", "0.1"]])
 def test_answers_do_not_depend_on_the_method(
     method: list[str], flags: list[str], capsys: pytest.CaptureFixture[str]
@@ -55,6 +57,7 @@ def test_answers_do_not_depend_on_the_method(
         sweep.main([*flags, *method])
 
 
+@pytest.mark.slow
 def test_stores_are_listed_verified_and_removed(
     flags: list[str], home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +85,7 @@ def test_stores_are_listed_verified_and_removed(
         assert (home / "stores" / name).exists() == left
 
 
+@pytest.mark.slow
 def test_verify_finds_a_wrong_answer(flags: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whole files with other numbers in them: only asking again can tell."""
     from distill.files import checkpoint
@@ -123,6 +127,7 @@ def test_precompute_refuses(flags: list[str]) -> None:
         precompute.main([*flags, "--verfy", "3"])
 
 
+@pytest.mark.slow
 def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--arch", "densenet_cifar", "--epochs", "1", "--batch-size", "8", "--T-list", "1,4", "--w-list", "0.5"]
     sweep.main([*flags, *more])
@@ -147,6 +152,7 @@ def test_sweep_refuses(wrong: list[str], message: str) -> None:
         sweep.main(wrong)
 
 
+@pytest.mark.slow
 def test_benchmark(command: Any, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     small = ("--arch", "densenet_cifar", "--teacher-arch", "densenet_cifar", "--batch-size", 4, "--device", "cpu")
@@ -365,6 +371,7 @@ def test_mistakes_of_reproduce(flags: tuple[str, ...], message: str) -> None:
         reproduce.main(flags)
 
 
+@pytest.mark.slow
 def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["cifar10", "--budget", "short", "--only", "student-kd-resnet18-finetuned", "--data", str(small_npz)]
     flags += ["--batch-size=20", "--epochs", "1", "--precision", "float32"]
@@ -391,6 +398,7 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
     assert [run["run"] for run in json.loads(capsys.readouterr().out)] == ["student-kd-densenet40-seed0"]
 
 
+@pytest.mark.slow
 def test_reproduce_trains_each_method(flags: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags += ["--batch-size", "20", "--arch", "densenet_cifar", "--epochs", "1", "--only", "ce,kd-T1", "--seeds", "2"]
     reproduce.main(["methods", *flags])
@@ -430,6 +438,7 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         model_size.main(["--arch", "resnet1"])
 
 
+@pytest.mark.slow
 def test_what_is_published() -> None:
     """Each file is the one that checkpoints/README.md tells of, and knows what its network should."""
     told = dict(re.findall(r"^\| `(\S+)` .* ([0-9a-f]{64}) \|$", publish.README.read_text(), re.MULTILINE))
@@ -442,6 +451,7 @@ def test_what_is_published() -> None:
         assert publish.measure(path, small) > 85
 
 
+@pytest.mark.slow
 def test_published_weights(
     small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

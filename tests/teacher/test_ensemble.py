@@ -47,6 +47,7 @@ def files(tmp_path: Path) -> str:
     return ",".join(map(str, paths))
 
 
+@pytest.mark.slow
 def test_several_teachers(
     home: Path, small_npz: Path, tmp_path: Path, files: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_file_for_each() -> None:
         member_files(KD, Options(teacher_checkpoint="a,b,c"))
 
 
+@pytest.mark.slow
 def test_photos(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Teachers of other sizes, and with other normalisation, see the same views, rendered for the largest."""
     teachers = ["--teacher-arch", "mobilenet_v3_small,shufflenet_v2_x0_5", "--teacher-checkpoint", "none"]

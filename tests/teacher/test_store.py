@@ -236,6 +236,7 @@ def test_size_is_told_before_anything_is_allocated(tmp_path: Path) -> None:
     assert not fits(1, 10**9, Encoding(10**6), 1e9, tmp_path)[0]  # more than the disk has
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_train_kd_uses_the_store(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the digest of the final state: without, filling it, from a full one; another T, w, seed asks for nothing."""
@@ -319,6 +320,7 @@ def test_top_k_rows() -> None:
             Encoding(classes, k)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_train_kd_with_top_k(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = Options(data=str(small_npz), teacher_checkpoint=teacher_file(tmp_path / "teacher.pth"))

@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---------------------------------------------------------------------------------------------- continuing, bit for bit
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -503,6 +504,7 @@ def test_held_out_images_are_not_trained_on(small_npz: Path) -> None:
     assert not trained & held_out
 
 
+@pytest.mark.slow
 def test_nothing_grows(small_npz: Path, tmp_path: Path) -> None:
     """2,000 steps and 50 saves: open files and memory stay as they are."""
     resource: Any = pytest.importorskip("resource")

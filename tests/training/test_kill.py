@@ -92,10 +92,12 @@ def check(directory: Path, npz: Path, kills: int, seed: int) -> int:
     return inside
 
 
+@pytest.mark.slow
 def test_five_kills(small_npz: Path, tmp_path: Path) -> None:
     assert check(tmp_path, small_npz, kills=5, seed=0) >= 2
 
 
+@pytest.mark.slow
 def test_sigterm_exits_with_143_and_the_same_command_continues(small_npz: Path, tmp_path: Path) -> None:
     flags = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
     command = [sys.executable, str(ROOT / "cifar10" / "train_ce.py"), *map(str, flags)]
