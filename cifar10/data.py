@@ -103,9 +103,9 @@ def read_data(source: str | None, *, workers: int = 2, skip_bad_images: bool = F
         raise UserError(f"--data {source} does not exist")
     if not source and not official.is_begun(path):
         official.download(path)
-    if path.is_dir() and (known := official.find_official(path)):
-        print(f"{path}: {known.name}, {known.labels.replace('_', ' ')}")
-        return _from_arrays(path.resolve().name, official.read_official(path, known), str(path))
+    if path.is_dir() and (published := official.find_official(path)):
+        print(f"{path}: {published.name}, {published.labels.replace('_', ' ')}")
+        return _from_arrays(path.resolve().name, official.read_official(path, published), str(path))
     if path.is_dir():
         return _from_arrays(path.resolve().name, read_folder(path, workers, skip_bad_images), str(path))
     if path.suffix.lower() == ".npz" and path.is_file():

@@ -94,11 +94,11 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def find_official(path: Path) -> Published | None:
     """Of which data set the directory holds the archive or its unpacked folder, or is that folder, if of any."""
-    for known in (CIFAR10, CIFAR100):
-        if (path / known.archive).exists() or (path / known.folder).exists():
-            return known
-        if any((path / name).is_file() for name in known.train):
-            return known
+    for published in (CIFAR10, CIFAR100):
+        if (path / published.archive).exists() or (path / published.folder).exists():
+            return published
+        if any((path / name).is_file() for name in published.train):
+            return published
     return None
 
 
@@ -107,30 +107,30 @@ def is_begun(directory: Path) -> bool:
     return directory.is_dir() and any(not entry.name.endswith(".partial") for entry in directory.iterdir())
 
 
-def read_official(path: Path, known: Published) -> dict[str, NDArray[Any]]:
+def read_official(path: Path, published: Published) -> dict[str, NDArray[Any]]:
     """The arrays of a .npz file of images, from the archive in the directory or from its unpacked batches.
 
     Raises UserError for a wrong digest, a missing batch, and anything in a batch that is no array of images.
     """
-    archive = path / known.archive
+    archive = path / published.archive
     if archive.exists():
-        return _assemble(known, _read_archive(archive, known), str(archive))
-    folder = path / known.folder if (path / known.folder).exists() else path
-    return _assemble(known, lambda name: _read_file(folder / name, known), str(folder))
+        return _assemble(published, _read_archive(archive, published), str(archive))
+    folder = path / published.folder if (path / published.folder).exists() else path
+    return _assemble(published, lambda name: _read_file(folder / name, published), str(folder))
 
 
-def _read_archive(archive: Path, known: Published) -> Callable[[str], bytes]:
+def _read_archive(archive: Path, published: Published) -> Callable[[str], bytes]:
     try:
         with open(archive, "rb") as file:
-            found = downloads.sha256_of(file)
+            actual = downloads.sha256_of(file)
     except OSError as error:
         raise UserError(f"cannot read {archive}: {error.strerror}") from None
-    if found != known.sha256:
+    if actual != published.sha256:
         raise UserError(
-            f"{archive} has sha256 {found} instead of {known.sha256}: cut short or another file; fetch it again"
+            f"{archive} has sha256 {actual} instead of {published.sha256}: cut short or another file; fetch it again"
         )
     contents: dict[str, bytes] = {}
-    wanted = {f"{known.folder}/{name}" for name in known.files}
+    wanted = {f"{published.folder}/{name}" for name in published.files}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:  # in the order of the file: seeking back would decompress it again
@@ -144,36 +144,36 @@ def _read_archive(archive: Path, known: Published) -> Callable[[str], bytes]:
 
     def read(name: str) -> bytes:
         if name not in contents:
-            raise UserError(f"{archive} has no {known.folder}/{name}")
+            raise UserError(f"{archive} has no {published.folder}/{name}")
         return contents[name]
 
     return read
 
 
-def _read_file(path: Path, known: Published) -> bytes:
+def _read_file(path: Path, published: Published) -> bytes:
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is missing, no file, or too large for a batch of {known.name}")
+            raise UserError(f"{path} is missing, no file, or too large for a batch of {published.name}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _assemble(known: Published, read: Callable[[str], bytes], source: str) -> dict[str, NDArray[Any]]:
+def _assemble(published: Published, read: Callable[[str], bytes], source: str) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
-    for split, names in (("train", known.train), ("test", (known.test,))):
-        batches = [_unpickle(read(name), f"{source}: {name}", known) for name in names]
-        parts = [_batch(batch, known, f"{source}: {name}") for batch, name in zip(batches, names, strict=True)]
+    for split, names in (("train", published.train), ("test", (published.test,))):
+        batches = [_unpickle(read(name), f"{source}: {name}", published) for name in names]
+        parts = [_batch(batch, published, f"{source}: {name}") for batch, name in zip(batches, names, strict=True)]
         arrays[f"{split}_images"] = np.concatenate([images for images, _ in parts])
         arrays[f"{split}_labels"] = np.concatenate([labels for _, labels in parts])
-    named = _unpickle(read(known.meta), f"{source}: {known.meta}", known).get(known.names)
+    named = _unpickle(read(published.meta), f"{source}: {published.meta}", published).get(published.names)
     named = named.tolist() if isinstance(named, np.ndarray) else named
     if not isinstance(named, list) or not all(isinstance(name, (bytes, str)) for name in named):
-        raise UserError(f"{source}: {known.meta} does not name the classes")
+        raise UserError(f"{source}: {published.meta} does not name the classes")
     return {**arrays, "classes": np.array([_text(name) for name in named])}
 
 
-def _unpickle(content: bytes, source: str, known: Published) -> dict[str, Any]:
+def _unpickle(content: bytes, source: str, published: Published) -> dict[str, Any]:
     """A batch by its keys, which are bytes as Python 2 has pickled it, and strings where Python 3 has again."""
     try:
         batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
@@ -182,7 +182,7 @@ def _unpickle(content: bytes, source: str, known: Published) -> dict[str, Any]:
     except Exception as error:  # damaged pickles raise nearly anything
         raise UserError(f"{source} is damaged ({type(error).__name__})") from None
     if not isinstance(batch, dict):
-        raise UserError(f"{source} is no batch of {known.name}")
+        raise UserError(f"{source} is no batch of {published.name}")
     return {_text(key): value for key, value in batch.items() if isinstance(key, (bytes, str))}
 
 
@@ -190,9 +190,9 @@ def _text(name: bytes | str) -> str:
     return name.decode(errors="replace") if isinstance(name, bytes) else name
 
 
-def _batch(batch: dict[str, Any], known: Published, source: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _batch(batch: dict[str, Any], published: Published, source: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images (N, 32, 32, 3) from rows of 3072 bytes, all red values, then green, then blue; and their labels (N,)."""
-    rows, listed = np.asarray(batch.get("data")), batch.get(known.labels)
+    rows, listed = np.asarray(batch.get("data")), batch.get(published.labels)
     fits = rows.dtype == np.uint8 and rows.ndim == 2 and rows.shape[1] == 3072
     numbers = isinstance(listed, np.ndarray) or (isinstance(listed, list) and all(map(_is_integer, listed)))
     labels = np.asarray(listed if numbers else [0.5])

@@ -51,5 +51,5 @@ class BrokenImage(UserError):
     @property
     def causes(self) -> str:
         """Returns `cannot decode FILE: cause` for the first five files."""
-        told = [f"cannot decode {file}: {cause}" for file, cause in sorted(self.files.items())]
-        return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
+        lines = [f"cannot decode {file}: {cause}" for file, cause in sorted(self.files.items())]
+        return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")

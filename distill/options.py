@@ -43,9 +43,9 @@ def value_type(owner: type, name: str) -> type:
     return kind
 
 
-def allowed(known: "Field[Any]", kind: type) -> str:
+def allowed(option_field: "Field[Any]", kind: type) -> str:
     """The values a field takes, in words: `an integer, at least 1`."""
-    limits = known.metadata
+    limits = option_field.metadata
     if limits["choices"]:
         return "one of " + ", ".join(limits["choices"])
     words = [{int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]]
@@ -62,28 +62,28 @@ def allowed(known: "Field[Any]", kind: type) -> str:
 
 def validate(settings: Any) -> None:
     """Checks every field made with `option`. Raises UserError for the first that is out of range."""
-    for known in fields(settings):
-        if known.metadata:
-            check(type(settings), known, getattr(settings, known.name))
+    for option_field in fields(settings):
+        if option_field.metadata:
+            check(type(settings), option_field, getattr(settings, option_field.name))
 
 
-def check(owner: type, known: "Field[Any]", value: Any) -> None:
+def check(owner: type, option_field: "Field[Any]", value: Any) -> None:
     """Raises UserError `--flag must be ..., got ...` unless `value` is allowed for the field."""
-    kind = value_type(owner, known.name)
-    if value is None and type(None) in get_args(get_type_hints(owner)[known.name]):
+    kind = value_type(owner, option_field.name)
+    if value is None and type(None) in get_args(get_type_hints(owner)[option_field.name]):
         return
     fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if isinstance(value, bool) and kind is not bool:
         fits = False
     if fits and isinstance(value, str):
-        choices = known.metadata["choices"]
+        choices = option_field.metadata["choices"]
         fits = value in choices if choices else value != ""
     elif fits:
-        limits = known.metadata
+        limits = option_field.metadata
         fits = math.isfinite(value) and limits["least"] <= value <= limits["most"]
         fits = fits and limits["above"] < value < limits["below"]
     if not fits:
-        raise UserError(f"{flag(known.name)} must be {allowed(known, kind)}, got {value!r}")
+        raise UserError(f"{flag(option_field.name)} must be {allowed(option_field, kind)}, got {value!r}")
 
 
 def channels(text: str) -> tuple[float, float, float]:

@@ -179,13 +179,13 @@ class Workers:
 
     def _broken(self, futures: "list[Future[None]]") -> dict[str, str]:
         """The files that could not be decoded in these parts, when all of them are done."""
-        found: dict[str, str] = {}
+        broken: dict[str, str] = {}
         for future in futures:
             try:
                 self._result(future)
             except BrokenImage as error:
-                found |= error.files
-        return found
+                broken |= error.files
+        return broken
 
     def _result(self, future: "Future[Any]") -> Any:
         try:

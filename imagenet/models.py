@@ -74,8 +74,8 @@ def find(name: str, weights: str | None = None) -> Network:
         return _torchvision(arch, weights)
     families = [f"efficientnet-b{k}" for k in range(9)] + [f"efficientnet-lite{k}" for k in range(3)]
     near = difflib.get_close_matches(arch, [*theirs, *families, *WSL], n=4, cutoff=0.5)
-    known = f"near it: {', '.join(near)}" if near else "known: torchvision's, efficientnet-b0 to b8, timm:NAME"
-    raise UserError(f"unknown architecture {name!r} for ImageNet; {known}")
+    listed = f"near it: {', '.join(near)}" if near else "known: torchvision's, efficientnet-b0 to b8, timm:NAME"
+    raise UserError(f"unknown architecture {name!r} for ImageNet; {listed}")
 
 
 def is_known(name: str) -> bool:
@@ -93,49 +93,49 @@ def build_student(
     """networks.build_student of the network that `recipe` names, at its size, for the data's `classes`."""
     network = find(recipe.arch, theirs(recipe.weights)).at(recipe.image_size)
 
-    def named(told: Weights) -> ClassNames:
-        return class_names(classes, options.class_order, told)
+    def named(loaded: Weights) -> ClassNames:
+        return class_names(classes, options.class_order, loaded)
 
     return networks.build_student(network, recipe, named, options, device)
 
 
-def find_trained(name: str, flag: str | None, told: Weights | None) -> Network:
-    """find(), and where `told` is of a checkpoint of ours the size and the look that it was trained for.
+def find_trained(name: str, flag: str | None, loaded: Weights | None) -> Network:
+    """find(), and where `loaded` is of a checkpoint of ours the size and the look that it was trained for.
 
     `flag`: of --weights.
     """
-    recipe = (told.recipe if told else None) or {}
-    known = find(name, (theirs(flag) if told else flag) or theirs(recipe.get("weights")))
-    return known.at(recipe.get("image_size") or (told.spec.size if told and told.spec else None)).shown(told)
+    recipe = (loaded.recipe if loaded else None) or {}
+    network = find(name, (theirs(flag) if loaded else flag) or theirs(recipe.get("weights")))
+    return network.at(recipe.get("image_size") or (loaded.spec.size if loaded and loaded.spec else None)).shown(loaded)
 
 
-def class_names(names: Sequence[str], mode: str, told: Weights) -> ClassNames:
-    """The classes of the data as they are compared with those of `told`; `mode`: of --class-order."""
+def class_names(names: Sequence[str], mode: str, loaded: Weights) -> ClassNames:
+    """The classes of the data as they are compared with those of `loaded`; `mode`: of --class-order."""
     usual = {"the order of ImageNet's classes": torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]}
-    if told.published:
+    if loaded.published:
         usual["the order of ImageNet's classes, numbered"] = [str(number) for number in range(CLASSES)]
-    if told.published and len(names) == CLASSES and all(map(WNID.fullmatch, names)):
+    if loaded.published and len(names) == CLASSES and all(map(WNID.fullmatch, names)):
         mode = "ignore"  # folders of WNIDs are in the order of ImageNet's classes
     return ClassNames(tuple(names), mode, usual=usual)
 
 
 def adapted(weights: Mapping[str, Tensor], arch: str) -> dict[str, Tensor]:
     """Published weights under the names that torchvision's networks have today, without heads for training alone."""
-    found = dict(weights)
+    renamed = dict(weights)
     if arch in AUXILIARY:
-        found = {key: value for key, value in found.items() if not key.lower().startswith("aux")}
+        renamed = {key: value for key, value in renamed.items() if not key.lower().startswith("aux")}
     for old, new in RENAMED:
-        found = {re.sub(old, new, key): value for key, value in found.items()}
-    return found
+        renamed = {re.sub(old, new, key): value for key, value in renamed.items()}
+    return renamed
 
 
 # -------------------------------------------------------------------------------------------------------- the libraries
 def _torchvision(arch: str, weights: str | None) -> Network:
-    known = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
-    if weights and weights.upper() not in known:
-        raise UserError(f"torchvision's weights of {arch} are {', '.join(known)}, not {weights}")
+    entries = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
+    if weights and weights.upper() not in entries:
+        raise UserError(f"torchvision's weights of {arch} are {', '.join(entries)}, not {weights}")
     # V1 where there is a choice: V2 was trained with smoothed labels and mixtures, and such teachers teach worse
-    entry = known[weights.upper() if weights else next(iter(known))]
+    entry = entries[weights.upper() if weights else next(iter(entries))]
     look = entry.transforms()
     size, resized = look.crop_size[0], look.resize_size[0]
     spec = InputSpec(size, tuple(look.mean), tuple(look.std), resized, look.interpolation.value)
@@ -206,11 +206,11 @@ def _timm(name: str) -> Network:
     timm = _extra("timm", name)
     arch = name.removeprefix("timm:")
     try:
-        known = timm.models.get_pretrained_cfg(arch, allow_unregistered=False)
+        config = timm.models.get_pretrained_cfg(arch, allow_unregistered=False)
     except RuntimeError:
         near = difflib.get_close_matches(arch, timm.list_models(), n=4, cutoff=0.5)
         raise UserError(f"timm has no {arch!r}; near it: {', '.join(near) or 'none'}") from None
-    look = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+    look = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
     size = look["input_size"][-1]
     how = look["interpolation"] if look["interpolation"] in ("bilinear", "bicubic") else "bicubic"
     spec = InputSpec(size, look["mean"], look["std"], int(size / look["crop_pct"]), how)
@@ -230,7 +230,7 @@ def _timm(name: str) -> Network:
             return timm.create_model(arch, pretrained=True).state_dict()
         except Exception as error:  # whatever the hub's client raises
             cause = " ".join(str(error).split())[:120]
-            where = f"https://huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else known.url
+            where = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
             raise UserError(f"could not get timm's weights of {arch} from {where} ({cause}); {by_hand}") from None
 
     return Network(name, spec, build, fetch)

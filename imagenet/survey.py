@@ -45,9 +45,9 @@ def look(files: list[str], what: str, workers: Workers) -> Findings:
     cache = CHECKPOINTS / "cache" / f"survey-{_stamp(files)}.pt"
     if cache.exists():
         try:
-            found = checkpoint.load(cache)
-            again = sum(workers.examine(list(found["broken"]), "torchvision"), Findings())  # a disk may have recovered
-            return Findings({}, found["turned"], found["dim"]) + again
+            cached = checkpoint.load(cache)
+            again = sum(workers.examine(list(cached["broken"]), "torchvision"), Findings())  # a disk may have recovered
+            return Findings({}, cached["turned"], cached["dim"]) + again
         except checkpoint.CheckpointError as error:
             print(f"{error}; looking at all photos again")
     start = time.perf_counter()
@@ -74,12 +74,12 @@ def without_broken(listed: dict[str, Labelled], workers: Workers) -> dict[str, L
 
 def _stamp(files: list[str]) -> str:
     """Digest of where files lie, of their sizes and times."""
-    known: list[object] = []
+    parts: list[object] = []
     for file in files:
         try:
             status = os.stat(file)
         except OSError:  # decoding says what is wrong
-            known.append(os.path.abspath(file))
+            parts.append(os.path.abspath(file))
         else:
-            known += [os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    return checkpoint.digest(known)[:32]
+            parts += [os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return checkpoint.digest(parts)[:32]

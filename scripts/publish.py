@@ -88,9 +88,11 @@ def write(path: Path, run: Path, summary: dict[str, Any], classes: Sequence[str]
     given = weights.load(run / checkpoint.LAST)
     half = {key: value.half() if value.is_floating_point() else value for key, value in given.state.items()}
     known = {key: summary[key] for key in ("data", "data_content", "commit", "torch")}
-    told = {"classes": list(classes), "input": (given.spec or CIFAR_INPUT).to_dict()}
+    described = {"classes": list(classes), "input": (given.spec or CIFAR_INPUT).to_dict()}
     recipe = dict(given.recipe or {})
-    checkpoint.save(path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **told, **known})
+    checkpoint.save(
+        path, {"format": 1, "student": half, "arch": summary["arch"], "recipe": recipe, **described, **known}
+    )
 
 
 def measure(path: Path, task: "SmallImages") -> float:

@@ -198,20 +198,20 @@ def accuracies(budget: str) -> list[str]:
 
     def finetuned(name: str) -> str:
         runs = seeds(budget, f"{name}-finetuned")
-        return f"{told(runs)}, n = {len(runs)}" if runs else "-"
+        return f"{mean_and_deviation(runs)}, n = {len(runs)}" if runs else "-"
 
     alone = seeds(budget, "student")
     lines = [
         "| teacher | accuracy (original's) | student by KD (original's) | gain over CE | gap to the teacher | "
         "finetuned from CE | epochs: teacher, student | seconds: teacher, student | n |",
         "|---|---|---|---|---|---|---|---|---|",
-        f"| none: CE | | {told(alone)} ({ORIGINAL_ALONE}) | | | {finetuned('student')} | {only(alone, 'epochs')} | "
-        f"{only(alone, 'wall_seconds')} | {len(alone) or '-'} |",
+        f"| none: CE | | {mean_and_deviation(alone)} ({ORIGINAL_ALONE}) | | | {finetuned('student')} | "
+        f"{only(alone, 'epochs')} | {only(alone, 'wall_seconds')} | {len(alone) or '-'} |",
     ]
     for arch in TEACHERS[budget]:
         teacher, taught = seeds(budget, f"teacher-{arch}"), seeds(budget, f"student-kd-{arch}")
         theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
-        cells = [f"{told(teacher)}{theirs[0]}", f"{told(taught)}{theirs[1]}"]
+        cells = [f"{mean_and_deviation(teacher)}{theirs[0]}", f"{mean_and_deviation(taught)}{theirs[1]}"]
         cells += [difference(taught, alone), difference(teacher, taught)]
         cells += [finetuned(f"student-kd-{arch}")]
         cells += [f"{only(teacher, key)}, {only(taught, key)}" for key in ("epochs", "wall_seconds")]
@@ -233,7 +233,14 @@ def methods() -> list[str]:
         used = re.search(r"  with (.*?)(;|$)", runs[0]["formula"] or "")
         gain = "" if name == "ce" else difference(runs, found["ce"])
         agreement = "" if name == "ce" else only(runs, "agreement", 2)
-        cells = [runs[0]["trained_by"], used[1] if used else "", told(runs), gain, agreement, str(len(runs))]
+        cells = [
+            runs[0]["trained_by"],
+            used[1] if used else "",
+            mean_and_deviation(runs),
+            gain,
+            agreement,
+            str(len(runs)),
+        ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return [*lines, "", made(found.values())]
 
@@ -276,7 +283,7 @@ def mean(runs: Sequence[dict[str, Any]]) -> float:
     return statistics.fmean(run["test_accuracy"] for run in runs)
 
 
-def told(runs: Sequence[dict[str, Any]]) -> str:
+def mean_and_deviation(runs: Sequence[dict[str, Any]]) -> str:
     """`92.12`, of several `92.12 +- 0.10` (the deviation of one), of none `-`."""
     if not runs:
         return "-"

@@ -28,7 +28,7 @@ from distill.models.weights import Weights
 __all__ = ["CIFAR_INPUT", "MODELS", "build_student", "find", "find_trained", "resolve"]
 
 PHOTOS = "imagenet:"  # before names that CIFAR's own networks have too: imagenet:resnet18
-ENLARGED = 96  # pixels that ImageNet's networks see of a small image, unless told otherwise
+ENLARGED = 96  # pixels that ImageNet's networks see of a small image, unless loaded otherwise
 
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
@@ -45,15 +45,15 @@ def find(name: str, image_size: int | None = None, weights: str | None = None) -
     weights: which of those that torchvision has for it. Raises UserError for an unknown name, and for another size or
     weights of a CIFAR network, which sees 32 pixels and has none.
     """
-    found = _find(name, weights)
-    if found.spec is not CIFAR_INPUT:
-        return found.at(image_size or ENLARGED)
+    network = _find(name, weights)
+    if network.spec is not CIFAR_INPUT:
+        return network.at(image_size or ENLARGED)
     if image_size not in (None, CIFAR_INPUT.size) or weights:
         raise UserError(
-            f"--image-size and --weights (but raw and ema) are for ImageNet's networks: {found.arch} here sees 32x32 "
-            f"images{_hint(found.arch)}"
+            f"--image-size and --weights (but raw and ema) are for ImageNet's networks: {network.arch} here sees 32x32 "
+            f"images{_hint(network.arch)}"
         )
-    return found
+    return network
 
 
 def _find(name: str, weights: str | None = None) -> Network:
@@ -64,9 +64,9 @@ def _find(name: str, weights: str | None = None) -> Network:
 
     bare = name[len(PHOTOS) :] if name.lower().startswith(PHOTOS) else name
     if bare == name and not name.startswith("timm:") and not photos.is_known(name):
-        MODELS.resolve(name)  # whoever mistypes a CIFAR network is told the names of those
-    found = photos.find(bare, weights)
-    return replace(found, arch=f"{PHOTOS}{found.arch}") if found.arch in MODELS else found
+        MODELS.resolve(name)  # whoever mistypes a CIFAR network is loaded the names of those
+    network = photos.find(bare, weights)
+    return replace(network, arch=f"{PHOTOS}{network.arch}") if network.arch in MODELS else network
 
 
 def _small(arch: str) -> Network:
@@ -86,10 +86,12 @@ def _small(arch: str) -> Network:
     return Network(arch, CIFAR_INPUT, build, fetch)
 
 
-def find_trained(name: str, told: Weights | None, image_size: int | None = None, weights: str | None = None) -> Network:
-    """find(), at the size and with the look that `told` was trained for where it is of a checkpoint of ours."""
-    size = told.spec.size if told and told.spec and name not in MODELS else None
-    return find(name, image_size or size, weights).shown(told)
+def find_trained(
+    name: str, loaded: Weights | None, image_size: int | None = None, weights: str | None = None
+) -> Network:
+    """find(), at the size and with the look that `loaded` was trained for where it is of a checkpoint of ours."""
+    size = loaded.spec.size if loaded and loaded.spec and name not in MODELS else None
+    return find(name, image_size or size, weights).shown(loaded)
 
 
 def build_student(

@@ -49,12 +49,12 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args([_hyphenate(token) for token in argv])
         if unknown:
             shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
-            known = [name for action in shown for name in action.option_strings]
+            names = [name for action in shown for name in action.option_strings]
             name = unknown[0].split("=")[0]
             if name in (*map(flag, DISTILLATION_FIELDS), *ALIASES):
                 raise UserError(f"unknown argument {name} without a teacher: it is for trainKD.sh, and train.sh --kd")
-            longer = [other for other in known if other.startswith(f"{name}-")]
-            near = longer[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            longer = [other for other in names if other.startswith(f"{name}-")]
+            near = longer[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
             hint = f"; near it: {', '.join(near)}" if near else "; --help lists the flags"
             raise UserError(f"unknown argument {unknown[0]}{hint}")
         return namespace
@@ -65,14 +65,14 @@ def _hyphenate(token: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else token
 
 
-def _converter(owner: type, known: "Field[Any]") -> Callable[[str], Any]:
-    kind = value_type(owner, known.name)
+def _converter(owner: type, option_field: "Field[Any]") -> Callable[[str], Any]:
+    kind = value_type(owner, option_field.name)
 
     def convert(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {allowed(known, kind)}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be {allowed(option_field, kind)}, got {text!r}") from None
 
     return convert
 
@@ -82,27 +82,29 @@ def _add_flags(parser: Parser, defaults: Any, hidden: Sequence[str] = (), *, swi
 
     switches: flags of type bool can be turned off as well, since a recipe may have turned them on.
     """
-    for known in fields(defaults):
-        if known.metadata and known.name not in hidden:
-            _add_flag(parser, known, defaults, switches)
+    for option_field in fields(defaults):
+        if option_field.metadata and option_field.name not in hidden:
+            _add_flag(parser, option_field, defaults, switches)
 
 
-def _add_flag(parser: Parser, known: "Field[Any]", defaults: Any, switches: bool, *, listed: bool = True) -> None:
+def _add_flag(
+    parser: Parser, option_field: "Field[Any]", defaults: Any, switches: bool, *, listed: bool = True
+) -> None:
     groups = {group.title: group for group in parser._action_groups}
-    title = known.metadata["group"]
+    title = option_field.metadata["group"]
     group = groups[title] if title in groups else parser.add_argument_group(title)
-    further = known.metadata["flags"]
-    names = [*(f for f in further if len(f) == 2), flag(known.name), *(f for f in further if len(f) > 2)]
-    value, words = getattr(defaults, known.name), known.metadata["help"]
+    further = option_field.metadata["flags"]
+    names = [*(f for f in further if len(f) == 2), flag(option_field.name), *(f for f in further if len(f) > 2)]
+    value, words = getattr(defaults, option_field.name), option_field.metadata["help"]
     shown = words if value is None or isinstance(value, bool) else f"{words} (default: {value})"
-    settings: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS}
-    if value_type(type(defaults), known.name) is bool:
+    settings: dict[str, Any] = {"dest": option_field.name, "default": argparse.SUPPRESS}
+    if value_type(type(defaults), option_field.name) is bool:
         settings["action"] = argparse.BooleanOptionalAction if switches or value else "store_true"
     else:
-        settings["type"] = _converter(type(defaults), known)
-        settings["metavar"] = "|".join(known.metadata["choices"]) or known.name.split("_")[-1].upper()
+        settings["type"] = _converter(type(defaults), option_field)
+        settings["metavar"] = "|".join(option_field.metadata["choices"]) or option_field.name.split("_")[-1].upper()
     group.add_argument(*names, help=shown if listed else argparse.SUPPRESS, **settings)
-    for alias in known.metadata["aliases"]:
+    for alias in option_field.metadata["aliases"]:
         group.add_argument(alias, help=argparse.SUPPRESS, **settings)
 
 
@@ -138,16 +140,6 @@ def parse_flags(
     _add_positional(parser, positional)
     _add_flags(parser, defaults)
     return replace(defaults, **_given(parser, argv, positional))
-
-
-def take_dataset(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """--dataset NAME in `argv`, `cifar10` if it is not there, and the rest. Raises UserError."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--dataset", default="cifar10")
-    found, rest = parser.parse_known_args(argv)
-    if found.dataset not in ("cifar10", "imagenet"):
-        raise UserError(f"--dataset must be one of cifar10, imagenet, got {found.dataset!r}")
-    return found.dataset, rest
 
 
 def _usage(positional: str | None) -> str:
@@ -237,10 +229,10 @@ def read_flags(
 def find_recipe(text: str, recipes: Mapping[str, Recipe], objective: str) -> str:
     """The name of the recipe that `text` means: with a teacher `student` is `student_kd`. Raises UserError."""
     name, names = text.replace("-", "_").lower(), _of_the_kind(recipes, objective)
-    found = name if name in names else f"{name}_kd"
-    if found not in names:
+    full = name if name in names else f"{name}_kd"
+    if full not in names:
         raise UserError(f"--recipe must be one of {', '.join(names)}, got {text!r}")
-    return found
+    return full
 
 
 def _of_the_kind(recipes: Mapping[str, Recipe], objective: str) -> list[str]:

@@ -53,7 +53,7 @@ def _sorted_in(
     listing: dict[str, list[str]] = {name: [] for name in classes}
     for file, name in zip(files, classes_of(files, classes), strict=True):
         listing[name].append(file)
-    return {name: found for name, found in listing.items() if found}
+    return {name: files_of_class for name, files_of_class in listing.items() if files_of_class}
 
 
 def _list_split(path: Path, split: str, needed: str) -> dict[str, list[str]]:

@@ -85,21 +85,24 @@ class FeatureLoss:
         seed: int = 0,
         device_name: str = "cpu",
     ) -> None:
-        own, known = find_feature_points(student, names[0]), find_feature_points(teacher.network, names[1])
-        count = min(len(own), len(known))
-        self.method, self.own, self.known = method, own[-count:], known[-count:]
-        self.learner = Connected(student, self.own, self.known, seed)
+        student_points = find_feature_points(student, names[0])
+        teacher_points = find_feature_points(teacher.network, names[1])
+        count = min(len(student_points), len(teacher_points))
+        self.method = method
+        self.student_points, self.teacher_points = student_points[-count:], teacher_points[-count:]
+        self.learner = Connected(student, self.student_points, self.teacher_points, seed)
         norms = [module for module in teacher.network.modules() if isinstance(module, _BatchNorm)]
         self._norms = norms if method.teacher_bn == "batch" else []
-        tapped = FeatureExtractor(teacher.network, self.known)
+        tapped = FeatureExtractor(teacher.network, self.teacher_points)
         self._device = teacher.network.mean.device
         self._teacher = wrap_inference(tapped, self._device, device_name)
         self.margins = [
-            margin(p.scale, p.shift) if p.scale is not None and p.shift is not None else None for p in self.known
+            margin(p.scale, p.shift) if p.scale is not None and p.shift is not None else None
+            for p in self.teacher_points
         ]
 
     @torch.no_grad()
-    def known_features(self, images: Tensor) -> list[Tensor]:
+    def teacher_features(self, images: Tensor) -> list[Tensor]:
         """Those of the teacher, raw."""
         for module in self._norms:  # statistics of the batch, the running ones neither used nor moved
             module.training, module.track_running_stats = True, False
@@ -116,14 +119,14 @@ class FeatureLoss:
 
         It is the mean of a channel's negative values over `batches`, as far as MEASURED images.
         """
-        missing = [k for k, found in enumerate(self.margins) if found is None]
+        missing = [k for k, margin in enumerate(self.margins) if margin is None]
         if not missing:
             return
         print(f"features: measuring the teacher's margins on up to {MEASURED:,} training images")
         seen = 0
-        sums = [torch.zeros(2, self.known[k].shape[0], dtype=torch.float64) for k in missing]
+        sums = [torch.zeros(2, self.teacher_points[k].shape[0], dtype=torch.float64) for k in missing]
         for batch in batches:
-            features = self.known_features(batch.images)
+            features = self.teacher_features(batch.images)
             seen += len(batch.images) * world_size()
             for total, k in zip(sums, missing, strict=True):
                 negative = features[k].double().clamp(max=0)
@@ -139,16 +142,20 @@ class FeatureLoss:
 
         features: the student's, connected; images: uint8 (B, H, W, 3), the same that it has seen.
         """
-        known = [
+        targets = [
             pooled(target, (own.shape[2], own.shape[3]))
-            for own, target in zip(features, self.known_features(images), strict=True)
+            for own, target in zip(features, self.teacher_features(images), strict=True)
         ]
         margins = [limit for limit in self.margins if limit is not None]
-        return self.method(features, known, margins)
+        return self.method(features, targets, margins)
 
     def __str__(self) -> str:
         lines = ["features (channels, height, width), before the last activation of a stage or after a linear block:"]
-        for own, known, found in zip(self.own, self.known, self.margins, strict=True):
-            limits = f"{found.min():.3f} to {found.max():.3f}" if found is not None else "measured on training images"
-            lines.append(f"  student {own.where} {own.shape}  teacher {known.where} {known.shape}  margin {limits}")
+        for student, teacher, margins in zip(self.student_points, self.teacher_points, self.margins, strict=True):
+            measured = (
+                f"{margins.min():.3f} to {margins.max():.3f}" if margins is not None else "measured on training images"
+            )
+            lines.append(
+                f"  student {student.where} {student.shape}  teacher {teacher.where} {teacher.shape}  margin {measured}"
+            )
         return "\n".join(lines)

@@ -59,9 +59,9 @@ class FeatureExtractor(nn.Module):
         """Returns (logits, features). Raises UserError if the network does not reach a place."""
         with _Tap(self.places) as tap:
             logits = self.classifier(images)
-        found = [tap.found.get(place) for place in self.places]
+        tensors = [tap.found.get(place) for place in self.places]
         features = [
-            f for f, place in zip(found, self.places, strict=True) if f is not None and f.shape[1:] == place.shape
+            f for f, place in zip(tensors, self.places, strict=True) if f is not None and f.shape[1:] == place.shape
         ]
         if len(features) < len(self.places):
             raise UserError("--overhaul: a network computes other things while it trains than when it was watched")
@@ -123,23 +123,23 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         first = args[0] if args and isinstance(args[0], Tensor) else None
         node, version = (first.grad_fn, first._version) if first is not None else (None, 0)
-        found = function(*args, **(kwargs or {}))
-        after = found.grad_fn if isinstance(found, Tensor) else None
+        result = function(*args, **(kwargs or {}))
+        after = result.grad_fn if isinstance(result, Tensor) else None
         if node in self.seen and after is not None and after is not node:
             changed = first is not None and first._version != version
             self.seen[node].used_by.append((function, self.calls[function], after, changed))
         self.calls[function] += 1
-        if after is not None and found.dim() == 4 and after not in self.seen:
+        if after is not None and result.dim() == 4 and after not in self.seen:
             norm = _batch_norm(args, kwargs or {}) if function is F.batch_norm else None
-            self.seen[after] = _Seen(tuple(found.shape[1:]), self.path[-1], norm)
-        return found
+            self.seen[after] = _Seen(tuple(result.shape[1:]), self.path[-1], norm)
+        return result
 
 
 def _batch_norm(args: tuple[Any, ...], given: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Returns weight and bias of F.batch_norm(input, running_mean, running_var, weight, bias, ...)."""
     names = ("input", "running_mean", "running_var", "weight", "bias")
-    known = {**dict(zip(names, args, strict=False)), **given}
-    return known.get("weight"), known.get("bias")
+    arguments = {**dict(zip(names, args, strict=False)), **given}
+    return arguments.get("weight"), arguments.get("bias")
 
 
 def find_feature_points(classifier: Classifier, name: str) -> tuple[FeaturePoint, ...]:
@@ -242,32 +242,32 @@ def _choose(graph: _Graph, seen: dict[Any, _Seen]) -> tuple[FeaturePoint, ...]:
             break
         if node not in seen or not is_stage(node):
             continue
-        known = seen[node]
-        after = [use[2] for use in known.used_by]
+        tensor = seen[node]
+        after = [use[2] for use in tensor.used_by]
         ends = "BatchNorm" in node.name() or node.name().startswith("Add")
-        if any(use[0] in ACTIVATIONS for use in known.used_by):
+        if any(use[0] in ACTIVATIONS for use in tensor.used_by):
             if all(n in graph.trunk for n in after):
-                active[known.shape[1:]] = node
-        elif ends and _lasting(known) and all(n.name().startswith(LINEAR) for n in after):
-            linear[known.shape[1:]] = node
+                active[tensor.shape[1:]] = node
+        elif ends and _lasting(tensor) and all(n.name().startswith(LINEAR) for n in after):
+            linear[tensor.shape[1:]] = node
     chosen = {**active, **linear}
     return tuple(_place(chosen[size], graph, seen) for size in sorted(chosen, reverse=True))
 
 
-def _lasting(known: _Seen) -> list[tuple[Any, int, Any, bool]]:
+def _lasting(tensor: _Seen) -> list[tuple[Any, int, Any, bool]]:
     """The uses of a tensor but for additions, of which there may be others in training, where blocks are dropped."""
-    return [use for use in known.used_by if not use[2].name().startswith("Add")]
+    return [use for use in tensor.used_by if not use[2].name().startswith("Add")]
 
 
 def _place(node: Any, graph: _Graph, seen: dict[Any, _Seen]) -> FeaturePoint:
-    known = seen[node]
-    function, call, _, overwritten = ([use for use in known.used_by if use[0] in ACTIVATIONS] or _lasting(known))[0]
+    tensor = seen[node]
+    function, call, _, overwritten = ([use for use in tensor.used_by if use[0] in ACTIVATIONS] or _lasting(tensor))[0]
     norms = [n for n in (node, *graph.before[node]) if n in seen and seen[n].batch_norm]
     norm = max(norms, key=graph.depth.__getitem__, default=None)  # of the block, not of its shortcut
     scale, shift = seen[norm].batch_norm or (None, None) if norm else (None, None)
     kind = f"before {_name(function)}" if function in ACTIVATIONS else "linear"
-    channels, height, width = known.shape
-    where = f"{known.where or 'the network'}, {kind}"
+    channels, height, width = tensor.shape
+    where = f"{tensor.where or 'the network'}, {kind}"
     return FeaturePoint(function, call, where, (channels, height, width), scale, shift, overwritten)
 
 

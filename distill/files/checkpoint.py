@@ -160,10 +160,10 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no checkpoint of this program (it has no digest)")
     expected = payload.pop("digest")
     try:
-        found = digest(payload)
+        actual = digest(payload)
     except TypeError as error:
         raise CheckpointError(f"{path} is damaged ({error})") from None
-    if found != expected:
+    if actual != expected:
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
     return payload
 

@@ -48,19 +48,19 @@ def sha256_of(file: BinaryIO) -> str:
 
 def digits(name: str) -> str:
     """The first digits of a file's sha256, as its name ends with them: `resnet152-394f9c45.pth`."""
-    found = re.search(r"-([0-9a-f]{8,64})\.", name)
-    assert found, name
-    return found[1]
+    match = re.search(r"-([0-9a-f]{8,64})\.", name)
+    assert match, name
+    return match[1]
 
 
 def check(file: Path, sha256: str) -> None:
     """Raises UserError unless the sha256 of `file` begins with these digits."""
     try:
         with open(file, "rb") as stream:
-            found = sha256_of(stream)
+            actual = sha256_of(stream)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
-    if not found.startswith(sha256):
+    if not actual.startswith(sha256):
         raise UserError(
-            f"{file} has sha256 {found[:16]}... instead of {sha256}...: remove it, it is cut or another file"
+            f"{file} has sha256 {actual[:16]}... instead of {sha256}...: remove it, it is cut or another file"
         )

@@ -88,17 +88,17 @@ def _myself() -> str:
 
 def _is_gone(holder: str) -> bool:
     """Whether `holder`, as of _myself, is a process of this host that has ended; its number may be another's by now."""
-    found = re.match(r"process (\d+) on (.*), since [^ ]*(?: \(start (\d+)\))?$", holder.strip())
-    if not found or found[2] != socket.gethostname():
+    match = re.match(r"process (\d+) on (.*), since [^ ]*(?: \(start (\d+)\))?$", holder.strip())
+    if not match or match[2] != socket.gethostname():
         return False
     try:
-        os.kill(int(found[1]), 0)
+        os.kill(int(match[1]), 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
         pass  # another user's
-    started = _start_of(int(found[1]))
-    return bool(found[3] and started and found[3] != started)
+    started = _start_of(int(match[1]))
+    return bool(match[3] and started and match[3] != started)
 
 
 def _start_of(process: int) -> str:

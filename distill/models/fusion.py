@@ -29,8 +29,8 @@ class Rewritten(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits."""
-        found: Tensor = self.network(images.to(self.dtype))
-        return found
+        logits: Tensor = self.network(images.to(self.dtype))
+        return logits
 
 
 @torch.no_grad()
@@ -51,10 +51,10 @@ def rewrite(network: nn.Module, dtype: torch.dtype, example: Tensor) -> Rewritte
     for name, way in ways:
         try:
             changed = way(copy.deepcopy(best))
-            found = changed(images)
+            logits = changed(images)
         except Exception:  # torch.fx raises nearly anything; operators may be absent in another torch
             break
-        if not (found - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():
             break
         best, steps = changed, (*steps, name)
     return Rewritten(best.to(dtype).to(memory_format=torch.channels_last), dtype, steps)  # type: ignore[call-overload]
@@ -75,13 +75,13 @@ class FusedConvolution(nn.Module):
         """Returns relu(conv(images)), or relu(other + conv(images))."""
         c = self.convolution
         settings = (c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups)
-        found: Tensor
+        result: Tensor
         if other is None:
-            found = torch.ops.mkldnn._convolution_pointwise(images, *settings, "relu", [], "")
+            result = torch.ops.mkldnn._convolution_pointwise(images, *settings, "relu", [], "")
         else:
             binary = torch.ops.mkldnn._convolution_pointwise_.binary
-            found = binary(other, images, *settings, "add", 1.0, "relu", [], None)
-        return found
+            result = binary(other, images, *settings, "add", 1.0, "relu", [], None)
+        return result
 
 
 def _fuse_pointwise(traced: nn.Module) -> nn.Module:

@@ -51,9 +51,9 @@ class Network:
         resized = round(self.spec.resized * size / self.spec.size)
         return replace(self, spec=replace(self.spec, size=size, resized=resized), build=build)
 
-    def shown(self, told: Weights | None, mean: str | None = None, std: str | None = None) -> "Network":
+    def shown(self, loaded: Weights | None, mean: str | None = None, std: str | None = None) -> "Network":
         """The same with the normalisation that a file tells, or that is given."""
-        return replace(self, spec=self.spec.with_look_of(told.spec if told else None).normalised(mean, std))
+        return replace(self, spec=self.spec.with_look_of(loaded.spec if loaded else None).normalised(mean, std))
 
 
 def build_student(
@@ -75,20 +75,20 @@ def build_student(
     """
     if kind_of(recipe.weights) and not options.init:
         raise UserError("--weights raw and ema are of a file: give --init FILE")
-    told = on_main(weights.load)(Path(options.init), kind_of(recipe.weights)) if options.init else None
-    if options.evaluate and told and told.spec and network.spec.resized and not recipe.image_size:
-        network = network.at(told.spec.size)
-    network = network.shown(told, recipe.mean, recipe.std)
-    names = classes(told or Weights("", {})).names
+    loaded = on_main(weights.load)(Path(options.init), kind_of(recipe.weights)) if options.init else None
+    if options.evaluate and loaded and loaded.spec and network.spec.resized and not recipe.image_size:
+        network = network.at(loaded.spec.size)
+    network = network.shown(loaded, recipe.mean, recipe.std)
+    names = classes(loaded or Weights("", {})).names
     torch.manual_seed(recipe.seed)
     built = _built(network, len(names), {"dropout": recipe.dropout, "drop_connect": recipe.drop_connect})
     for module in built.modules():
         if isinstance(module, _BatchNorm) and recipe.bn_momentum is not None:
             module.momentum = recipe.bn_momentum
     student = Classifier(built, network.spec, choose_precision(recipe.precision, device), names)
-    if told or recipe.pretrained:
-        told = told or fetch(network, "or name them by --init FILE")
-        load_into(student, told, network, classes(told), new_head=not options.evaluate)
+    if loaded or recipe.pretrained:
+        loaded = loaded or fetch(network, "or name them by --init FILE")
+        load_into(student, loaded, network, classes(loaded), new_head=not options.evaluate)
         return student.to(device), checkpoint.digest(built.state_dict())
     initialise: Callable[[Tensor], None] | None = getattr(built, "initialise", None)
     if initialise and examples is not None:
@@ -108,10 +108,10 @@ def _built(network: Network, num_classes: int, settings: dict[str, float | None]
 
 
 def load_into(
-    classifier: Classifier, told: Weights, network: Network, classes: ClassNames, *, new_head: bool = False
+    classifier: Classifier, loaded: Weights, network: Network, classes: ClassNames, *, new_head: bool = False
 ) -> None:
     """weights.give to the network that `network` has built, under the names that it has today."""
-    adapted = replace(told, state=network.adapt(told.state))
+    adapted = replace(loaded, state=network.adapt(loaded.state))
     weights.give(classifier, adapted, classes, lambda count: network.build(num_classes=count), new_head=new_head)
 
 

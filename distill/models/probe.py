@@ -18,8 +18,8 @@ def unreached(network: nn.Module) -> list[nn.Parameter]:
     network: takes uint8 images and has their size in the spec of a Classifier in it; it is left as it is.
     """
     trial = copy.deepcopy(network).train()
-    found = _shown(trial, trial, 2)
-    logits, features = found if isinstance(found, tuple) else (found, [])
+    output = _shown(trial, trial, 2)
+    logits, features = output if isinstance(output, tuple) else (output, [])
     learned = [parameter for parameter in trial.parameters() if parameter.requires_grad]
     total = torch.stack([part.sum() for part in (logits, *features)]).sum()
     gradients = torch.autograd.grad(total, learned, allow_unused=True)

@@ -35,12 +35,12 @@ class Registry:
 
     def resolve(self, name: str) -> str:
         """The registered spelling of `name`: case, `-` and `_` do not matter. Raises UserError with near names."""
-        flat = {_flatten(known): known for known in self._builders}
+        flat = {_flatten(listed): listed for listed in self._builders}
         if _flatten(name) in flat:
             return flat[_flatten(name)]
         near = difflib.get_close_matches(_flatten(name), flat, n=4, cutoff=0.5)
-        known = ", ".join(flat[n] for n in near) if near else ", ".join(self.names())
-        raise UserError(f"unknown architecture {name!r} for {self.title}; {'near it' if near else 'known'}: {known}")
+        listed = ", ".join(flat[n] for n in near) if near else ", ".join(self.names())
+        raise UserError(f"unknown architecture {name!r} for {self.title}; {'near it' if near else 'known'}: {listed}")
 
     def build(self, name: str, num_classes: int) -> nn.Module:
         """A freshly initialised network with `num_classes` outputs."""

@@ -58,11 +58,11 @@ def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weigh
         if numbers is None:
             raise CheckpointError(f"{path} holds an array that is not of numbers, {name}")
         state[name] = numbers
-    told = content if isinstance(content, dict) and key else {}
-    recipe = told.get("recipe")
+    fields = content if isinstance(content, dict) and key else {}
+    recipe = fields.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else None
-    arch = (recipe or told).get("arch")
-    spec, classes = _spec(told.get("input")), _classes(told)
+    arch = (recipe or fields).get("arch")
+    spec, classes = _spec(fields.get("input")), _classes(fields)
     return Weights(str(path), state, classes, spec, arch if isinstance(arch, str) else None, recipe, note)
 
 
@@ -92,10 +92,10 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, (Tensor, Array)) for v in value.values())
 
 
-def _spec(told: Any) -> InputSpec | None:
+def _spec(fields: Any) -> InputSpec | None:
     """What a checkpoint of ours says of its network's input; None for anything else."""
     try:
-        spec = InputSpec(**{**told, "mean": tuple(told["mean"]), "std": tuple(told["std"])})
+        spec = InputSpec(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
         numbers = [*spec.mean, *spec.std, spec.size, spec.resized]
         fits = len(numbers) == 8 and all(type(number) in (int, float) for number in numbers)
         return spec if fits and min(spec.std) > 0 and spec.interpolation in ("bilinear", "bicubic") else None
@@ -103,9 +103,9 @@ def _spec(told: Any) -> InputSpec | None:
         return None
 
 
-def _classes(told: Mapping[str, Any]) -> tuple[str, ...]:
+def _classes(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """The names in `classes`, or those of torchvision's `class_to_idx`, in their order."""
-    names, numbers = told.get("classes"), told.get("class_to_idx")
+    names, numbers = fields.get("classes"), fields.get("class_to_idx")
     if isinstance(numbers, dict) and sorted(map(repr, numbers.values())) == sorted(map(repr, range(len(numbers)))):
         names = sorted(numbers, key=numbers.__getitem__)
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):

@@ -101,9 +101,9 @@ def any_of(*flags: bool) -> list[bool]:
     """For each flag whether it is set on any rank. Every rank must come here."""
     if world_size() == 1:
         return list(flags)
-    found = torch.tensor(flags, dtype=torch.uint8)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in found]
+    common = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(common, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in common]
 
 
 def reduce(values: Tensor, how: str = "sum") -> Tensor:
@@ -117,9 +117,9 @@ def gather(value: Result) -> list[Result]:
     """The `value` of each rank, on every rank."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_buffers(network: nn.Module) -> None:

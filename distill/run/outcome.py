@@ -18,10 +18,10 @@ def diverged(records: list[dict[str, Any]], first_loss: float | None) -> dict[st
     If the first epoch's loss was less than that of the first step it counts instead; only a loss of more than 1 has
     diverged. The result has the epoch's number, its loss, and what the run began with.
     """
-    known = [loss for loss in (first_loss, records[0]["train_loss"] if records else None) if loss is not None]
+    first_losses = [loss for loss in (first_loss, records[0]["train_loss"] if records else None) if loss is not None]
     for record in records:
-        if record["train_loss"] > ASTRAY * max(min(known), 1 / ASTRAY):
-            return {"epoch": record["epoch"], "train_loss": record["train_loss"], "first_loss": min(known)}
+        if record["train_loss"] > ASTRAY * max(min(first_losses), 1 / ASTRAY):
+            return {"epoch": record["epoch"], "train_loss": record["train_loss"], "first_loss": min(first_losses)}
     return None
 
 

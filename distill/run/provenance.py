@@ -25,8 +25,8 @@ def commit() -> str | None:
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
         environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=environment)
-        return found.stdout.strip()
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=environment)
+        return completed.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

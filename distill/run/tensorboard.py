@@ -20,8 +20,8 @@ class TensorBoardWriter:
         self._writer: Any = None  # until there is something to write: it makes a file at once
         self._shown: dict[str, set[int]] = {}
         if path.exists():
-            found = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()  # 0: all of them
-            self._shown = {tag: {event.step for event in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
+            events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()  # 0: all of them
+            self._shown = {tag: {event.step for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
     def show(self, records: list[dict[str, Any]]) -> None:
         """Writes what the files lack of `records`: all that was recorded without them, or before a kill."""

@@ -36,20 +36,20 @@ def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> 
     """
     name = str(teacher.network.precision).removeprefix("torch.")
     path = cache / f"{teacher.digest[:24]}-{data_digest[:24]}-{name}-{teacher.network.mean.device.type}.pt"
-    found: dict[str, Any] = {}
+    cached: dict[str, Any] = {}
     if path.exists():
         try:
-            found = checkpoint.load(path)
+            cached = checkpoint.load(path)
         except checkpoint.CheckpointError as error:
             print(f"{error}; measuring the teacher again")
-    if not found.keys() >= {"logits", "precision"}:
+    if not cached.keys() >= {"logits", "precision"}:
         logits, exact = _answers(teacher, test)
         compared = {"images": len(exact), "agreement": agreement(logits[: len(exact)].argmax(1), exact.argmax(1))}
         compared["error"] = (logits[: len(exact)] - exact).abs().mean().item()
-        found = {"logits": logits.half(), "precision": {"precision": name, **compared}}
-        checkpoint.save_cache(path, found)
-    answers = found["logits"].float()
-    return TeacherReport(accuracy(answers, test.labels.cpu()), answers, found["precision"])
+        cached = {"logits": logits.half(), "precision": {"precision": name, **compared}}
+        checkpoint.save_cache(path, cached)
+    logits = cached["logits"].float()
+    return TeacherReport(accuracy(logits, test.labels.cpu()), logits, cached["precision"])
 
 
 def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cache: Path) -> TeacherReport:
@@ -58,31 +58,31 @@ def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cac
     name: of the teacher, and where it comes from. Of several processes on a machine one examines it.
     """
     with first_here():
-        known = examine(teacher, test, data_digest, cache)
-    compared = known.precision
-    print(f"teacher: {name}, test accuracy {known.accuracy:.2f} %")
+        report = examine(teacher, test, data_digest, cache)
+    compared = report.precision
+    print(f"teacher: {name}, test accuracy {report.accuracy:.2f} %")
     print(
         f"teacher: in {compared['precision']} its arg max agrees with float32 on {compared['agreement']:.2f} % of "
         f"{compared['images']} test images, a logit differs by {compared['error']:.2g} on average"
     )
-    if warning := chance_warning(known.accuracy, known.logits.shape[1]):
+    if warning := chance_warning(report.accuracy, report.logits.shape[1]):
         print(warning)
-    return known
+    return report
 
 
 @torch.no_grad()
 def _answers(teacher: Teacher, test: TestData) -> tuple[Tensor, Tensor]:
     """The teacher's logits (N, C) for all images, and for the first of them those of its network in float32."""
-    network, found, exact, compared = teacher.network, [], [], 0
+    network, logits, exact, compared = teacher.network, [], [], 0
     for images, _ in test.batches():
-        found.append(teacher.logits(images).cpu())
+        logits.append(teacher.logits(images).cpu())
         if (wanted := COMPARED - compared) > 0:
             precision, network.precision = network.precision, choose_precision("float32", network.mean.device)
             parts = torch.split(images[:wanted].to(network.mean.device), BLOCK["cpu"])
             exact += [network(part).cpu() for part in parts]
             network.precision = precision
             compared += len(images[:wanted])
-    return torch.cat(found), torch.cat(exact)
+    return torch.cat(logits), torch.cat(exact)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -100,5 +100,5 @@ def chance_warning(accuracy: float, classes: int) -> str | None:
     chance = 100 / classes
     if accuracy >= chance + 0.1 * (100 - chance):
         return None
-    found = f"the teacher's test accuracy, {accuracy:.2f} %, is near chance ({chance:.2f} %)"
-    return f"warning: {found}; wrong weights or data?"
+    line = f"the teacher's test accuracy, {accuracy:.2f} %, is near chance ({chance:.2f} %)"
+    return f"warning: {line}; wrong weights or data?"

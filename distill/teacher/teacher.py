@@ -47,14 +47,14 @@ class Teacher:
         """images: uint8 (B, H, W, 3), on any device -> float32 (B, C) there, with values that float16 has."""
         if not self._fast:
             self._fast = self._rewritten(images)
-        own, found = self.network.mean.device, []
+        own, parts = self.network.mean.device, []
         for number, part in enumerate(torch.split(images.to(own, non_blocking=True), self.block)):
             missing = self.block - len(part)
             whole = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
             turn = number % len(self._devices)
-            found.append(self._fast[turn](whole.to(self._devices[turn], non_blocking=True))[: len(part)])
+            parts.append(self._fast[turn](whole.to(self._devices[turn], non_blocking=True))[: len(part)])
         return (
-            torch.cat([answers.to(own) for answers in found])
+            torch.cat([answers.to(own) for answers in parts])
             .clamp(-FLOAT16_MAX, FLOAT16_MAX)
             .half()
             .float()

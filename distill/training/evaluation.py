@@ -83,9 +83,11 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
     if any_of(stop())[0]:
         raise EvaluationStopped
     reduce(tally.sums)
-    found, everything = tally.summary(), torch.cat(gather(torch.cat(predictions).cpu()))
+    summary, everything = tally.summary(), torch.cat(gather(torch.cat(predictions).cpu()))
     seconds = time.perf_counter() - start
-    return Evaluation(found["loss"], found["accuracy"], found["top5"], int(found["images"]), seconds, everything)
+    return Evaluation(
+        summary["loss"], summary["accuracy"], summary["top5"], int(summary["images"]), seconds, everything
+    )
 
 
 def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
@@ -99,9 +101,9 @@ def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
 
 def evaluate_student(student: Classifier, test: TestData) -> dict[str, Any]:
     """--evaluate: the accuracy of `student` on the test images, printed."""
-    found = evaluate(student, test)
-    print(found)
-    return found.to_dict()
+    evaluation = evaluate(student, test)
+    print(evaluation)
+    return evaluation.to_dict()
 
 
 @torch.no_grad()

@@ -178,7 +178,7 @@ def build_loss(
     names = (recipe.arch, recipe.teacher_arch or "the teacher")
     features = FeatureLoss(student, teacher, names, recipe.features, seed=recipe.seed, device_name=device_name)
     if recipe.features.teacher_bn == "batch":
-        check_batch_norm(teacher.network, names[1], recipe, device_name, features.known_features)
+        check_batch_norm(teacher.network, names[1], recipe, device_name, features.teacher_features)
     features.measure(data.batches(0))
     print(features)
     if method.needs_teacher_logits:

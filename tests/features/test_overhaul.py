@@ -349,8 +349,8 @@ def test_the_teacher_does_not_move(teacher_bn: str) -> None:
     assert all(p.grad is None for p in teacher.network.parameters())
     # with statistics of the batch, the feature of an image depends on the others
     with torch.no_grad():
-        alone = loss.known_features(images(4)[:2])[-1]
-        beside = loss.known_features(images(4))[-1][:2]
+        alone = loss.teacher_features(images(4)[:2])[-1]
+        beside = loss.teacher_features(images(4))[-1][:2]
     assert torch.allclose(alone, beside, atol=1e-3) == (teacher_bn == "eval")
     assert one.isfinite()
     assert other.isfinite()
