@@ -129,7 +129,7 @@ class Original:
 
     @staticmethod
     def _jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-        """Factor * image + (1 - factor) * other; other is black, the mean grey, or the grey image.
+        """Returns factor * image + (1 - factor) * other, where other is black, the mean grey, or the grey image.
 
         Grey and its mean are integer arithmetic, so that no order of summation can matter.
         """

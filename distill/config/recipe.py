@@ -393,7 +393,7 @@ class Options:
         "the teacher's weights, a file of ours or of others; on small images also 'published'",
         group="data and files",
     )
-    store: bool = option(True, "keep the teacher's answers for other runs", group="data and files")
+    store: bool = option(True, "keep the teacher's logits for other runs", group="data and files")
     store_limit: float = option(
         50.0, "gigabytes that a store may take; where it would take more there is none", group="data and files", least=0
     )

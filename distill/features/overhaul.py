@@ -70,7 +70,7 @@ def pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
 class FeatureLoss:
     """The loss `method` on features, and what it takes.
 
-    That is the places of both networks, aligned at the end, the teacher's margins, and `learner`, the student with its
+    That is the places of both networks, aligned at the end, the teacher's margins, and `model`, the student with its
     connectors, which is trained. method.teacher_bn: `batch` lets the teacher's BatchNorm use the statistics of the
     batch; its running ones do not move. Raises UserError where a network's stages cannot be found.
     """
@@ -90,7 +90,7 @@ class FeatureLoss:
         count = min(len(student_points), len(teacher_points))
         self.method = method
         self.student_points, self.teacher_points = student_points[-count:], teacher_points[-count:]
-        self.learner = Connected(student, self.student_points, self.teacher_points, seed)
+        self.model = Connected(student, self.student_points, self.teacher_points, seed)
         norms = [module for module in teacher.network.modules() if isinstance(module, _BatchNorm)]
         self._norms = norms if method.teacher_bn == "batch" else []
         tapped = FeatureExtractor(teacher.network, self.teacher_points)

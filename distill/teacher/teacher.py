@@ -44,7 +44,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """images: uint8 (B, H, W, 3), on any device -> float32 (B, C) there, with values that float16 has."""
+        """Returns the logits of images uint8 (B, H, W, 3), on any device, as float32 (B, C) there, rounded to float16."""
         if not self._fast:
             self._fast = self._rewritten(images)
         own, parts = self.network.mean.device, []
@@ -53,13 +53,8 @@ class Teacher:
             whole = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
             turn = number % len(self._devices)
             parts.append(self._fast[turn](whole.to(self._devices[turn], non_blocking=True))[: len(part)])
-        return (
-            torch.cat([answers.to(own) for answers in parts])
-            .clamp(-FLOAT16_MAX, FLOAT16_MAX)
-            .half()
-            .float()
-            .to(images.device)
-        )
+        logits = torch.cat([logits.to(own) for logits in parts])
+        return logits.clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float().to(images.device)
 
     def _rewritten(self, images: Tensor) -> list[nn.Module]:
         """The network as it is called, for each device.

@@ -129,7 +129,7 @@ class Distillation:
 class FeatureDistillation:
     """feature_weight * features(student, teacher) + ce_weight * CE(s, y), or in place of CE what `logits` minimises.
 
-    The student that it is called with is that of features.learner, which returns its features too.
+    The student that it is called with is that of features.model, which returns its features too.
     """
 
     features: FeatureLoss
@@ -144,7 +144,7 @@ class FeatureDistillation:
     @property
     def model(self) -> Connected:
         """The student and its connectors, which are trained."""
-        return self.features.learner
+        return self.features.model
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         """Returns the loss of a batch."""

@@ -280,7 +280,7 @@ def test_the_sum_over_stages(student: str, teacher: str) -> None:
     loss = FeatureLoss(learning, teaching, (student, teacher))
     batch = images(3)
     with torch.no_grad():
-        _, own = loss.learner.eval()(batch)
+        _, own = loss.model.eval()(batch)
         _, known = FeatureExtractor(teaching.network, find_feature_points(teaching.network, teacher))(batch)
         total = 0.0
         for k, (s, t, place) in enumerate(zip(own[::-1], known[::-1], loss.known[::-1], strict=False)):
@@ -323,13 +323,13 @@ def test_a_margin_that_is_measured() -> None:
 def test_replicas_in_threads_keep_their_own_features() -> None:
     """As DataParallel runs them: copies of one network at work at once, whose results are put together."""
     loss = FeatureLoss(classifier("mobilenetv2"), Teacher(classifier("resnet18")), ("mobilenetv2", "resnet18"))
-    replicas = [copy.deepcopy(loss.learner).eval() for _ in range(3)]
+    replicas = [copy.deepcopy(loss.model).eval() for _ in range(3)]
     together, parts = threading.Barrier(3), images(6).split(2)
     for replica in replicas:  # each waits for the others in the middle of its network
         replica.tapped.classifier.network.layers[8].register_forward_hook(lambda *_: (together.wait(60), None)[1])
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda replica, part: replica(part), replicas, parts))
-    logits, features = loss.learner.eval()(images(6))
+    logits, features = loss.model.eval()(images(6))
     torch.testing.assert_close(torch.cat([own for own, _ in found]), logits, rtol=1e-4, atol=1e-4)
     for k, feature in enumerate(features):
         torch.testing.assert_close(torch.cat([own[k] for _, own in found]), feature, rtol=1e-4, atol=1e-4)
@@ -341,7 +341,7 @@ def test_the_teacher_does_not_move(teacher_bn: str) -> None:
     teacher = Teacher(classifier("densenet_cifar"))
     answer = teacher.logits(images(4))
     loss = FeatureLoss(classifier("resnet18"), teacher, ("resnet18", "densenet_cifar"), Overhaul(teacher_bn=teacher_bn))
-    learner = loss.learner.train()
+    learner = loss.model.train()
     _, own = learner(images(4))
     one, other = loss(own, images(4)), loss([f[:2] for f in own], images(4)[:2])
     one.backward()
