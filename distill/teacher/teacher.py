@@ -44,7 +44,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Returns the logits of images uint8 (B, H, W, 3) as float32 (B, C), rounded to float16, on the images' device."""
+        """Returns the logits of images uint8 (B, H, W, 3) as float32 (B, C) with values that float16 has."""
         if not self._fast:
             self._fast = self._rewritten(images)
         own, parts = self.network.mean.device, []
