@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
-    """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
+    """Starts or continues the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
     from cifar10.task import SmallImages
     from distill.training.engine import fit

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:
-    """Start or continue the run of `recipe`. Returns its summary, also if it was finished before."""
+    """Starts or continues the run of `recipe`. Returns its summary, also if it was finished before."""
     # torch takes seconds to load: only now, after the flags were found right
     from distill.teacher.cached import cache_teachers
     from distill.training.engine import fit

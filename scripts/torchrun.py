@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     # torch 2.15 and before: with one store for all starts, a restarted process may read the address of a dead one
     # (pytorch/pytorch#135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # of each process, or DistributedDataParallel's C++ tells that it found no unused parameters (distill/parallel.py)
+    # of each process, or DistributedDataParallel's C++ tells that it found no unused parameters (training/wrap.py)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
     heard = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]

@@ -1,7 +1,7 @@
 """How a file of others is read: never trusted, and nothing in it is executed.
 
 Kind, size, checksums and content are verified before any of it is used. torch.load(weights_only=True) is the only way;
-what it builds beside tensors and plain values are the stand-ins of inert.py.
+what it builds beside tensors and plain values are the stand-ins of stand_ins.py.
 """
 
 import mmap
