@@ -283,7 +283,7 @@ def test_the_sum_over_stages(student: str, teacher: str) -> None:
         _, own = loss.model.eval()(batch)
         _, known = FeatureExtractor(teaching.network, find_feature_points(teaching.network, teacher))(batch)
         total = 0.0
-        for k, (s, t, place) in enumerate(zip(own[::-1], known[::-1], loss.known[::-1], strict=False)):
+        for k, (s, t, place) in enumerate(zip(own[::-1], known[::-1], loss.teacher_points[::-1], strict=False)):
             assert place.scale is not None
             assert place.shift is not None
             t = pooled(t, (s.shape[2], s.shape[3]))
@@ -307,13 +307,13 @@ def test_a_margin_that_is_measured() -> None:
     torch.manual_seed(0)
     teacher = Teacher(network())
     loss = FeatureLoss(network(), teacher, ("plain", "plain"))
-    assert [place.shape for place in loss.known] == [(4, 32, 32), (8, 16, 16)]
+    assert [place.shape for place in loss.teacher_points] == [(4, 32, 32), (8, 16, 16)]
     assert "measured on training images" in str(loss)
     whole = images(6)
     batches = [Batch(part, torch.zeros(2), torch.arange(2)) for part in whole.split(2)]
     loss.measure(iter(batches))
     with torch.no_grad():
-        _, features = FeatureExtractor(teacher.network, loss.known)(whole)
+        _, features = FeatureExtractor(teacher.network, loss.teacher_points)(whole)
     for found, feature in zip(loss.margins, features, strict=True):
         rows = feature.transpose(0, 1).flatten(1)
         expected = torch.stack([row[row < 0].mean() for row in rows])
