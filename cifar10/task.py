@@ -129,19 +129,16 @@ class SmallImages(Task[Recipe, Options]):
         network = models.find_trained(arch, weights, recipe.teacher_image_size, theirs(recipe.teacher_weights))
         return network.shown(None, recipe.teacher_mean, recipe.teacher_std), weights
 
-    def load_teacher(self, recipe: Recipe, options: Options, run: Run | None = None) -> tuple[Teacher, TeacherReport]:
-        """Returns the one frozen teacher of `recipe`, and what it scores on the test images; both are printed."""
-        teacher, report = super().load_teacher(recipe, options, run)
-        path = find_file(recipe.teacher_arch or "", options)
-        if path and options.teacher_checkpoint == "published":
-            published = on_main(checkpoint.load)(path)
+    def comment(self, teacher: Teacher, weights: Weights | None, report: TeacherReport, options: Options) -> None:
+        """Prints on which data published weights were trained, and what may better the teacher of an unknown file."""
+        if weights and options.teacher_checkpoint == "published":
+            published = on_main(checkpoint.load)(Path(weights.source))
             if published["data_content"] != self.data.content:
                 trained_on = f"was trained on {published['data']['name']}, not on {self.data.name}"
-                print(f"note: the published {recipe.teacher_arch} {trained_on}")
-        if path and not on_main(files.load)(path).spec:
+                print(f"note: the published {published['arch']} {trained_on}")
+        if weights and not weights.spec:
             flags = ("--teacher-mean", "--teacher-std")
             self.suggest_normalisation(teacher.network, report.accuracy, "teacher", *flags)
-        return teacher, report
 
     def suggest_normalisation(self, network: Classifier, accuracy: float, who: str, *flags: str) -> None:
         """Prints how a network of a file that does not tell its normalisation does with others, if it does badly."""

@@ -21,7 +21,7 @@ from distill.config.recipe import Options, Recipe
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses the flags, and train. Raises UserError."""
+    """Parses the flags and trains. Raises UserError."""
     recipe, options = cli.parse(
         argv,
         prog="trainKD.sh",

@@ -19,7 +19,7 @@ from imagenet.recipes import RECIPES, ImageNetOptions, ImageNetRecipe
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses the flags, and train. Raises UserError."""
+    """Parses the flags and trains. Raises UserError."""
     recipe, options = cli.parse(
         argv,
         prog="train.sh",

@@ -23,10 +23,13 @@ class Dataset:
     options_type: type[Options]
     task: str  # the class in NAME/task.py
     test_split: str  # what its folder is called
+    num_classes: int  # of the data set that it is named after
+    published: bool  # whether there are weights of its networks by their authors
 
-    def open(self, recipe: Recipe, options: Options, **more: Any) -> Any:
+    def open(self, recipe: Recipe, options: Options) -> Any:
         """Returns the distill.training.task.Task of `recipe`: its images, loaded."""
-        return getattr(import_module(f"{self.name}.task"), self.task)(recipe, options, **more)
+        more = {} if self.published else {"train": self.module("train_ce").train}  # a teacher that there is not yet
+        return getattr(self.module("task"), self.task)(recipe, options, **more)
 
     def module(self, name: str) -> Any:
         """Returns a module of the package, such as `models` or `train_kd`."""
@@ -38,9 +41,17 @@ class Dataset:
 
 
 DATASETS = {
-    "cifar10": Dataset("cifar10", small.RECIPES, "kd", Recipe, Options, "SmallImages", "test"),
+    "cifar10": Dataset("cifar10", small.RECIPES, "kd", Recipe, Options, "SmallImages", "test", 10, False),
     "imagenet": Dataset(
-        "imagenet", photos.RECIPES, "standard_kd", photos.ImageNetRecipe, photos.ImageNetOptions, "PhotoTask", "val"
+        "imagenet",
+        photos.RECIPES,
+        "standard_kd",
+        photos.ImageNetRecipe,
+        photos.ImageNetOptions,
+        "PhotoTask",
+        "val",
+        1000,
+        True,
     ),
 }
 

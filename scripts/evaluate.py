@@ -29,7 +29,7 @@ class Evaluate:
         "cifar10",
         "small images or photos, and the networks for them",
         group="what",
-        choices=("cifar10", "imagenet"),
+        choices=tuple(DATASETS),
     )
     arch: str | None = option(None, "the network's architecture (not needed for ours)", group="what", flags=("-a",))
     checkpoint: str | None = option(
@@ -75,12 +75,12 @@ class Evaluate:
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Evaluate(), prog="evaluate.py", description=__doc__ or "")
-    dataset, small = DATASETS[options.dataset], options.dataset == "cifar10"
-    if not options.checkpoint and small:
+    dataset = DATASETS[options.dataset]
+    if not options.checkpoint and not dataset.published:
         raise UserError("--checkpoint is needed; --help shows an example")
     if options.split not in (None, "train", dataset.test_split):
         raise UserError(f"--split {options.split}: {dataset.name} has {dataset.test_split} and train")
-    if small and options.weights not in (None, "raw", "ema"):
+    if not dataset.published and options.weights not in (None, "raw", "ema"):
         raise UserError(f"--weights must be one of raw, ema for small images, got {options.weights!r}")
     cli.check_file(options.json)
     from distill.files import checkpoint
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
         classifier = task.build_classifier(network, given, choose_precision(options.precision, task.device))
         split = "train" if options.split == "train" else "test"
         result = evaluate(classifier, task.test_data(network.spec, split, options.batch_size))
-        if small and not given.spec:
+        if not given.spec and not given.published:
             task.suggest_normalisation(classifier, result.accuracy, "note", "--mean", "--std")
     print(result)
     if options.json:

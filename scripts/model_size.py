@@ -32,7 +32,7 @@ from scripts.dataset import DATASETS, Dataset  # noqa: E402
 class Sizes:
     """The flags of this script."""
 
-    dataset: str = option("cifar10", "which networks", group="what", choices=("cifar10", "imagenet"))
+    dataset: str = option("cifar10", "which networks", group="what", choices=tuple(DATASETS))
     arch: str = option("resnet152", "the network", group="what", flags=("-a",))
     vs: str | None = option(
         "efficientnet_b0", "the one beside it (imagenet: efficientnet-b0); the same name: none", group="what"
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     choose_precision("float32", device)  # the times are of float32, not of TF32
     dataset = DATASETS[options.dataset]
     other = dataset.recipe_type().arch if options.vs == "efficientnet_b0" else options.vs
-    classes = options.classes or {"cifar10": 10, "imagenet": 1000}[dataset.name]
+    classes = options.classes or dataset.num_classes
     networks = {arch: build(arch, dataset, classes, device) for arch in (options.arch, other) if arch}
     found = measure(networks, options.batch_size, options.rounds)
     print(f"{options.dataset}, {classes} classes, {describe_device(device)}, batch {options.batch_size}")

@@ -58,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
         )
     # Logits do not depend on the method, and this one takes images without labels; one image a step leaves out none.
     recipe = replace(recipe, method=KD(w=1.0), features=None)
-    more = {"train": dataset.module("train_ce").train} if dataset.name == "cifar10" else {}
-    with dataset.open(replace(recipe, batch_size=1, accumulate=1), options, **more) as task:
+    with dataset.open(replace(recipe, batch_size=1, accumulate=1), options) as task:
         return work(task, options)
 
 

@@ -251,7 +251,8 @@ def losses() -> list[str]:
     for name, method in METHODS.items():
         if method.formula:
             formula = method.formula.replace("|", "\\|") + (f"; {method.note}" if method.note else "")
-            lines.append(f"| `{name}` | {formula} | {method.flags()} | {method.source} |")
+            file = f"{method.__module__.replace('.', '/')}.py"
+            lines.append(f"| [`{name}`]({file}) | {formula} | {method.flags()} | {method.source} |")
     return [*lines, f"| `--overhaul` | {Overhaul.formula} | {Overhaul.flags()} | {Overhaul.source} |"]
 
 

@@ -113,6 +113,16 @@ def test_every_file_is_in_the_tree_of_the_readme() -> None:
             assert Path(file).name in readme, f"{file} is not in the tree of the README"
 
 
+def test_every_file_in_the_tree_of_the_readme_is_there() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    there = {
+        path.name
+        for folder in ("distill", "cifar10", "imagenet", "scripts", "tests")
+        for path in (ROOT / folder).rglob("*")
+    }
+    assert set(re.findall(r"\b\w+\.(?:py|sh|webp)\b", tree)) <= there
+
+
 @pytest.mark.slow
 def test_code_in_the_readme_runs() -> None:
     text = "".join((ROOT / name).read_text() for name in ("README.md", "checkpoints/README.md"))

@@ -12,5 +12,16 @@ from distill.losses.method import Method
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in Method.__subclasses__()}
+
+def find_methods(base: type[Method]) -> dict[str, type[Method]]:
+    """Returns all subclasses of `base` by their names. Raises ValueError if two have the same."""
+    methods: dict[str, type[Method]] = {}
+    for method in base.__subclasses__():
+        for name, other in [(method.name, method), *find_methods(method).items()]:
+            if methods.setdefault(name, other) is not other:
+                raise ValueError(f"{name} is the name of two methods, {methods[name]} and {other}")
+    return methods
+
+
+METHODS = find_methods(Method)
 """The methods on logits, by the name that --method takes."""

@@ -59,7 +59,7 @@ class Run(RunDirectory):
             raise UserError(f"{self.path} holds another run: {format_diff(changed, before, now)}; {hint}")
 
     def report(self) -> None:
-        """Sets `summary`, and print the result, if the run is finished."""
+        """Sets `summary` and prints the result, if the run is finished."""
         self.summary = self._reported()
 
     @on_main
@@ -91,7 +91,7 @@ class Run(RunDirectory):
         checkpoint.write_atomically(self.path / CONFIG, to_json(updated))
 
     def _data_change(self, start: dict[str, Any], before: dict[str, Any]) -> bool:
-        """Returns whether the images are others than before; then note it in `start`, and print a line."""
+        """Returns whether the images are others than before; if so notes it in `start` and prints a line."""
         now = self.facts
         if before["data_digest"] == now["data_digest"]:
             return False
@@ -101,7 +101,7 @@ class Run(RunDirectory):
 
     @on_main
     def finish(self, student: Classifier, **results: Any) -> dict[str, Any]:
-        """Write, print and return summary.json: what the run is, what computed it, and `results`.
+        """Writes, prints and returns summary.json: what the run is, what computed it, and `results`.
 
         results: percent, nats, seconds.
         """

@@ -18,10 +18,10 @@ COMPARED = 1000  # images on which a rounded teacher is compared with its float3
 
 @dataclass(frozen=True)
 class TeacherReport:
-    """What a teacher knows of the test images: its accuracy in percent, its logits (N, C).
+    """How a teacher does on the test images: its accuracy in percent, its logits (N, C), and its precision.
 
-    And how its answers compare with those in float32: `precision`, `images` compared, `agreement` of the arg max in
-    percent, and `error`, the mean absolute difference of a logit.
+    `precision` has its name, and how the logits compare with those in float32: `images` compared, `agreement` of the
+    arg max in percent, and `error`, the mean absolute difference of a logit.
     """
 
     accuracy: float
@@ -30,9 +30,9 @@ class TeacherReport:
 
 
 def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> TeacherReport:
-    """What `teacher` knows, found once for teacher, data, precision and kind of device, and kept under `cache`.
+    """Returns the report of `teacher`; it is made once for teacher, data, precision and kind of device.
 
-    A damaged file of an earlier call is named and made anew.
+    It is kept under `cache`; a damaged file there is named and made anew.
     """
     name = str(teacher.network.precision).removeprefix("torch.")
     path = cache / f"{teacher.digest[:24]}-{data_digest[:24]}-{name}-{teacher.network.mean.device.type}.pt"
@@ -43,7 +43,7 @@ def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> 
         except checkpoint.CheckpointError as error:
             print(f"{error}; measuring the teacher again")
     if not cached.keys() >= {"logits", "precision"}:
-        logits, exact = _answers(teacher, test)
+        logits, exact = _logits(teacher, test)
         compared = {"images": len(exact), "agreement": agreement(logits[: len(exact)].argmax(1), exact.argmax(1))}
         compared["error"] = (logits[: len(exact)] - exact).abs().mean().item()
         cached = {"logits": logits.half(), "precision": {"precision": name, **compared}}
@@ -53,7 +53,7 @@ def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> 
 
 
 def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cache: Path) -> TeacherReport:
-    """Returns what `examine` does, and print it, with a warning for a teacher that is hardly better than guessing.
+    """Returns what `examine` does and prints it, with a warning for a teacher that is hardly better than guessing.
 
     name: of the teacher, and where it comes from. Of several processes on a machine one examines it.
     """
@@ -71,8 +71,8 @@ def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cac
 
 
 @torch.no_grad()
-def _answers(teacher: Teacher, test: TestData) -> tuple[Tensor, Tensor]:
-    """The teacher's logits (N, C) for all images, and for the first of them those of its network in float32."""
+def _logits(teacher: Teacher, test: TestData) -> tuple[Tensor, Tensor]:
+    """Returns the teacher's logits (N, C) of all images, and of the first of them those of its network in float32."""
     network, logits, exact, compared = teacher.network, [], [], 0
     for images, _ in test.batches():
         logits.append(teacher.logits(images).cpu())

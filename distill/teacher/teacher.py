@@ -14,19 +14,17 @@ from distill.parallel.devices import choose_precision, devices
 from distill.parallel.processes import world_size
 
 FLOAT16_MAX = 65504.0
-
-
 BLOCK = {"cpu": 64, "cuda": 512}  # images of up to 224 pixels at a time: on a CPU as many as its caches like
 
 
 class Teacher:
-    """Answers images with logits. It cannot move: `check_untouched` raises if a parameter or buffer ever did.
+    """Gives images their logits. Its weights stay: `check_untouched` raises if a parameter or buffer has changed.
 
-    An answer is a function of the one image: the network always sees `block` images at once, the last of them
-    repeated where there are fewer, and the logits are rounded to float16 before any use. So a run does not depend on
-    which images are asked for together, nor on whether an answer is computed or comes from a store.
-    `device_name`, as of parallel.devices: where it names several GPUs of one process, they answer whole blocks in turn;
-    None is the network's own device.
+    The logits of an image depend on that image alone: the network always sees `block` images at once, the last of them
+    repeated where there are fewer, and the logits are rounded to float16 before any use. So a run depends neither on
+    which images come together, nor on whether logits are computed or come from a store.
+    `device_name`, as of parallel.devices: where it names several GPUs of one process, they compute whole blocks in
+    turn; None is the network's own device.
     """
 
     def __init__(self, network: Classifier, device_name: str | None = None, block: int | None = None) -> None:
@@ -39,7 +37,7 @@ class Teacher:
 
     @property
     def at_once(self) -> int:
-        """The number of images to ask for together, so that every device has a block."""
+        """The number of images to compute together, so that every device has a block."""
         return self.block * len(self._devices)
 
     @torch.no_grad()
@@ -57,9 +55,9 @@ class Teacher:
         return logits.clamp(-FLOAT16_MAX, FLOAT16_MAX).half().float().to(images.device)
 
     def _rewritten(self, images: Tensor) -> list[nn.Module]:
-        """The network as it is called, for each device.
+        """Returns the network as it is called, for each device.
 
-        Raises UserError if its answer to an image depends on the others beside it.
+        Raises UserError if the logits of an image depend on the images beside it.
         """
         slow, shape = self.network, (self.block, *images.shape[1:])
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

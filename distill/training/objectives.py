@@ -99,9 +99,8 @@ class Distillation:
     model: None = None
 
     def __post_init__(self) -> None:
-        kd_weight, ce_weight = self.method.weights
-        if not self.labelled and ce_weight:
-            raise ValueError(f"images without labels are taught by the teacher alone, w = 1, not {kd_weight:g}")
+        if not self.labelled and self.method.weights[1]:
+            raise ValueError(f"images without labels have no CE term, got its weight {self.method.weights[1]:g}")
 
     @property
     def parts(self) -> tuple[str, ...]:

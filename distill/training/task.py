@@ -127,6 +127,12 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         """Returns `, at 96 pixels` where a network of `spec` sees the images enlarged, else nothing."""
         return ""
 
+    def suggest_normalisation(self, network: Classifier, accuracy: float, who: str, *flags: str) -> None:
+        """Prints how a network does with other normalisations, if its file does not tell one and it does badly."""
+
+    def comment(self, teacher: Teacher, weights: Weights | None, report: TeacherReport, options: AnyOptions) -> None:
+        """Prints what there is to say of a teacher beside what it scores."""
+
     def close(self) -> None:
         """Ends what works beside this process."""
 
@@ -166,7 +172,9 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         cache_key = checkpoint.digest([self.data.digest, self.decoder, str(network.spec)])
         title = f"{network.arch} from {weights.title if weights else 'random weights'}{self.enlarged(network.spec)}"
         test, cache = self.test_data(network.spec), CHECKPOINTS / "cache" / "teachers"
-        return teacher, introduce(teacher, test, cache_key, title, cache)
+        report = introduce(teacher, test, cache_key, title, cache)
+        self.comment(teacher, weights, report, options)
+        return teacher, report
 
     def build_teacher(self, network: Network, weights: Weights | None, precision: str) -> Teacher:
         """Returns the frozen teacher."""
@@ -202,7 +210,7 @@ def open_run(
     tests: Mapping[str, TestData],
     load_teachers: Callable[[Run], Ensemble] | None = None,
 ) -> Iterator[tuple[Run, Ensemble | None]]:
-    """Takes hold of the run of `task` and `student`, and load its teachers.
+    """Takes hold of the run of `task` and `student`, and loads its teachers.
 
     The result of a finished run is printed, and is its `summary`; then there may be no teachers. Another run than the
     one in the directory is refused before a teacher is loaded or trained, and once more with it.

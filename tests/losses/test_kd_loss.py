@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
 from distill.files import checkpoint
-from distill.losses import METHODS
+from distill.losses import METHODS, find_methods
 from distill.losses.dist import DIST, dist
 from distill.losses.divergence import EXACT_ABOVE, standardize
 from distill.losses.dkd import dkd
@@ -365,3 +365,16 @@ def test_top_k_losses_are_finite(name: str, dtype: torch.dtype, size: float) -> 
     assert torch.isfinite(loss)
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
+
+
+def test_a_variant_is_a_method_too_and_names_differ() -> None:
+    class Base(Method):
+        name: ClassVar[str] = "base"
+
+    class First(Base):
+        name: ClassVar[str] = "first"
+
+    assert find_methods(Base) == {"first": First}
+    type("Second", (First,), {})
+    with pytest.raises(ValueError, match="first is the name of two methods"):
+        find_methods(Base)
