@@ -20,21 +20,21 @@ MEASURED = 10_000  # images
 
 
 class Connected(nn.Module):
-    """The student and a connector for each pair of places: uint8 images -> (logits, [features as the teacher's are]).
+    """The student and a connector for each pair of points: uint8 images -> (logits, [features as the teacher's are]).
 
     A connector is a 1x1 convolution without bias and a BatchNorm. Where the student's map is larger than the teacher's
     it is average-pooled first. `connectors` learn with the student and are no part of what is exported.
     """
 
     def __init__(
-        self, student: Classifier, places: Sequence[FeaturePoint], targets: Sequence[FeaturePoint], seed: int
+        self, student: Classifier, points: Sequence[FeaturePoint], targets: Sequence[FeaturePoint], seed: int
     ) -> None:
         super().__init__()
-        self.tapped = FeatureExtractor(student, places)
-        self.sizes = [_smaller(own, other) for own, other in zip(places, targets, strict=True)]
+        self.tapped = FeatureExtractor(student, points)
+        self.sizes = [_smaller(own, other) for own, other in zip(points, targets, strict=True)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pairs = zip(places, targets, strict=True)
+            pairs = zip(points, targets, strict=True)
             self.connectors = nn.ModuleList(_connector(own.shape[0], other.shape[0]) for own, other in pairs)
         self.connectors.to(student.mean.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -70,7 +70,7 @@ def pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
 class FeatureLoss:
     """The loss `method` on features, and what it takes.
 
-    That is the places of both networks, aligned at the end, the teacher's margins, and `model`, the student with its
+    That is the points of both networks, aligned at the end, the teacher's margins, and `model`, the student with its
     connectors, which is trained. method.teacher_bn: `batch` lets the teacher's BatchNorm use the statistics of the
     batch; its running ones do not move. Raises UserError where a network's stages cannot be found.
     """

@@ -46,35 +46,35 @@ class FeaturePoint:
 
 
 class FeatureExtractor(nn.Module):
-    """A classifier that returns its features at `places` beside its logits.
+    """A classifier that returns its features at `points` beside its logits.
 
     images -> (logits (B, C), [(B, C_i, H_i, W_i)]).
     """
 
-    def __init__(self, classifier: Classifier, places: Iterable[FeaturePoint]) -> None:
+    def __init__(self, classifier: Classifier, points: Iterable[FeaturePoint]) -> None:
         super().__init__()
-        self.classifier, self.places = classifier, tuple(places)
+        self.classifier, self.points = classifier, tuple(points)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Returns (logits, features). Raises UserError if the network does not reach a place."""
-        with _Tap(self.places) as tap:
+        """Returns (logits, features). Raises UserError if the network does not reach a point."""
+        with _Tap(self.points) as tap:
             logits = self.classifier(images)
-        tensors = [tap.found.get(place) for place in self.places]
+        tensors = [tap.found.get(point) for point in self.points]
         features = [
-            f for f, place in zip(tensors, self.places, strict=True) if f is not None and f.shape[1:] == place.shape
+            f for f, point in zip(tensors, self.points, strict=True) if f is not None and f.shape[1:] == point.shape
         ]
-        if len(features) < len(self.places):
+        if len(features) < len(self.points):
             raise UserError("--overhaul: a network computes other things while it trains than when it was watched")
         return logits, features
 
 
 class _Tap(TorchFunctionMode):
-    """Keeps the tensors at `places` of the calls made within it. Of one thread, as DataParallel wants it."""
+    """Keeps the tensors at `points` of the calls made within it. Of one thread, as DataParallel wants it."""
 
-    def __init__(self, places: Iterable[FeaturePoint]) -> None:
+    def __init__(self, points: Iterable[FeaturePoint]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.places = {(place.function, place.call): place for place in places}
-        self.functions = {place.function for place in places}
+        self.points = {(point.function, point.call): point for point in points}
+        self.functions = {point.function for point in points}
         self.calls: Counter[Any] = Counter()
         self.found: dict[FeaturePoint, Tensor] = {}
 
@@ -82,16 +82,16 @@ class _Tap(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if function in self.functions:
-            place = self.places.get((function, self.calls[function]))
+            point = self.points.get((function, self.calls[function]))
             self.calls[function] += 1
-            if place:
-                self.found[place] = args[0]
-                if place.overwritten:
+            if point:
+                self.found[point] = args[0]
+                if point.overwritten:
                     args = (args[0].clone(), *args[1:])
         return function(*args, **(kwargs or {}))
 
 
-# ------------------------------------------------------------------------------------------------------ finding places
+# ------------------------------------------------------------------------------------------------------ finding points
 @dataclass
 class _Seen:
     """A tensor that a function has returned. `used_by`: (function, call, autograd node after it, in place)."""
@@ -147,7 +147,7 @@ def find_feature_points(classifier: Classifier, name: str) -> tuple[FeaturePoint
 
     Where a stage ends with an activation (ResNet: after the addition; DenseNet: the BatchNorm after the block): what
     that activation gets. Where its blocks end linearly (MobileNetV2, EfficientNet): the last block's output. `name`: of
-    the network, for the message. Raises UserError, with the reason, where there are not two such places at least.
+    the network, for the message. Raises UserError, with the reason, where there are not two such points at least.
     """
     network, size = classifier.network, classifier.spec.size
     training = {module: module.training for module in network.modules()}
@@ -169,14 +169,14 @@ def find_feature_points(classifier: Classifier, name: str) -> tuple[FeaturePoint
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    places = _choose(_graph(start.grad_fn, logits.grad_fn), watch.seen)
-    if len(places) < STAGES:
+    points = _choose(_graph(start.grad_fn, logits.grad_fn), watch.seen)
+    if len(points) < STAGES:
         raise UserError(
-            f"--overhaul: in {name} {len(places)} ends of stages were found, at least {STAGES} are needed: maps "
+            f"--overhaul: in {name} {len(points)} ends of stages were found, at least {STAGES} are needed: maps "
             "(B, C, H, W) of falling resolution that everything passes through, before an activation or after a linear "
             "block"
         )
-    return places
+    return points
 
 
 @dataclass
@@ -213,11 +213,11 @@ def _graph(images: Any, last: Any) -> _Graph:
     for node in path:
         depth[node] = 1 + max((depth[n] for n in before[node]), default=0)
     # a node is passed by no other path where no edge leads over it, in an order in which all edges lead forward
-    place = {node: k for k, node in enumerate(path)}
+    position = {node: k for k, node in enumerate(path)}
     farthest = [0] * len(path)
     for node, inputs in before.items():
         for n in inputs:
-            farthest[place[n]] = max(farthest[place[n]], place[node])
+            farthest[position[n]] = max(farthest[position[n]], position[node])
     trunk, reach = [], 0
     for k, node in enumerate(path):
         if reach <= k:
@@ -227,7 +227,7 @@ def _graph(images: Any, last: Any) -> _Graph:
 
 
 def _choose(graph: _Graph, seen: dict[Any, _Seen]) -> tuple[FeaturePoint, ...]:
-    """One place for each resolution at which two convolutions at least work."""
+    """One point for each resolution at which two convolutions at least work."""
     convolutions = [node for node in graph.before if "Convolution" in node.name() and node in seen]
 
     def is_stage(node: Any) -> bool:
@@ -251,7 +251,7 @@ def _choose(graph: _Graph, seen: dict[Any, _Seen]) -> tuple[FeaturePoint, ...]:
         elif ends and _lasting(tensor) and all(n.name().startswith(LINEAR) for n in after):
             linear[tensor.shape[1:]] = node
     chosen = {**active, **linear}
-    return tuple(_place(chosen[size], graph, seen) for size in sorted(chosen, reverse=True))
+    return tuple(_feature_point(chosen[size], graph, seen) for size in sorted(chosen, reverse=True))
 
 
 def _lasting(tensor: _Seen) -> list[tuple[Any, int, Any, bool]]:
@@ -259,7 +259,7 @@ def _lasting(tensor: _Seen) -> list[tuple[Any, int, Any, bool]]:
     return [use for use in tensor.used_by if not use[2].name().startswith("Add")]
 
 
-def _place(node: Any, graph: _Graph, seen: dict[Any, _Seen]) -> FeaturePoint:
+def _feature_point(node: Any, graph: _Graph, seen: dict[Any, _Seen]) -> FeaturePoint:
     tensor = seen[node]
     function, call, _, overwritten = ([use for use in tensor.used_by if use[0] in ACTIVATIONS] or _lasting(tensor))[0]
     norms = [n for n in (node, *graph.before[node]) if n in seen and seen[n].batch_norm]

@@ -25,7 +25,7 @@ def diverged(records: list[dict[str, Any]], first_loss: float | None) -> dict[st
     return None
 
 
-def tell_divergence(astray: dict[str, Any]) -> str:
+def format_divergence(astray: dict[str, Any]) -> str:
     """What diverged() has found, in words."""
     return f"the loss of epoch {astray['epoch']} is {astray['train_loss']:.4g}, of {astray['first_loss']:.4g} at first"
 
@@ -43,5 +43,5 @@ def describe(summary: dict[str, Any], kept: int | None) -> str:
         line += f", they agree on {summary['agreement']:.2f} %"
     line += f", {summary['train_images_per_second']:.0f} images/s"
     if astray := summary.get("diverged"):
-        line += f"; it has diverged: {tell_divergence(astray)}"
+        line += f"; it has diverged: {format_divergence(astray)}"
     return line

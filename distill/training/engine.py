@@ -18,7 +18,7 @@ from distill.models.classifier import Classifier
 from distill.parallel.devices import generator_states, restore_generators, seed_generators
 from distill.parallel.processes import any_of, gather, on_main, rank, reduce, world_size
 from distill.run.identity import differing, format_diff
-from distill.run.outcome import BEST, best_epoch, diverged, tell_divergence
+from distill.run.outcome import BEST, best_epoch, diverged, format_divergence
 from distill.run.run import Run
 from distill.teacher.cached import CachedTeacher
 from distill.training.evaluation import Evaluation, EvaluationStopped, evaluate, raise_broken
@@ -345,7 +345,7 @@ class Trainer:
             f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
         )
         if (divergence := diverged(state.records, state.first_loss)) and divergence["epoch"] == record["epoch"]:
-            print(f"warning: {tell_divergence(divergence)}; try a lower --lr, or --clip-norm 1")
+            print(f"warning: {format_divergence(divergence)}; try a lower --lr, or --clip-norm 1")
 
 
 def fit(
