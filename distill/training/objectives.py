@@ -100,7 +100,8 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not self.labelled and self.method.weights[1]:
-            raise ValueError(f"images without labels have no CE term, got its weight {self.method.weights[1]:g}")
+            ce_weight = self.method.weights[1]
+            raise ValueError(f"images without labels have no CE term: w = 1 or ce_weight = 0, not {ce_weight:g} for it")
 
     @property
     def parts(self) -> tuple[str, ...]:
