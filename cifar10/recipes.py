@@ -107,13 +107,25 @@ bash scripts/trainCE.sh --recipe short_teacher
 Accuracy: 91.19 (one seed), densenet40 89.50. Time: 12 epochs of 5 minutes on 2 CPU cores with AMX, of densenet40 11.
 """
 
-AIRBENCH94_TEACHER = replace(SHORT_TEACHER, arch="airbench94", epochs=16, lr=0.2, weight_decay=1e-3)
-"""The teacher that a CPU trains soonest, with about its author's lr and weight decay: with --epochs 4 --val-split 5000
-they came to 87.44 on the held-out images, lr 0.1 and weight decay 5e-4 to 86.96.
+AIRBENCH94_TEACHER = replace(
+    SHORT_TEACHER,
+    arch="airbench94",
+    epochs=30,
+    lr=0.2,
+    weight_decay=1e-3,
+    momentum=0.85,
+    bias_lr=64.0,
+    label_smoothing=0.2,
+    padding=2,
+    reflect=True,
+    alternate_flip=True,
+)
+"""The teacher that a CPU trains soonest, with its author's choices (Jordan 2024, arXiv:2404.00498). On 5,000 held-out
+images after 4 epochs: all 90.34, without label smoothing 89.94, without the rate for BatchNorm's biases 90.02, none of
+them 89.54.
 
 bash scripts/trainCE.sh --recipe airbench94_teacher
-Accuracy: 91.94 (one seed), by the network as it was at e7c91f9, with a stem and scales that learn; those 4 epochs give
-89.54 now. Time: 30 minutes on 2 CPU cores that multiply bfloat16.
+Accuracy: 94.12 (one seed). Time: 2.6 h on 1 CPU core that multiplies bfloat16, beside another run.
 """
 
 PRETRAINED_TEACHER = Recipe(
