@@ -37,7 +37,7 @@ from distill.training.task import Task
 # Options that are the student's alone, as they are when the teacher is trained.
 PLAIN: dict[str, Any] = {"teacher_checkpoint": None, "init": None, "resume": None, "extend": False, "fresh": False}
 PUBLISHED = ROOT / "checkpoints" / "published"  # by scripts/publish.py
-WEAK = 80.0  # percent, below which a network whose normalisation is not known is tried with others
+WEAK = 90.0  # percent, below which a network whose normalisation is not known is tried with others
 NORMALISATIONS = {  # (mean, std)
     "pytorch-cifar's": (CIFAR_INPUT.mean, CIFAR_INPUT.std),
     "CIFAR-10's": (CIFAR_INPUT.mean, (0.2470, 0.2435, 0.2616)),
