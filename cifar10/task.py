@@ -1,19 +1,21 @@
 """Small images as a run needs them, and where their teacher comes from: a file, an earlier CE run, or one made now."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cifar10 import models
 from cifar10.classes import class_names
 from cifar10.data import ImageData, load_data, prepare
+from cifar10.folder import decode_files
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill.config.recipe import Options, Recipe
-from distill.data.datasets import TensorData, TensorTestData
+from distill.data.datasets import Images, TensorData, TensorTestData
 from distill.data.order import split_validation
 from distill.errors import UserError
 from distill.files import checkpoint
@@ -55,10 +57,20 @@ class SmallImages(Task[Recipe, Options]):
     teacher_size_flag = "--teacher-image-size"
     data: ImageData
 
-    def __init__(self, recipe: Recipe, options: Options, train: Callable[[Recipe, Options], Any] | None = None) -> None:
-        """Loads the images of `options`. train: trains a teacher by CE where there is none. Raises UserError."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        images: Images | None = None,
+        *,
+        train: Callable[[Recipe, Options], Any] | None = None,
+    ) -> None:
+        """Loads the images of `options`, unless `images` are given. Raises UserError.
+
+        train: trains a teacher by CE where there is none.
+        """
         self.train = train
-        super().__init__(recipe, options)
+        super().__init__(recipe, options, images)
 
     def resolve(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with networks named as in files. Raises UserError for an unknown name."""
@@ -82,6 +94,10 @@ class SmallImages(Task[Recipe, Options]):
         test = (data.test_images, data.test_labels)
         images, labels = (data.train_images, data.train_labels) if split == "train" else test
         return TensorTestData(images.to(self.device), labels.to(self.device), batch_size or TensorTestData.batch_size)
+
+    def read_files(self, files: Sequence[str], spec: InputSpec) -> Iterator[Tensor]:  # noqa: ARG002
+        """Yields the images of `files` in parts, as the folder of a data set is read. Raises BrokenImage."""
+        return decode_files(files, self.options.workers)
 
     def build(self, options: Options) -> tuple[Classifier, str | None]:
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""

@@ -46,7 +46,7 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
     from distill.training.objectives import build_loss, measure_top_k
     from distill.training.task import open_run, results
 
-    with SmallImages(recipe, options, train_ce.train) as task:
+    with SmallImages(recipe, options, train=train_ce.train) as task:
         student = task.build_student()
         training, tests = task.prepare(student.spec)
         if options.evaluate:

@@ -1,10 +1,13 @@
 """Photos as a run needs them, and where their teacher comes from: a file, or its published weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distill.data.datasets import TestData, TrainingData
+import torch
+from torch import Tensor
+
+from distill.data.datasets import Images, TestData, TrainingData
 from distill.errors import UserError
 from distill.models import weights as files
 from distill.models.class_order import ClassNames
@@ -31,11 +34,11 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
     teacher_size_flag = "--render-size"
     data: Photos
 
-    def __init__(self, recipe: ImageNetRecipe, options: ImageNetOptions) -> None:
-        """Lists the photos of `options`. Raises UserError."""
+    def __init__(self, recipe: ImageNetRecipe, options: ImageNetOptions, images: Images | None = None) -> None:
+        """Lists the photos of `options`, unless `images` are given. Raises UserError."""
         self.workers = Workers(options.workers, options.loader_minutes)
         self._files: dict[tuple[str, str | None], Weights] = {}
-        super().__init__(recipe, options)
+        super().__init__(recipe, options, images)
         self.decoder = self.recipe.decoder
 
     def close(self) -> None:
@@ -73,6 +76,12 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         test = (photos.val_files, photos.val_labels)
         paths, labels = (photos.train_files, photos.train_labels) if split == "train" else test
         return PhotoTestData(paths, labels, spec, self.workers, self.device, self.recipe.decoder)
+
+    def read_files(self, files: Sequence[str], spec: InputSpec) -> Iterator[Tensor]:
+        """Yields the photos of `files` in parts, as a network of `spec` is evaluated on them. Raises BrokenImage."""
+        labels = torch.zeros(len(files), dtype=torch.int64)
+        data = PhotoTestData(files, labels, spec, self.workers, self.device, self.recipe.decoder)
+        return (images for images, _ in data.batches())
 
     def build(self, options: ImageNetOptions) -> tuple[Classifier, str | None]:
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""

@@ -26,10 +26,10 @@ class Dataset:
     num_classes: int  # of the data set that it is named after
     published: bool  # whether there are weights of its networks by their authors
 
-    def open(self, recipe: Recipe, options: Options) -> Any:
-        """Returns the distill.training.task.Task of `recipe`: its images, loaded."""
+    def open(self, recipe: Recipe, options: Options, images: Any = None) -> Any:
+        """Returns the distill.training.task.Task of `recipe`; its images are loaded, unless `images` are given."""
         more = {} if self.published else {"train": self.module("train_ce").train}  # a teacher that there is not yet
-        return getattr(self.module("task"), self.task)(recipe, options, **more)
+        return getattr(self.module("task"), self.task)(recipe, options, images, **more)
 
     def module(self, name: str) -> Any:
         """Returns a module of the package, such as `models` or `train_kd`."""

@@ -40,7 +40,21 @@ def test_imports_run_one_way(path: Path) -> None:
     assert not packages & set(forbidden[path.relative_to(ROOT).parts[0]])
 
 
-LAYERS = ("losses", "files", "config", "parallel", "data", "models", "run", "teacher", "features", "training")
+LAYERS = (
+    "losses",
+    "files",
+    "config",
+    "parallel",
+    "data",
+    "models",
+    "run",
+    "teacher",
+    "features",
+    "training",
+    "inference",
+    "export",
+    "report",
+)
 """The packages of distill, from the bottom to the top: each may know those before it."""
 TORCH_FREE = ("losses", "config")
 

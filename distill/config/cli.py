@@ -44,9 +44,13 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError with the message of argparse."""
         raise UserError(re.sub(r"^argument (?:-\w/)?(--[\w-]+)\S*: must be", r"\1 must be", message))
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """parse_args that takes `_` for `-` in flags and names the nearest flag of an unknown one."""
-        namespace, unknown = self.parse_known_args([_hyphenate(token) for token in argv])
+    def parse(self, argv: Sequence[str], *, words: bool = False) -> argparse.Namespace:
+        """parse_args that takes `_` for `-` in flags and names the nearest flag of an unknown one.
+
+        words: whether arguments without a flag may stand between flags.
+        """
+        parse = self.parse_known_intermixed_args if words else self.parse_known_args
+        namespace, unknown = parse([_hyphenate(token) for token in argv])
         if unknown:
             shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
             names = [name for action in shown for name in action.option_strings]
@@ -140,6 +144,20 @@ def parse_flags(
     _add_positional(parser, positional)
     _add_flags(parser, defaults)
     return replace(defaults, **_given(parser, argv, positional))
+
+
+def parse_words(
+    argv: Sequence[str], defaults: Settings, *, prog: str, description: str, words: str
+) -> tuple[Settings, list[str]]:
+    """Returns `defaults` with the flags in `argv`, and the arguments without a flag. Raises UserError.
+
+    words: what --help calls these.
+    """
+    parser = Parser(prog=prog, usage=f"%(prog)s {words} [flags]", description=description)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    _add_flags(parser, defaults)
+    given = vars(parser.parse(argv, words=True))
+    return replace(defaults, **{key: value for key, value in given.items() if key != "words"}), given["words"]
 
 
 def _usage(positional: str | None) -> str:
@@ -239,8 +257,8 @@ def _of_the_kind(recipes: Mapping[str, Recipe], objective: str) -> list[str]:
     return [name for name, recipe in recipes.items() if recipe.objective == objective]
 
 
-def check_file(path: str | None) -> None:
-    """Raises UserError unless a file can be written for --json `path`, None for none."""
+def check_file(path: str | None, name: str = "--json") -> None:
+    """Raises UserError unless a file can be written at `path`, which the flag `name` gives; None for none."""
     if not path:
         return
     target = Path(path).resolve()
@@ -250,7 +268,7 @@ def check_file(path: str | None) -> None:
     except OSError:  # a name that is too long
         usable = False
     if not usable:
-        raise UserError(f"--json {path}: there is no such directory, or it is one itself, or cannot be written to")
+        raise UserError(f"{name} {path}: there is no such directory, or it is one itself, or cannot be written to")
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:

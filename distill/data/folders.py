@@ -46,6 +46,22 @@ def list_images(
     }
 
 
+def images_below(directory: str) -> list[str]:
+    """Returns the image files in `directory` and below it, in order of their paths; hidden ones are passed by.
+
+    Links to directories are not followed. Raises UserError for a directory that cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    found: list[str] = []
+    for where, folders, files in os.walk(directory, onerror=unreadable):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        found += [os.path.join(where, file) for file in files if is_image(file)]
+    return sorted(found)
+
+
 def _sorted_in(
     files: list[str], classes: list[str], classes_of: Callable[[list[str], list[str]], list[str]]
 ) -> dict[str, list[str]]:
@@ -72,13 +88,13 @@ def _list_split(path: Path, split: str, needed: str) -> dict[str, list[str]]:
     listing = {}
     for folder in folders:
         files = _files_below(folder, owners)
-        images = sorted(file for file in files if _is_image(file))
+        images = sorted(file for file in files if is_image(file))
         if others := len(files) - len(images):
             print(f"note: {others} files in {folder} are no images by their names and are passed by")
         if not images:
             raise UserError(f"class {folder.name!r} in {root} has no images ({', '.join(sorted(SUFFIXES))})")
         listing[folder.name] = images
-    loose = sorted(str(file) for file in root.iterdir() if _is_image(file.name) and file.is_file())
+    loose = sorted(str(file) for file in root.iterdir() if is_image(file.name) and file.is_file())
     if loose and listing:
         raise UserError(f"{root} has class folders and images beside them, such as {loose[0]}: one or the other")
     if not loose and not listing:
@@ -159,6 +175,7 @@ def _is_directory(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _is_image(file: str) -> bool:
+def is_image(file: str) -> bool:
+    """Returns whether a file is an image by its name, and not hidden."""
     name = os.path.basename(file)
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES

@@ -1,5 +1,6 @@
 """A run in progress: what identifies it, when it was started, what has come of it."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ class Run(RunDirectory):
         config = self.read_config()
         starts = config["starts"] if config and self.has_begun() else []
         start: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": sys.argv, "commit": commit()}
+        start |= {"cwd": os.getcwd(), **{name: getattr(self.options, name) for name in ("data", "teacher_checkpoint")}}
         start |= {"versions": versions(), "machine": machine(device)}
         for what, value in (("versions", start["versions"]), ("device", start["machine"]["device"])):
             former = {**starts[-1], **starts[-1]["machine"]}[what] if starts else value

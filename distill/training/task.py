@@ -4,12 +4,13 @@ cifar10/task.py and imagenet/task.py implement it. The train scripts and the scr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Images, TestData, TrainingData
@@ -50,13 +51,14 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     decoder = ""  # that makes pixels of files, where it is part of what a network sees
     data: Images
 
-    def __init__(self, recipe: AnyRecipe, options: AnyOptions) -> None:
-        """Loads the images of `options`. Raises UserError."""
+    def __init__(self, recipe: AnyRecipe, options: AnyOptions, images: Images | None = None) -> None:
+        """Loads the images of `options`, unless `images` are given. Raises UserError."""
         self.device = start(options.device, deterministic=options.deterministic)
         self.options = options
         self.recipe = self.resolve(recipe)
-        self.data = self.load_data()
-        print(self.data)
+        self.data = images or self.load_data()
+        if not images:
+            print(self.data)
 
     def __enter__(self) -> "Task[AnyRecipe, AnyOptions]":
         """Returns itself."""
@@ -85,6 +87,13 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     @abstractmethod
     def test_data(self, spec: InputSpec, split: str = "test", batch_size: int | None = None) -> TestData:
         """Returns the images of a split, `test` or `train`, as a network of `spec` is evaluated on them."""
+
+    @abstractmethod
+    def read_files(self, files: Sequence[str], spec: InputSpec) -> Iterator[Tensor]:
+        """Yields the images of `files` as a network of `spec` is evaluated on them, in parts uint8 (B, H, W, 3).
+
+        Raises BrokenImage, with files of the next part and perhaps later ones.
+        """
 
     @abstractmethod
     def build(self, options: AnyOptions) -> tuple[Classifier, str | None]:

@@ -1,0 +1,1 @@
+"""What is done with a trained network: it is found, predicts, and is measured."""
