@@ -14,6 +14,7 @@ from cifar10.data import ImageData, load_data, prepare
 from cifar10.folder import decode_files
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
+from distill.config.output import format_duration
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Images, TensorData, TensorTestData
 from distill.data.order import split_validation
@@ -260,11 +261,11 @@ def announce_training(recipe: Recipe, student: str, data: ImageData, device: tor
     cheap = min(CHEAP, key=times.__getitem__)
     advice = "fewer --epochs"
     if times[cheap] < 0.7 * times[recipe.arch]:
-        advice = f"--teacher-arch {cheap} --arch {student}, about {_duration(times[cheap])}"
+        advice = f"--teacher-arch {cheap} --arch {student}, about {format_duration(times[cheap])}"
     print(
         f"teacher: {recipe.arch} has no finished run on {data.name}: it is trained first by CE"
         f"{' from its ImageNet weights' if recipe.pretrained else ''}, {recipe.epochs} epochs, "
-        f"lr {recipe.lr:g}, batch {recipe.batch_size}, about {_duration(times[recipe.arch])}. "
+        f"lr {recipe.lr:g}, batch {recipe.batch_size}, about {format_duration(times[recipe.arch])}. "
         f"Cheaper: {advice}. Or name its weights by --teacher-checkpoint FILE."
     )
 
@@ -276,7 +277,3 @@ def _seconds_per_image(arch: str, data: ImageData, device: torch.device) -> floa
     classifier = Classifier(built, network.spec, choose_precision("auto", device)).to(device)
     count = 32 if device.type == "cpu" else 512  # a GPU has to be filled
     return seconds_per_image(classifier, data.test_images[:count].to(device))
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"

@@ -18,6 +18,7 @@ class Dataset:
 
     name: str
     recipes: Mapping[str, Recipe]
+    default_ce: str  # the recipe of trainCE.sh, or train.sh
     default_kd: str  # the recipe of trainKD.sh, or train.sh --kd
     recipe_type: type[Recipe]
     options_type: type[Options]
@@ -41,10 +42,11 @@ class Dataset:
 
 
 DATASETS = {
-    "cifar10": Dataset("cifar10", small.RECIPES, "kd", Recipe, Options, "SmallImages", "test", 10, False),
+    "cifar10": Dataset("cifar10", small.RECIPES, "student", "kd", Recipe, Options, "SmallImages", "test", 10, False),
     "imagenet": Dataset(
         "imagenet",
         photos.RECIPES,
+        "standard",
         "standard_kd",
         photos.ImageNetRecipe,
         photos.ImageNetOptions,

@@ -8,9 +8,11 @@ Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -66,7 +68,14 @@ class Evaluate:
     workers: int = option(2, "that decode images", group="how", flags=("-j",), least=0, most=256)
     decoder: str = option("torchvision", "of photos", group="how", choices=("torchvision", "pillow", "simplejpeg"))
     skip_bad_images: bool = option(False, "leave out broken image files, up to 0.1 %% or one", group="how")
-    json: str | None = option(None, "write accuracy, top5, loss, images, images_per_second to this file", group="how")
+    per_class: bool = option(
+        False, "also print the accuracy of each class, and what it is mostly taken for", group="how"
+    )
+    json: str | None = option(
+        None,
+        "write accuracy, top5, loss, images, images_per_second (with --per-class: per_class) to this file",
+        group="how",
+    )
 
     def __post_init__(self) -> None:
         validate(self)
@@ -99,12 +108,47 @@ def main(argv: Sequence[str]) -> None:
         given = given or task.published(network, "--checkpoint")
         classifier = task.build_classifier(network, given, choose_precision(options.precision, task.device))
         split = "train" if options.split == "train" else "test"
-        result = evaluate(classifier, task.test_data(network.spec, split, options.batch_size))
+        images = task.test_data(network.spec, split, options.batch_size)
+        result = evaluate(classifier, images)
         if not given.spec and not given.published:
             task.suggest_normalisation(classifier, result.accuracy, "note", "--mean", "--std")
     print(result)
+    figures = result.to_dict()
+    if options.per_class:
+        figures["per_class"] = by_class(result.predictions.tolist(), images.labels.tolist(), classifier.classes)
+        show(figures["per_class"])
     if options.json:
-        checkpoint.write_atomically(Path(options.json), (json.dumps(result.to_dict()) + "\n").encode())
+        checkpoint.write_atomically(Path(options.json), (json.dumps(figures) + "\n").encode())
+
+
+def by_class(predictions: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns for each class its number of images, its accuracy in percent, and what it is taken for most often.
+
+    Accuracy is None where there are no images, and `taken_for` where none is wrong; `mistaken` is the percent of the
+    images that go there.
+    """
+    found: list[Counter[int]] = [Counter() for _ in classes]
+    for prediction, label in zip(predictions, labels, strict=True):
+        found[label][prediction] += 1
+    rows = []
+    for number, (name, counts) in enumerate(zip(classes, found, strict=True)):
+        images = counts.total()
+        wrong = [(other, count) for other, count in counts.most_common() if other != number]
+        row: dict[str, Any] = {"class": name, "images": images}
+        row["accuracy"] = 100 * counts[number] / images if images else None
+        row["taken_for"] = classes[wrong[0][0]] if wrong else None
+        row["mistaken"] = 100 * wrong[0][1] / images if wrong else 0.0
+        rows.append(row)
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the rows of by_class as a table."""
+    width = max(len(row["class"]) for row in rows)
+    for row in rows:
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
+        mistaken = f"  mostly taken for {row['taken_for']} ({row['mistaken']:.2f} %)" if row["taken_for"] else ""
+        print(f"{row['class']:{width}}  {accuracy:>8}  of {row['images']} images{mistaken}")
 
 
 def settings(dataset: Dataset, options: Evaluate, arch: str) -> tuple[Recipe, Options]:

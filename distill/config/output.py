@@ -55,6 +55,13 @@ class Stream(io.TextIOWrapper):
             raise OutputError(f"cannot write standard output: {error.strerror}; what was saved is kept") from None
 
 
+def format_duration(seconds: float) -> str:
+    """Returns `2.5 h`, `3 min` or `40 s`."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{round(seconds / 60)} min" if seconds >= 90 else f"{round(seconds)} s"
+
+
 def prepare() -> None:
     """Makes the three standard streams of this process usable, also where it was started with them closed.
 

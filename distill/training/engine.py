@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from distill.config.output import format_duration
 from distill.data.datasets import Batch, TestData, TrainingData
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
@@ -91,6 +92,7 @@ class Trainer:
         self.steps_left = run.options.steps
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.last_save = time.monotonic()
+        self.evaluation_seconds = 0.0  # of the last epoch
 
     # ------------------------------------------------------------------------------------------------ save and restore
     def save(self) -> None:
@@ -225,7 +227,9 @@ class Trainer:
             if not bar.disable and time.monotonic() - shown > 1:  # reading the sums waits for the device
                 mean, shown = state.tally.summary(), time.monotonic()
                 rate = (mean["images"] - images_before) / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {mean['loss']:.3f} accuracy {mean['accuracy']:.1f} % {rate:.0f} images/s")
+                left = self.seconds_left(self.recipe.batch_size / max(rate, 1e-9))
+                said = f"loss {mean['loss']:.3f} accuracy {mean['accuracy']:.1f} % {rate:.0f} images/s"
+                bar.set_postfix_str(f"{said}, {format_duration(left)} left")
             if due and state.step < steps:
                 due = False
                 self._add_time(start)
@@ -235,6 +239,18 @@ class Trainer:
         self._check_finite()  # waits for the device, so that the time is that of finished work
         self._add_time(start)
         return state.step == steps
+
+    def seconds_left(self, step_seconds: float) -> float:
+        """Returns about how long the run will still take, where a step of the last epoch begun takes `step_seconds`.
+
+        An epoch of smaller images (--sizes) takes as much less as it has fewer pixels.
+        """
+        state, whole = self.state, self.model.student.spec.size
+        sizes = [self.recipe.size_at(epoch) or whole for epoch in range(self.recipe.epochs)]
+        begun = max(0, state.epoch - (state.step == 0))
+        epochs = sum((size / sizes[begun]) ** 2 for size in sizes[state.epoch :])
+        training = step_seconds * (epochs * self.data.steps_per_epoch - state.step)
+        return training + self.evaluation_seconds * (self.recipe.epochs - state.epoch)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """Returns the next batch. If one process raises BrokenImage, all do, before the step of any."""
@@ -308,7 +324,8 @@ class Trainer:
                 evaluations["raw_test"] = evaluate(self.model.student, tests["test"], stop.asked)
         except EvaluationStopped:
             return None
-        self.state.timings["wall"] += time.perf_counter() - start
+        self.evaluation_seconds = time.perf_counter() - start
+        self.state.timings["wall"] += self.evaluation_seconds
         return evaluations
 
     def record_epoch(self, evaluations: dict[str, Evaluation]) -> None:
@@ -342,10 +359,16 @@ class Trainer:
         print(
             f"epoch {record['epoch']}/{self.recipe.epochs}  loss {record['train_loss']:.4f}  "
             f"{accuracy}{measured}  lr {record['lr']:.4g}  "
-            f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s",
+            f"{record['images_per_second']:.0f} images/s  {seconds:.1f} s{self._time_left(seconds)}",
         )
         if (divergence := diverged(state.records, state.first_loss)) and divergence["epoch"] == record["epoch"]:
             print(f"warning: {format_divergence(divergence)}; try a lower --lr, or --clip-norm 1")
+
+    def _time_left(self, epoch_seconds: float) -> str:
+        """Returns `, 3 min left` for the line of an epoch that took so long to train, nothing for the last one."""
+        if self.state.epoch == self.recipe.epochs:
+            return ""
+        return f", {format_duration(self.seconds_left(epoch_seconds / self.data.steps_per_epoch))} left"
 
 
 def fit(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config.output import OutputError, Stream
+from distill.config.output import OutputError, Stream, format_duration
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "'caf\\udce9 \\xe9 \\u65e5'"  # in Python's spelling: Latin-1 of a file system in UTF-8, and what ASCII lacks
@@ -88,3 +88,9 @@ def test_a_disk_that_fails_is_no_terminal(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write standard output: Input/output error"):
         Stream(descriptor, "utf-8")._guarded(fail, 0)
     os.close(descriptor)
+
+
+def test_durations() -> None:
+    assert [format_duration(s) for s in (0.4, 89, 90, 3599, 3600, 9000)] == [
+        *("0 s", "89 s", "2 min", "60 min", "1.0 h", "2.5 h")
+    ]

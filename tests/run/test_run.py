@@ -76,7 +76,8 @@ def test_a_start_records_what_the_run_is(tmp_path: Path) -> None:
     assert Recipe.from_dict(config["recipe"]) == Recipe()
     assert config["facts"] == FACTS
     assert len(config["starts"]) == 2
-    assert set(config["starts"][0]) == {"time", "argv", "commit", "versions", "machine"}
+    start = {"time", "argv", "cwd", "data", "teacher_checkpoint", "commit", "versions", "machine"}
+    assert set(config["starts"][0]) == start
 
 
 def test_the_commit_is_that_of_this_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

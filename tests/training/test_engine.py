@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,32 @@ def test_time_between_checkpoints_does_not_matter(small_npz: Path, tmp_path: Pat
     train(tmp_path / "seldom", small_npz)
     train(tmp_path / "often", small_npz, options=Options(save_minutes=0))
     assert state(tmp_path / "seldom") == state(tmp_path / "often")
+
+
+def test_each_epoch_tells_how_long_the_run_will_take(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", small_npz)
+    first, second, last = re.findall(r"epoch \d/3 .*", capsys.readouterr().out)
+    assert re.search(r" s, \d+ s left$", first)
+    assert re.search(r" s, \d+ s left$", second)
+    assert re.search(r" images/s  [\d.]+ s$", last)
+
+
+def test_seconds_left() -> None:
+    """Of four epochs the first two have half the pixels a side; the second is at its end, or half through the third."""
+    recipe = replace(RECIPE, epochs=4, sizes="16:2")
+    student, data = SimpleNamespace(spec=CIFAR_INPUT), SimpleNamespace(steps_per_epoch=100)
+
+    def left(epoch: int, step: int) -> float:
+        state = SimpleNamespace(epoch=epoch, step=step)
+        model = SimpleNamespace(student=student)
+        trainer = SimpleNamespace(recipe=recipe, data=data, state=state, model=model, evaluation_seconds=7.0)
+        return engine.Trainer.seconds_left(trainer, 0.1)  # type: ignore[arg-type]
+
+    assert left(2, 0) == pytest.approx(2 * 40 + 14)  # 0.1 s a step of the small images
+    assert left(2, 50) == pytest.approx(5 + 10 + 14)
+    assert left(0, 50) == pytest.approx(5 + 10 + 80 + 28)
 
 
 def test_seeds(small_npz: Path, tmp_path: Path) -> None:
