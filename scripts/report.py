@@ -3,10 +3,10 @@
     python scripts/report.py RUN [RUN ...] [-o report.html]
     python scripts/report.py checkpoints/quickstart/alone checkpoints/quickstart/taught
 
-RUN is a run's directory, its last.pt, a published file, or a file of others with --arch and --data. The page is one HTML
-file that needs no network. All networks are measured on the same test images; what they say is computed once, and kept
-beside each run. The teacher of a run that was taught is found among the networks by its weights, else where the run
-found it; it is not trained here. Needs the package matplotlib.
+RUN is a run's directory, its last.pt, a published file, or a file of others with --arch and --data. The page is one
+HTML file that needs no network. All networks are measured on the same test images; what they say is computed once, and
+kept beside each run. The teacher of a run that was taught is found among the networks by its weights, else where the
+run found it; it is not trained here. Needs the package matplotlib.
 """
 
 import sys
@@ -189,13 +189,13 @@ def mistakes(opened: Opened, network: "Reported") -> tuple[str, ...]:
 
 
 def write_figures(report: "Report", directory: Path) -> None:
-    """Writes the figures of the page as files: `curves-1.svg`, `classes-1.svg`, ..."""
+    """Writes the figures of the page as files: `train_loss.svg`, `classes.svg`, `reliability.svg`, ..."""
     from distill.report.figures import write_svg
     from distill.report.page import draw
 
-    for section, figures in draw(report).items():
-        for number, figure in enumerate(figures, start=1):
-            write_svg(figure, directory / f"{section}-{number}.svg")
+    for figures in draw(report).values():
+        for name, figure in figures.items():
+            write_svg(figure, directory / f"{name}.svg")
 
 
 if __name__ == "__main__":

@@ -123,13 +123,16 @@ def bars(names: Sequence[str], values: Mapping[Line, Tensor], title: str) -> "Fi
     return _figure(title, draw, height=0.7 + len(names) * (0.08 + 0.11 * len(values)))
 
 
-def reliability(found: Mapping[Line, Calibration]) -> "Figure":
-    """Returns the accuracy over the confidence, a point for each bin that has images; the diagonal is calibrated."""
+def reliability(found: Mapping[Line, Calibration], least: float) -> "Figure":
+    """Returns the accuracy over the confidence, a point for each bin; the diagonal is calibrated.
+
+    least: share of the images that a bin must have, so that a few images do not look like much.
+    """
 
     def draw(axes: "Axes") -> None:
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=":")
         for line, of_network in found.items():
-            some = of_network.share > 0
+            some = of_network.share >= least
             confidence, accuracy = 100 * of_network.confidence[some], 100 * of_network.accuracy[some]
             axes.plot(confidence.tolist(), accuracy.tolist(), marker="o", markersize=3, **_look(line))
         axes.set_xlim(0, 101)

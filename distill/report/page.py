@@ -14,6 +14,7 @@ from distill.report.networks import Reported, Student
 
 MATRIX = 20  # classes up to which a confusion matrix is shown, and accuracies of all of them
 ERRORS = 24
+SPACE = "\N{NO-BREAK SPACE}"
 CURVES = {  # key of a record -> title; the parts of the loss stand behind the first
     "train_loss": "training loss, nats",
     "test_accuracy": "test accuracy, percent",
@@ -44,6 +45,16 @@ class Report:
     notes: tuple[str, ...] = ()
 
     @property
+    def images(self) -> int:
+        """How many test images there are."""
+        return len(self.shown.network.predictions.labels)
+
+    @property
+    def drawn_from(self) -> int:
+        """The images that a bin of the reliability diagram has at least."""
+        return max(1, min(10, self.images // 20))
+
+    @property
     def lines(self) -> dict[str, Line]:
         """The line of each network in figures, by its name."""
         return {network.name: Line(network.name, k) for k, network in enumerate(self.networks)}
@@ -69,12 +80,12 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = {name: [Markup(figures.to_svg(one)) for one in some] for name, some in draw(report).items()}
+    drawn = {name: [Markup(figures.to_svg(one)) for one in some.values()] for name, some in draw(report).items()}
     lines, calibrated = report.lines, report.networks
     trained = [n for n in report.networks if n.trained and n.trained.records]
     notes = [f"{n.name}: {note}" for n in report.networks for note in n.notes]
     return environment.get_template("page.html").render(
-        title=" and ".join(n.name for n in report.networks[:3]) + (" and others" if len(report.networks) > 3 else ""),
+        title=", ".join(n.name for n in report.networks[:4]) + (" and others" if len(report.networks) > 4 else ""),
         data=report.data,
         light=figures.palette(figures.LIGHT),
         dark=figures.palette(figures.DARK),
@@ -91,6 +102,7 @@ def render(report: Report) -> str:
         },
         confusion=_confusion(report),
         bins=measures.BINS,
+        drawn_from=report.drawn_from,
         calibration={
             "figures": drawn["calibration"],
             "lines": [lines[n.name] for n in calibrated],
@@ -101,8 +113,8 @@ def render(report: Report) -> str:
     )
 
 
-def draw(report: Report) -> dict[str, list[Any]]:
-    """Returns the matplotlib figures of the page by its sections: curves, classes, calibration."""
+def draw(report: Report) -> dict[str, dict[str, Any]]:
+    """Returns the matplotlib figures of the page by name, in its sections: curves, classes, calibration."""
     lines = report.lines
     records = {lines[n.name]: n.trained.records for n in report.networks if n.trained and n.trained.records}
     names = {key: None for of_run in records.values() for record in of_run for key in record}
@@ -114,14 +126,17 @@ def draw(report: Report) -> dict[str, list[Any]]:
     titles = {"train_loss": CURVES["train_loss"], **parts, **CURVES}
     if len(report.classes) <= 5:
         del titles["test_top5"]
-    curves = [figures.curves(records, key, title) for key, title in titles.items()]
+    curves = {key: figures.curves(records, key, title) for key, title in titles.items()}
     shown = worst_classes(report)
     values = {lines[n.name]: _per_class(n)[shown] for n in report.compared}
     found = {lines[n.name]: measures.calibration(n.predictions) for n in report.networks}
     return {
-        "curves": [figure for figure in curves if figure],
-        "classes": [figures.bars([report.classes[k] for k in shown], values, "accuracy of each class")],
-        "calibration": [figures.reliability(found), figures.confidences(found)],
+        "curves": {key: figure for key, figure in curves.items() if figure},
+        "classes": {"classes": figures.bars([report.classes[k] for k in shown], values, "accuracy of each class")},
+        "calibration": {
+            "reliability": figures.reliability(found, report.drawn_from / report.images),
+            "confidence": figures.confidences(found),
+        },
     }
 
 
@@ -170,8 +185,7 @@ def _matrix_rows(network: Reported, names: Sequence[dict[str, str]]) -> list[dic
             {
                 "count": f"{count:,}",
                 "percent": f"{100 * share:.1f}",
-                "share": f"{0.85 * share**0.5:.2f}",  # the root, so that rare mistakes are seen
-                "strong": share > 0.3,
+                "share": f"{0.6 * share**0.5:.2f}",  # the root, so that rare mistakes are seen
             }
             for count, share in zip(counts, shares, strict=True)
         ]
@@ -214,8 +228,8 @@ def _errors(report: Report) -> dict[str, Any]:
 
 
 def _answer(network: Reported, number: int, label: int, classes: Sequence[str]) -> str:
-    """Returns `cat 98.1 % (its label 1.2 %)`."""
+    """Returns `cat 98.1 % (label 1.2 %)`, of a right answer without the label."""
     probabilities = network.predictions.logits[number].softmax(0)
     answer = int(network.predictions.predictions[number])
-    text = f"{classes[answer]} {100 * probabilities[answer]:.1f} %"
-    return text if answer == label else f"{text} (the label {100 * probabilities[label]:.1f} %)"
+    text = f"{classes[answer]} {100 * probabilities[answer]:.1f}{SPACE}%"
+    return text if answer == label else f"{text} (label {100 * probabilities[label]:.1f}{SPACE}%)"
