@@ -7,7 +7,7 @@ set -eu
 cd -- "$(dirname -- "$(readlink -f -- "$0")")/.."
 [ -f requirements.txt ] || { echo "error: $0 does not find its repository: call it by its path" >&2; exit 2; }
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt jinja2 matplotlib # the extra "report"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[report]'
 
 runs=${DISTILL_CHECKPOINTS:-checkpoints}/quickstart
 run() { # name, launcher, flags: the runs stand side by side, whatever else was trained on the sample

@@ -32,8 +32,9 @@ SERIES = (
 )
 DASHES = ("", "5 2", "1.5 1.5", "5 2 1.5 2")  # so that lines differ in print without colour as well
 INK, GRID = "#1b1b1c", "#d0d0d1"  # in figures of matplotlib; no series has these
-LIGHT = {"ink": INK, "grid": "#d8d8d8", **{f"s{k}": pair[0] for k, pair in enumerate(SERIES)}}
-DARK = {"ink": "#e8e8e8", "grid": "#44484c", **{f"s{k}": pair[1] for k, pair in enumerate(SERIES)}}
+LIGHT = {"paper": "#ffffff", "ink": INK, "grid": "#d8d8d8", **{f"s{k}": pair[0] for k, pair in enumerate(SERIES)}}
+DARK = {"paper": "#15181b", "ink": "#e8e8e8", "grid": "#44484c", **{f"s{k}": pair[1] for k, pair in enumerate(SERIES)}}
+PAPER = "background: var(--paper);"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
     "svg.hashsalt": "report",  # the same figure is the same file
@@ -91,7 +92,13 @@ def curves(records: Mapping[Line, Sequence[Mapping[str, Any]]], key: str, title:
 
         for line, points in series.items():
             epochs, values = zip(*points, strict=True)
-            axes.plot(epochs, values, marker="o" if len(points) <= 30 else "", markersize=3, **_look(line))
+            axes.plot(
+                epochs,
+                values,
+                marker="o" if len(points) <= 30 else "",
+                markersize=5 if len(points) == 1 else 3,
+                **_look(line),
+            )
         last = max(points[-1][0] for points in series.values())
         axes.set_xlim(0.5, max(1.5, last + 0.02 * last))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -223,8 +230,9 @@ def write_svg(figure: "Figure", path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, [shortened(label) for label in labels], loc="outside lower center", frameon=False)
-    dark = f"@media (prefers-color-scheme: dark) {{svg {{{palette(DARK)}}}}}"
+    light, dark = f"svg {{{palette(LIGHT)} {PAPER}}}", f"svg {{{palette(DARK)} {PAPER}}}"
+    style = f"<style>{light} @media (prefers-color-scheme: dark) {{{dark}}}</style>"
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     svg = to_svg(figure, "").replace("<svg ", f"<svg {names} ", 1)
-    svg = re.sub("(<svg [^>]*>)", rf"\1<style>svg {{{palette(LIGHT)}}} {dark}</style>", svg, count=1)
+    svg = re.sub("(<svg [^>]*>)", rf"\1{style}", svg, count=1)
     checkpoint.write_atomically(path, svg.encode())
