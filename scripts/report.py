@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     from distill.report.page import render
 
     if options.figures:
-        Path(options.figures).mkdir(parents=True, exist_ok=True)
+        make_directory(Path(options.figures))
     report = measure([find_trained(name, options.weights) for name in named], options)
     path = Path(options.output)
     checkpoint.write_atomically(path, render(report).encode(errors="replace"))
@@ -60,6 +60,14 @@ def main(argv: Sequence[str]) -> None:
         write_figures(report, Path(options.figures))
     size = path.stat().st_size / 1e6
     print(f"report: {path}, {size:.2f} MB; a browser opens it: {path.resolve().as_uri()}")
+
+
+def make_directory(path: Path) -> None:
+    """Makes the directory of --figures, unless it is there. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--figures {path}: cannot make this directory: {error.strerror}") from None
 
 
 def measure(found: Sequence["Trained"], options: ReportFlags) -> "Report":
@@ -76,22 +84,26 @@ def measure(found: Sequence["Trained"], options: ReportFlags) -> "Report":
         with open_trained(found[k], flags_for(found[k], options, data, k, len(found)), images=True) as opened:
             first = first or opened.task.data
             if opened.task.data.digest != first.digest:
-                other = f"{found[k].path} is of {opened.task.data}, other images than {first}"
-                raise UserError(f"{other}: a report is of one data set, make two")
+                raise UserError(
+                    f"{found[k].path} is of {opened.task.data.name}, {opened.task.data.counts}, not of {first.name}, "
+                    f"{first.counts}: a report is of one data set, make two"
+                )
             reported[k] = examine(opened, names[k])
-            if k in taught and (teacher := teacher_of(opened, list(reported.values())[:-1], options, notes)):
-                teachers[k] = teacher
+            others = [*(reported[other] for other in reported if other != k), *teachers.values()]
+            if k in taught and (teacher := teacher_of(opened, others, options, notes)):
+                teachers[k] = replace(teacher, name=teacher.name or f"teacher of {names[k]}")
             if k == shown:
                 pictures = mistakes(opened, reported[k])
     assert first
     networks = [reported[k] for k in range(len(found))]
     students = [as_student(reported[k], teachers.get(k), networks) for k in taught]
-    further = [teacher for teacher in teachers.values() if teacher not in networks]
+    known = {network.digest for network in networks}
+    further = {teacher.digest: teacher for teacher in teachers.values() if teacher.digest not in known}
     count = f"{len(networks[0].predictions.labels):,} test images of {len(first.classes):,} classes"
     return Report(
         data=f"{first.name}, {first.counts}; measured on {count}",
         classes=first.classes,
-        networks=(*networks, *further),
+        networks=(*networks, *further.values()),
         students=tuple(students),
         shown=students[0] if students else as_student(networks[0], None, ()),
         pictures=pictures,
@@ -146,7 +158,7 @@ def examine(opened: Opened, name: str) -> "Reported":
 
 
 def recorded_teacher(opened: Opened, options: ReportFlags) -> "Reported":
-    """Returns the teacher of a run from where that found it, without training it. Raises UserError."""
+    """Returns the teacher of a run from where that found it, without a name. It is not trained. Raises UserError."""
     from distill.inference.predictions import Predictions
     from distill.report.networks import Reported, teacher_digest
     from distill.teacher.ensemble import joint_digest, one_by_one
@@ -173,7 +185,7 @@ def recorded_teacher(opened: Opened, options: ReportFlags) -> "Reported":
     predictions = Predictions(logits, task.test_data(built[0].network.spec).labels.cpu(), logits.argmax(1))
     parameters = sum(parameter.numel() for one in built for parameter in one.network.network.parameters())
     arch, precision = " + ".join(teachers.archs), teachers.report.precision["precision"]
-    return Reported(f"its teacher {arch}", arch, predictions, wanted, parameters, precision)
+    return Reported("", arch, predictions, wanted, parameters, precision)
 
 
 def mistakes(opened: Opened, network: "Reported") -> tuple[str, ...]:

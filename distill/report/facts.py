@@ -106,7 +106,7 @@ def described(network: Reported) -> dict[str, Any]:
         f", continued {len(starts) - 1} times, last {last.get('time')}" if starts[1:] else ""
     )
     facts += [
-        ("state", trained.unfinished or f"finished, {trained.recipe.get('epochs')} epochs"),
+        ("state", trained.unfinished or f"finished, epochs: {trained.recipe.get('epochs')}"),
         ("loss", summary.get("formula") or ""),
         ("recorded", f"test accuracy {summary['test_accuracy']:.2f} %, in {summary['precision']}" if summary else ""),
         ("images", f"{(trained.config.get('facts') or {}).get('images', '')}"),

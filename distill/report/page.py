@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from distill.report import figures, measures
 from distill.report.facts import described, result_table
 from distill.report.figures import Line, shortened
 from distill.report.networks import Reported, Student
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MATRIX = 20  # classes up to which a confusion matrix is shown, and accuracies of all of them
 ERRORS = 24
@@ -62,29 +65,20 @@ class Report:
     @property
     def compared(self) -> list[Reported]:
         """The networks whose classes stand beside each other: the student, its teacher, and it alone."""
-        student, beside = self.shown.network, [self.shown.teacher, self.shown.alone]
-        if not any(beside):
-            beside = [network for network in self.networks if network is not student][:2]
-        return [student, *(network for network in beside if network)]
+        student = self.shown.network
+        beside = [network for network in (self.shown.teacher, self.shown.alone) if network]
+        return [student, *(beside or [network for network in self.networks if network is not student][:2])]
 
 
 def render(report: Report) -> str:
     """Returns the page as HTML; what a run names is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = {name: [Markup(figures.to_svg(one)) for one in some.values()] for name, some in draw(report).items()}
     lines, calibrated = report.lines, report.networks
     trained = [n for n in report.networks if n.trained and n.trained.records]
     notes = [f"{n.name}: {note}" for n in report.networks for note in n.notes]
-    return environment.get_template("page.html").render(
+    return _template().render(
         title=", ".join(n.name for n in report.networks[:4]) + (" and others" if len(report.networks) > 4 else ""),
         data=report.data,
         light=figures.palette(figures.LIGHT),
@@ -111,6 +105,16 @@ def render(report: Report) -> str:
         agreements=[_agreement(student) for student in report.students if student.teacher],
         errors=_errors(report),
     )
+
+
+def _template() -> "Template":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html")
 
 
 def draw(report: Report) -> dict[str, dict[str, Any]]:
@@ -205,7 +209,7 @@ def _agreement(student: Student) -> dict[str, Any]:
     split = measures.agreement(student.network.predictions, student.teacher.predictions)
     names = ("both right", "only the teacher right", "only the student right", "both wrong")
     rows = [(name, f"{n:,}", f"{100 * n / total:.2f} %") for name, n in zip(names, split[:4], strict=True)]
-    same = f"{split.same:,}, {100 * split.same / total:.2f} %,"
+    same = f"{split.same:,} of the {total:,} images ({100 * split.same / total:.2f} %)"
     return {"student": student.network.name, "teacher": student.teacher.name, "same": same, "rows": rows}
 
 

@@ -226,10 +226,11 @@ def test_curves(epochs: int) -> None:
     of_run = records(epochs, labelled=False, train_kd=1.0, raw_test_accuracy=40.0)
     student = network("taught", trained=run_of(recipe, epochs=epochs, records=of_run))
     made = report_of(student, network("teacher", seed=1), tuple("abcdefghij"))
-    titles = [figure.axes[0].get_title() for figure in draw(made)["curves"].values()]
+    curves = draw(made)["curves"]
+    titles = [figure.axes[0].get_title() for figure in curves.values()]
     assert titles[:3] == ["training loss, nats", "part of the training loss: kd, nats", "test accuracy, percent"]
     assert len(titles) == 7  # and top-5, without the average, learning rate, images/s
-    (line,) = draw(made)["curves"]["train_loss"].axes[0].lines
+    (line,) = curves["train_loss"].axes[0].lines
     assert len(line.get_xdata()) == epochs
     assert (line.get_marker() == "o") == (epochs == 1)
     page = read(render(made))
@@ -309,6 +310,7 @@ def test_pictures() -> None:
     [
         ([], r"RUN \[RUN ...\] is needed"),
         (["nowhere"], "nowhere does not exist: name a run's directory or a file of weights"),
+        (["x", "--figures", __file__], f"--figures {__file__}: cannot make this directory: File exists"),
         (["x", "-o", "/nowhere/x.html"], "--output /nowhere/x.html: there is no such directory"),
     ],
 )
@@ -341,14 +343,15 @@ def test_report_of_runs(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(rf"report: {page}, 0\.\d\d MB; a browser opens it: file://{page}\n", said)
     assert (tmp_path / "figures" / "reliability.svg").exists()
     words = " ".join(read(page.read_text()).words)
-    assert "its teacher densenet_cifar" in words
+    assert "teacher of taught" in words
     assert f"{summary['test_accuracy']:.2f} %" in words
-    assert f"They give the same answer to {summary['agreement'] / 5:.0f}, {summary['agreement']:.2f} %," in words
+    same = summary["agreement"]
+    assert f"They give the same answer to {same / 5:.0f} of the 20 images ({same:.2f} %)." in words
     kept = {path: path.stat().st_mtime_ns for run in (alone, taught) for path in run.glob("predictions-*.pt")}
     assert len(kept) == 2
 
     Path(file).unlink()
-    report.main([str(alone), str(taught), "-o", str(page)])
+    report.main([str(taught), "-o", str(page)])
     assert f"the teacher of {taught} is left out: cannot read {file}" in capsys.readouterr().out
     assert "gap to the teacher" not in page.read_text()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -363,5 +366,8 @@ def test_report_of_runs(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureF
     config = json.loads((elsewhere / "config.json").read_text())
     config["starts"][-1]["data"] = str(tmp_path / "other.npz")
     (elsewhere / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"elsewhere is of other: .* a report is of one data set"):
+    with pytest.raises(
+        UserError,
+        match=r"elsewhere is of other, 40 training, 20 test images, not of small, .* a report is of one data set",
+    ):
         report.main([str(alone), str(elsewhere), "-o", str(page)])
