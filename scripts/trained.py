@@ -87,10 +87,19 @@ def open_network(named: str, flags: NetworkFlags, *, images: bool, precision: st
     a file without this knowledge needs.
     """
     from distill.inference.trained import find_trained
+
+    with open_trained(find_trained(named, flags.weights), flags, images=images, precision=precision) as opened:
+        yield opened
+
+
+@contextmanager
+def open_trained(
+    trained: "Trained", flags: NetworkFlags, *, images: bool, precision: str = "float32"
+) -> Iterator[Opened]:
+    """Loads a network that was found: see open_network."""
     from distill.parallel.devices import choose_precision
 
-    trained = find_trained(named, flags.weights)
-    arch = flags.arch or trained.arch
+    named, arch = trained.path, flags.arch or trained.arch
     if not arch:
         raise UserError(f"--arch is needed: {named} does not say what network it is of")
     dataset = DATASETS[flags.dataset or kind_of(trained.recipe)]

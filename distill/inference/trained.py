@@ -12,6 +12,8 @@ from distill.models import weights as files
 from distill.models.weights import Weights
 from distill.run.directory import CONFIG, RunDirectory
 
+WORDS = ("sample", "published", "none")  # that stand for data or a teacher's weights, and are no paths
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -40,7 +42,7 @@ class Trained:
     @property
     def name(self) -> str:
         """What it is called beside others: the name of its directory, or of its file without the ending."""
-        return self.path.stem if self.path.is_file() and not self.config else self.directory.name
+        return self.path.stem if self.path.is_file() and not self.config else self.directory.resolve().name
 
     @property
     def directory(self) -> Path:
@@ -61,14 +63,16 @@ class Trained:
         return f"not finished: {len(self.records)} of {epochs} epochs"
 
     def started_with(self, name: str) -> str | None:
-        """Returns what the last start of its run was given as `data` or `teacher_checkpoint`, as a path that holds.
+        """Returns what the last start of its run was given as `data` or `teacher_checkpoint`, as paths that hold.
 
         None where it was not given, or nobody says.
         """
         start = (self.config.get("starts") or [{}])[-1]
-        value = start.get(name)
-        whole = value and value not in ("sample", "published") and "," not in value
-        return os.path.join(start["cwd"], value) if whole else value
+        value: str | None = start.get(name)
+        if not value or value in WORDS:
+            return value
+        paths = value.split(",") if name == "teacher_checkpoint" else [value]
+        return ",".join(os.path.join(start["cwd"], path) for path in paths)
 
 
 def find_trained(named: str, which: str | None = None) -> Trained:

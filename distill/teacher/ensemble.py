@@ -37,8 +37,7 @@ class Ensemble:
     @property
     def digest(self) -> str:
         """That of the one teacher, or of all their digests."""
-        digests = [member.digest for member in self.members]
-        return digests[0] if len(digests) == 1 else checkpoint.digest(digests)
+        return joint_digest([member.digest for member in self.members])
 
     @property
     def first(self) -> Teacher:
@@ -49,6 +48,11 @@ class Ensemble:
         """Raises RuntimeError if a teacher has changed since the start."""
         for member in self.members:
             member.check_untouched()
+
+
+def joint_digest(digests: Sequence[str]) -> str:
+    """Returns the digest of the one teacher, or of all their digests."""
+    return digests[0] if len(digests) == 1 else checkpoint.digest(list(digests))
 
 
 def mean_logits(members: Sequence[Tensor], how: str, temperature: float) -> Tensor:
@@ -78,11 +82,7 @@ def load_members(
     load: takes the recipe and the options of one teacher. labels: of the test images, (N,).
     """
     archs = recipe.teacher_archs
-    files = member_files(recipe, options)
-    loaded = [
-        load(replace(recipe, teacher_arch=arch, ensemble="logits"), replace(options, teacher_checkpoint=file))
-        for arch, file in zip(archs, files, strict=True)
-    ]
+    loaded = [load(*of_one) for of_one in one_by_one(recipe, options)]
     members, reports = zip(*loaded, strict=True)
     if len(reports) == 1:
         return Ensemble(archs, members, reports[0])
@@ -90,6 +90,15 @@ def load_members(
     together = replace(reports[0], accuracy=accuracy(logits, labels.cpu()), logits=logits)
     print(f"teachers: together, by the mean of their {WAYS[recipe.ensemble]}, test accuracy {together.accuracy:.2f} %")
     return Ensemble(archs, members, together)
+
+
+def one_by_one(recipe: AnyRecipe, options: AnyOptions) -> list[tuple[AnyRecipe, AnyOptions]]:
+    """Returns recipe and options of each teacher by itself. Raises UserError as member_files does."""
+    pairs = zip(recipe.teacher_archs, member_files(recipe, options), strict=True)
+    return [
+        (replace(recipe, teacher_arch=arch, ensemble="logits"), replace(options, teacher_checkpoint=file))
+        for arch, file in pairs
+    ]
 
 
 def member_files(recipe: Recipe, options: Options) -> Sequence[str | None]:

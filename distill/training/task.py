@@ -161,8 +161,11 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
             load_into(classifier, weights, network, self.class_names(weights))
         return classifier.to(self.device)
 
-    def load_teachers(self, run: Run) -> Ensemble:
-        """Returns the frozen teachers of the run, with what they score; both are printed. Raises UserError."""
+    def load_teachers(self, run: Run | None) -> Ensemble:
+        """Returns the frozen teachers of the run, with what they score; both are printed. Raises UserError.
+
+        None is no run: no teacher is trained then.
+        """
         labels = self.test_data(self.teacher_network().spec).labels
         return load_members(self.recipe, self.options, partial(self.load_teacher, run=run), labels)
 
