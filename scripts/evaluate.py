@@ -99,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
         given = given or task.published(network, "--checkpoint")
         classifier = task.build_classifier(network, given, choose_precision(options.precision, task.device))
         split = "train" if options.split == "train" else "test"
+        if split == "train" and not getattr(task.data, "labelled", True):
+            raise UserError("the training images have no labels to evaluate on")
         result = evaluate(classifier, task.test_data(network.spec, split, options.batch_size))
         if not given.spec and not given.published:
             task.suggest_normalisation(classifier, result.accuracy, "note", "--mean", "--std")
