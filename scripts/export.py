@@ -72,7 +72,8 @@ def write(opened: Opened, form: "Format", path: Path, options: Export) -> None:
     float32 = partial.with_name(f"float32-{partial.name}")
     try:
         form.write(source, partial)
-        print(f"{path.name}: {check.compare(form.load(partial, source), source.classifier, data, answers)}")
+        found = check.compare(form.load(partial, source), source.classifier, data, answers)
+        print(f"{path.name}: {found}, accuracy {answers.accuracy:.2f} %")
         files = {"float32": partial}
         if options.int8:
             os.replace(partial, float32)
@@ -127,8 +128,8 @@ def quantise(opened: Opened, source: "Source", float32: Path, path: Path, option
     drop = f"{before:.2f} % in float32, {after:.2f} % in int8 on all {len(data.labels)} test images"
     if before - after > options.max_drop:
         raise check.ExportError(
-            f"--int8 costs {before - after:.2f} points of accuracy ({drop}), more than --max-drop {options.max_drop:g}: "
-            "the file is not kept"
+            f"--int8 costs {before - after:.2f} points of accuracy ({drop}), more than --max-drop "
+            f"{options.max_drop:g}: the file is not kept"
         )
     print(f"accuracy: {drop}")
     description = replace(source.description, accuracy=before, accuracy_images=len(data.labels), accuracy_int8=after)

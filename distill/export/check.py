@@ -27,11 +27,10 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class Answers:
-    """What the network says to test images: logits (N, C), labels int64 (N,). whole: whether to all there are."""
+    """What the network says to test images: logits (N, C); labels int64 (N,)."""
 
     logits: Tensor
     labels: Tensor
-    whole: bool
 
     @property
     def accuracy(self) -> float:
@@ -76,7 +75,7 @@ def ask(classifier: Classifier, data: TestData) -> Answers:
     classifier.eval()
     pairs = [(classifier(images), labels) for images, labels in test_images(data)]
     logits, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
-    return Answers(logits, labels, len(labels) == len(data.labels))
+    return Answers(logits, labels)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def trace(source: Source) -> ExportedProgram:
     return program
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporters' warnings about their own code to themselves: what they write is checked afterwards."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def not_exported(source: Source, error: Exception) -> ExportError:
     """Returns the error that says in one line why a network cannot be exported."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -72,7 +81,8 @@ def not_exported(source: Source, error: Exception) -> ExportError:
 def write_pt2(source: Source, path: Path) -> None:
     """Writes torch.export's program; the description is a file in it."""
     description = {DESCRIPTION: source.description.json()}
-    torch.export.save(trace(source), path, extra_files=description)
+    with _quiet():
+        torch.export.save(trace(source), path, extra_files=description)
 
 
 def load_pt2(path: Path, _: Source) -> Run:
@@ -113,8 +123,7 @@ def write_onnx(source: Source, path: Path) -> None:
     """Writes one file with weights and description."""
     from distill.export import onnx_file
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own code
+    with _quiet():
         program = trace(source)
         try:
             onnx_file.write(program, path)
