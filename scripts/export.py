@@ -150,8 +150,11 @@ def measure(source: "Source", files: dict[str, Path]) -> None:
         from distill.export.latency import latencies
 
         for title, times in latencies(source.classifier, files).items():
-            line = ", ".join(f"{value:.2f} ms on {threads} threads" for threads, value in times.items())
-            print(f"one image: {title} {line}".replace(" 1 threads", " 1 thread"))
+            parts = [
+                f"{taken.median:.2f} ms on {threads} thread{'s' * (threads > 1)} (fastest {taken.fastest:.2f})"
+                for threads, taken in times.items()
+            ]
+            print(f"one image: {title if title == 'torch' else f'onnxruntime {title}'} {', '.join(parts)}")
 
 
 if __name__ == "__main__":
