@@ -82,7 +82,8 @@ def ask(classifier: Classifier, data: TestData) -> Answers:
 def compare(run: Run, classifier: Classifier, data: TestData, answers: Answers) -> Comparison:
     """Compares a file with what the network said to the same images. Raises ExportError where they are not the same."""
     given = torch.cat([run(classifier.resize(images) / 255) for images, _ in test_images(data)])
-    difference = ((given - answers.logits).abs().max() / answers.logits.abs().max()).item()
+    largest = answers.logits.abs().max().clamp_min(1e-30)  # a last layer may start from zeros
+    difference = ((given - answers.logits).abs().max() / largest).item()
     agreement = 100 * (given.argmax(1) == answers.logits.argmax(1)).double().mean().item()
     found = Comparison(len(given), difference, agreement)
     if not (difference <= DIFFERENCE and agreement >= AGREEMENT):  # a NaN is refused too
