@@ -108,6 +108,8 @@ def main(argv: Sequence[str]) -> None:
         given = given or task.published(network, "--checkpoint")
         classifier = task.build_classifier(network, given, choose_precision(options.precision, task.device))
         split = "train" if options.split == "train" else "test"
+        if split == "train" and not getattr(task.data, "labelled", True):
+            raise UserError("the training images have no labels to evaluate on")
         images = task.test_data(network.spec, split, options.batch_size)
         result = evaluate(classifier, images)
         if not given.spec and not given.published:

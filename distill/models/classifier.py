@@ -81,7 +81,11 @@ class Classifier(nn.Module):
         return logits.float()
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Returns images uint8 (B, H, W, 3) as float32 (B, 3, S, S), channels_last, as the network wants them.
+        """Returns images uint8 (B, H, W, 3) as float32 (B, 3, S, S), channels_last, as the network wants them."""
+        return (self.resize(images) - self.mean) * self.scale
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Returns images uint8 (B, H, W, 3) as float32 (B, 3, S, S), channels_last, in [0, 255].
 
         They are resized to the network's own S if they were made for another network, or if `training_size` asks for
         it.
@@ -91,7 +95,7 @@ class Classifier(nn.Module):
         size = (self.training and self.training_size) or size
         if images.shape[1] != size:
             pixels = F.interpolate(pixels, (size, size), mode=self.spec.interpolation, antialias=True).clamp(0, 255)
-        return (pixels - self.mean) * self.scale
+        return pixels
 
     def described(self) -> dict[str, Any]:
         """What a checkpoint says of its network, so that it can be used without its run."""

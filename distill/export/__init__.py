@@ -1,0 +1,1 @@
+"""A finished network as a file for others: written, loaded back, compared."""
