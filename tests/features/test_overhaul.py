@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from distill.features.overhaul import FeatureLoss, pooled
 from torch import Tensor, nn
 
 from cifar10 import train_ce, train_kd
@@ -23,7 +24,6 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
 from distill.errors import UserError
-from distill.features.overhaul import FeatureLoss, pooled
 from distill.features.points import FeatureExtractor, find_feature_points
 from distill.files import checkpoint
 from distill.losses import METHODS
