@@ -75,7 +75,7 @@ class ContrastMemory(nn.Module):
             values = torch.exp(_products(vectors, memory, rows) / self.T)
             if not self.scale[number]:
                 self.scale[number] = gather_rows(values.detach().mean().view(1)).mean() * count
-            found.append(values / self.scale[number])
+            found.append(values / self.scale[number].clone())
         return found[0], found[1]
 
     @torch.no_grad()
@@ -90,6 +90,6 @@ class ContrastMemory(nn.Module):
 def _products(vectors: Tensor, memory: Tensor, rows: Tensor) -> Tensor:
     """Returns (B, K): vectors (B, D) times the rows (B, K) of memory (N, D), by the cheaper of two ways."""
     if len(memory) <= 4 * rows.shape[1]:
-        return (vectors @ memory.T).gather(1, rows)
+        return (vectors @ memory.clone().T).gather(1, rows)  # backward needs it as it was, and update() comes before
     parts = zip(vectors.split(ROWS), rows.split(ROWS), strict=True)  # type: ignore[no-untyped-call]
     return torch.cat([torch.bmm(memory[some], part.unsqueeze(2)).squeeze(2) for part, some in parts])

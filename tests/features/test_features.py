@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from distill.features.overhaul import FeatureLoss, pooled
 from torch import Tensor, nn
 
 from cifar10 import train_ce, train_kd
@@ -24,9 +23,11 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
 from distill.errors import UserError
+from distill.features.loss import FeatureLoss
 from distill.features.points import FeatureExtractor, find_feature_points
 from distill.files import checkpoint
-from distill.losses import METHODS
+from distill.losses import FEATURES, METHODS
+from distill.losses.feature_method import pool_to
 from distill.losses.kd_loss import KD
 from distill.losses.overhaul import Overhaul, margin, partial_l2
 from distill.models import weights
@@ -48,6 +49,12 @@ OURS = {MODELS.resolve(name) for name in json.loads((DATA / "golden_cifar10_mode
 def images(count: int = 2, size: int = 32) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def value(loss: FeatureLoss, connected: list[Tensor], seen: Tensor) -> Tensor:
+    """The loss of the student's features of these images."""
+    batch = Batch(seen, torch.zeros(len(seen), dtype=torch.int64), torch.arange(len(seen)))
+    return loss(connected, loss.teacher_features(seen), batch)
 
 
 def classifier(arch: str) -> Classifier:
@@ -286,9 +293,9 @@ def test_the_sum_over_stages(student: str, teacher: str) -> None:
         for k, (s, t, place) in enumerate(zip(own[::-1], known[::-1], loss.teacher_points[::-1], strict=False)):
             assert place.scale is not None
             assert place.shift is not None
-            t = pooled(t, (s.shape[2], s.shape[3]))
+            t = pool_to(t, (s.shape[2], s.shape[3]))
             total += partial_l2(s, t, margin(place.scale, place.shift)).item() / 2**k
-        assert loss(own, batch).item() == pytest.approx(total / 3, rel=1e-5)
+        assert value(loss, own, batch).item() == pytest.approx(total / 3, rel=1e-5)
     assert len(own) == 4
     assert "student layer4.1" in str(loss) or "teacher layer4.1" in str(loss)
 
@@ -343,7 +350,7 @@ def test_the_teacher_does_not_move(teacher_bn: str) -> None:
     loss = FeatureLoss(classifier("resnet18"), teacher, ("resnet18", "densenet_cifar"), Overhaul(teacher_bn=teacher_bn))
     learner = loss.model.train()
     _, own = learner(images(4))
-    one, other = loss(own, images(4)), loss([f[:2] for f in own], images(4)[:2])
+    one, other = value(loss, own, images(4)), value(loss, [f[:2] for f in own], images(4)[:2])
     one.backward()
     teacher.check_untouched()
     assert all(p.grad is None for p in teacher.network.parameters())
@@ -483,19 +490,62 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]
     return views, tests, Teacher(network)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
+def test_any_method_on_features_is_continued_bit_by_bit(
+    name: str, taught: tuple[Any, Any, Teacher], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut in its second epoch: student, what learns beside it, memories, optimiser; the student alone is exported."""
+    views, tests, teacher = taught
+    recipe = replace(RECIPE, epochs=2, batch_size=100).with_flags({"features": name, "T": 4.0})
+    if name == "crd":
+        recipe = recipe.with_flags({"negatives": 100})
+
+    def run(path: Path, steps: int | None = None) -> dict[str, Any]:
+        student = tiny(16, 2)
+        aim = build_loss(recipe, student, teacher, views)
+        cached = CachedTeacher(views, [LogitCache(teacher, None, Encoding(10))])
+        facts = {"data": "sample", "data_digest": ""}
+        with suppress(Stopped), Run(path, recipe, Options(steps=steps), facts) as held:
+            fit(held, student=student, loss=aim, data=views, teacher=cached, tests=tests)
+        return checkpoint.load(path / "last.pt")
+
+    whole = run(tmp_path / "whole")
+    for steps in (13, None):
+        cut = run(tmp_path / "cut", steps)
+    for part in ("student", "connectors", "memory", "optimizer", "ranks"):
+        assert checkpoint.digest(cut.get(part)) == checkpoint.digest(whole.get(part)), part
+    teacher.check_untouched()
+    assert (whole["connectors"] is not None) == bool(FEATURES[name].learns)
+    assert ("memory" in whole) == (name == "crd")
+    if name == "crd":
+        assert "two memories of 1,000 images x 128 take 1.0 MB" in capsys.readouterr().out
+        assert cut["memory"]["student"].norm(dim=1).sub(1).abs().max() < 1e-3  # every image was seen
+    assert whole["student"].keys() == tiny(16, 2).network.state_dict().keys()
+
+
 VARIANTS = ("kd standardized", "dkd standardized", "none overhaul", "kd overhaul", "dist overhaul")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [*(name for name, method in METHODS.items() if method.needs_teacher_logits), *VARIANTS]
+    "method",
+    [
+        *(name for name, method in METHODS.items() if method.needs_teacher_logits),
+        *VARIANTS,
+        *(f"none {name}" for name in FEATURES if name != "overhaul"),
+    ],
 )
 def test_every_method_lowers_its_loss_and_trains(method: str, taught: tuple[Any, Any, Teacher], tmp_path: Path) -> None:
     views, tests, teacher = taught
     name, *more = method.split()
     given: dict[str, Any] = {"method": name, **({"standardize": True} if "standardized" in more else {})}
-    recipe = RECIPE.with_flags({**given, "overhaul": "overhaul" in more})
+    recipe = RECIPE.with_flags({**given, "features": next((word for word in more if word in FEATURES), "none")})
     assert recipe.method
+    if "crd" in more:
+        recipe = recipe.with_flags({"negatives": 400, "contrast_temperature": 0.2})  # of 1,000 images
+    if "reviewkd" in more:
+        recipe = recipe.with_flags({"feature_warmup": 2.0})
     if recipe.method.kd_warmup:
         recipe = recipe.with_flags({"kd_warmup": 2.0})  # its authors' is longer than this run
     student = tiny(16, 2)
