@@ -39,6 +39,7 @@ from distill.teacher.teacher import Teacher
 from distill.training.engine import fit
 from distill.training.objectives import CrossEntropy, build_loss
 from distill.training.stop import Stopped
+from tests.runs import tiny
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).resolve().parents[1] / "golden"
@@ -453,21 +454,6 @@ def test_what_returns_no_logits_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"pair could not be watched at work.*it returns a tuple, not logits"):
         find_feature_points(Classifier(Pair(), CIFAR_INPUT), "pair")
-
-
-class Tiny(nn.Sequential):
-    """Two stages, small enough to learn in a test."""
-
-    def __init__(self, width: int) -> None:
-        stages: list[nn.Module] = []
-        for few, many, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)):
-            stages += [nn.Conv2d(few, many, 3, stride, 1, bias=False), nn.BatchNorm2d(many), nn.ReLU()]
-        super().__init__(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
-
-
-def tiny(width: int, seed: int) -> Classifier:
-    torch.manual_seed(seed)
-    return Classifier(Tiny(width), CIFAR_INPUT)
 
 
 RECIPE = Recipe(teacher_arch="tiny", method=KD(), epochs=4, batch_size=25, lr=0.05, warmup=0, augment="none")
