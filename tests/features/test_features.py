@@ -3,6 +3,10 @@ trained, resumed and left out of what is exported, a teacher that does not move.
 
 import copy
 import json
+import re
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -508,6 +512,31 @@ def test_any_method_on_features_is_continued_bit_by_bit(
         assert "two memories of 1,000 images x 128 take 1.0 MB" in capsys.readouterr().out
         assert cut["memory"]["student"].norm(dim=1).sub(1).abs().max() < 1e-3  # every image was seen
     assert whole["student"].keys() == tiny(16, 2).network.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("home")
+def test_the_method_of_the_readme(small_npz: Path, tmp_path: Path) -> None:
+    """Its file alone, put where it belongs, makes a method: flags, a run, its record."""
+    blocks = re.findall(r"```python\n(.*?)```", (DATA.parents[1] / "README.md").read_text(), flags=re.DOTALL)
+    (source,) = [block for block in blocks if "FeatureMethod" in block]
+    root = tmp_path / "copy"
+    for folder in ("distill", "cifar10", "imagenet", "scripts"):
+        shutil.copytree(DATA.parents[1] / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(DATA.parents[1] / "requirements.txt", root)
+    (root / "distill" / "losses" / "gap.py").write_text(source)
+    command = "--arch mobilenetv2 --teacher-arch resnet18 --features gap --feature-weight 2 --epochs 1 --batch-size 8"
+    teacher = tmp_path / "resnet18.pth"
+    torch.save(MODELS.build("resnet18", 4).state_dict(), teacher)
+    words = [*command.split(), "--data", str(small_npz), "--output", str(tmp_path / "run")]
+    words += ["--teacher-checkpoint", str(teacher)]
+    done = subprocess.run(
+        [sys.executable, root / "cifar10" / "train_kd.py", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert record["features"] == {"name": "gap", "feature_weight": 2.0}
+    assert record["trained_by"] == "GAP from resnet18"
 
 
 VARIANTS = ("kd standardized", "dkd standardized", "none overhaul", "kd overhaul", "dist overhaul")
