@@ -28,7 +28,7 @@ from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
 from distill.errors import UserError
 from distill.features.loss import FeatureLoss
-from distill.features.points import FeatureExtractor, find_feature_points
+from distill.features.points import FeatureExtractor, find_embedding_point, find_feature_points
 from distill.files import checkpoint
 from distill.losses import FEATURES, METHODS
 from distill.losses.feature_method import pool_to
@@ -230,6 +230,13 @@ def test_every_network_has_stages_and_margins(arch: str) -> None:
     assert all(place.scale is not None and len(place.scale) == place.shape[0] for place in places)
     assert checkpoint.digest(network.state_dict()) == before
     assert network.network.training == mode
+    embedding = find_embedding_point(network, arch)
+    logits, (vectors,) = FeatureExtractor(network.eval(), [embedding])(images(3))
+    last = [module for module in network.network.modules() if isinstance(module, nn.Linear)][-1]
+    assert vectors.shape == (3, last.in_features)
+    scale = 1 if not arch.startswith("airbench") else (logits / last(vectors)).mean()
+    torch.testing.assert_close(scale * last(vectors), logits, rtol=1e-4, atol=1e-4)
+    network.train(mode)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
@@ -254,8 +261,21 @@ def test_networks_of_others(name: str, channels: tuple[int, ...]) -> None:
     network = Classifier(known.build(num_classes=10), known.spec)
     places = find_feature_points(network, name)
     assert tuple(place.shape[0] for place in places) == channels
+    assert find_embedding_point(network, name).shape[0] >= channels[-1]
     _, found = FeatureExtractor(network, places).train()(images(2, 64))
     assert [tuple(feature.shape[1:]) for feature in found] == [place.shape for place in places]
+
+
+def test_features_after_the_activation() -> None:
+    """Those of a stage of a ResNet are what its last ReLU returns, and of a linear block what it is without one."""
+    for arch in ("resnet18", "mobilenetv2"):
+        network = classifier(arch).eval()
+        points = find_feature_points(network, arch)
+        _, before = FeatureExtractor(network, points)(images())
+        _, after = FeatureExtractor(network, points, after=True)(images())
+        for point, own, other in zip(points, before, after, strict=True):
+            torch.testing.assert_close(own if "linear" in point.where else own.relu(), other)
+            assert ("linear" in point.where) == bool((other < 0).any())
 
 
 @pytest.mark.parametrize("name", ["alexnet", "vit_b_32"])
