@@ -45,7 +45,7 @@ ROWS = ("original", "original_eval", "usual", "ce", "empty_store", "full_store")
 METHODS: dict[str, dict[str, Any]] = {
     "kd_standardized": {"standardize": True},
     **{name: {"method": name} for name in losses.METHODS if name not in ("kd", "none")},
-    "overhaul": {"overhaul": True},
+    **{name: {"features": name} for name in losses.FEATURES},
 }
 
 

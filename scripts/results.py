@@ -23,9 +23,8 @@ from cifar10.recipes import RECIPES  # noqa: E402
 from distill.config import cli  # noqa: E402
 from distill.config.recipe import Recipe, flatten  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.losses import METHODS  # noqa: E402
+from distill.losses import FEATURES, METHODS  # noqa: E402
 from distill.losses.kd_loss import KD  # noqa: E402
-from distill.losses.overhaul import Overhaul  # noqa: E402
 from distill.options import flag  # noqa: E402
 
 RECORDS = ROOT / "checkpoints" / "records"
@@ -72,7 +71,7 @@ def by_method(taught: Recipe) -> dict[str, Recipe]:
         "kd-T1": {"T": 1.0, "kd_weight": 3.0},
         "kd-standardized": {"standardize": True, "kd_weight": 9.0, "ce_weight": 0.1},
         "dkd": {"method": "dkd", "kd_warmup": 2.0},
-        "overhaul": {"overhaul": True},
+        **{name: {"features": name} for name in FEATURES},
         "overhaul-kd": {"overhaul": True, "T": 4.0, "w": 0.9},
     }
     flags |= {name: {"method": name} for name in METHODS if name not in (*flags, "none")}
@@ -253,7 +252,18 @@ def losses() -> list[str]:
             formula = method.formula.replace("|", "\\|") + (f"; {method.note}" if method.note else "")
             file = f"{method.__module__.replace('.', '/')}.py"
             lines.append(f"| [`{name}`]({file}) | {formula} | {method.flags()} | {method.source} |")
-    return [*lines, f"| `--overhaul` | {Overhaul.formula} | {Overhaul.flags()} | {Overhaul.source} |"]
+    return lines
+
+
+def features() -> list[str]:
+    """Returns the lines of the table of methods on features."""
+    lines = ["| features | their term of the loss | learned beside the student | flags (on photos) | source |"]
+    lines.append("|---|---|---|---|---|")
+    for name, method in FEATURES.items():
+        file, formula = f"{method.__module__.replace('.', '/')}.py", method.formula.replace("|", "\\|")
+        learns = method.learns or "nothing"
+        lines.append(f"| [`{name}`]({file}) | {formula} | {learns} | {method.flags()} | {method.source} |")
+    return lines
 
 
 def made(rows_of_runs: Iterable[Sequence[dict[str, Any]]]) -> str:
@@ -305,7 +315,11 @@ def written(text: str) -> str:
     """README's `text` with the tables as the records have them. Raises UserError if it has no place for them."""
     command = "`bash scripts/reproduce.sh {}`:"
     tables = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in TEACHERS}
-    tables |= {"methods": [command.format("methods --data SUBSET"), "", *methods()], "losses": losses()}
+    tables |= {
+        "methods": [command.format("methods --data SUBSET"), "", *methods()],
+        "losses": losses(),
+        "features": features(),
+    }
     for name, lines in tables.items():
         begin = MARKERS[0].format(name)
         head, _, rest = text.partition(begin)

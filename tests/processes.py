@@ -2,6 +2,7 @@
 
 gradient: one step with BatchNorm in eval mode, then an evaluation; both are written to DIRECTORY.
 overhaul: the same, with features of a teacher and the connectors to them.
+features: one step by each method on features; a process alone takes those that compare images in two halves.
 photos: an evaluation of photos.
 broken: `train.sh NPZ FLAGS` for photos that nobody has looked at before; its flags follow in place of DIRECTORY.
 nan: the loss of the last process is not a number in step 2.
@@ -21,6 +22,8 @@ from cifar10.models import CIFAR_INPUT, MODELS, build_student
 from distill.config import cli
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
+from distill.losses import FEATURES
+from distill.losses.kd_loss import KD
 from distill.losses.overhaul import NoLogits, Overhaul
 from distill.models.classifier import Classifier
 from distill.parallel import devices, processes
@@ -30,12 +33,14 @@ from distill.training.engine import fit
 from distill.training.evaluation import evaluate
 from distill.training.objectives import CrossEntropy, Objective, Step, build_loss
 from distill.training.stop import Stopped
+from distill.training.wrap import wrap_parallel
 from imagenet import survey, train_ce
 from imagenet.data import PhotoTestData
 from imagenet.data import load_data as load_data_of_photos
 from imagenet.loader import Workers
 from imagenet.models import build_student as build_photo_student
 from imagenet.recipes import STANDARD
+from tests.runs import tiny
 
 
 class Unlucky(CrossEntropy):
@@ -62,6 +67,31 @@ def evaluate_photos(source: str, directory: Path) -> None:
     torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")
 
 
+def step_by_features(npz: str, directory: Path) -> None:
+    """The gradients of each method on features, of a student in eval mode, and the memories of crd after the step."""
+    data = load_data(npz)
+    teacher = Teacher(tiny(24, 1))
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for name in FEATURES:
+        recipe = Recipe(epochs=1, batch_size=8, warmup=0, teacher_arch="tiny", method=KD())
+        more = {"negatives": 10, "contrast_temperature": 0.5} if name == "crd" else {}
+        recipe = recipe.with_flags({"features": name, **more})
+        training, _ = prepare(data, recipe, torch.device("cpu"))
+        aim = build_loss(recipe, tiny(16, 2), teacher, training)
+        learner = aim.model
+        assert learner
+        step = wrap_parallel(learner, torch.device("cpu"), recipe, "cpu").eval()
+        batch = next(training.batches(0))
+        halves = FEATURES[name].correlates_images and processes.world_size() == 1
+        parts = batch.split(2) if halves else [batch]
+        for part in parts:
+            (aim(step, part).loss / len(parts)).backward()
+        result[name] = {key: p.grad for key, p in learner.named_parameters() if p.grad is not None}
+        if aim.memory:
+            result[name] |= {f"memory.{key}": value for key, value in aim.memory.state_dict().items()}
+    torch.save(result, directory / f"{processes.world_size()}-{processes.rank()}.pt")
+
+
 def main(argv: list[str]) -> None:
     if argv[0] == "broken":
         survey.FIRST, survey.look = 0, lambda *_: survey.Findings()
@@ -69,6 +99,9 @@ def main(argv: list[str]) -> None:
         return
     case, npz, directory = argv[0], argv[1], Path(argv[2])
     device = devices.start("cpu")
+    if case == "features":
+        step_by_features(npz, directory)
+        return
     if case == "photos":
         evaluate_photos(npz, directory)
         return

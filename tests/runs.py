@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cifar10.data import load_data, prepare
+from cifar10.models import CIFAR_INPUT
 from distill.config.recipe import Options, Recipe
 from distill.files import checkpoint
 from distill.losses.kd_loss import KD
@@ -29,6 +30,21 @@ def small_network(classes: int = 4, seed: int = 0) -> Classifier:
     head = nn.Linear(8, classes)
     layers = [convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), head]
     return Classifier(nn.Sequential(*layers), SPEC)
+
+
+class Tiny(nn.Sequential):
+    """Two stages, small enough to learn in a test."""
+
+    def __init__(self, width: int) -> None:
+        stages: list[nn.Module] = []
+        for few, many, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)):
+            stages += [nn.Conv2d(few, many, 3, stride, 1, bias=False), nn.BatchNorm2d(many), nn.ReLU()]
+        super().__init__(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
+
+
+def tiny(width: int, seed: int) -> Classifier:
+    torch.manual_seed(seed)
+    return Classifier(Tiny(width), CIFAR_INPUT)
 
 
 def taught(T: float, w: float, labelled: bool = True) -> Distillation:

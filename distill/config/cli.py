@@ -14,10 +14,11 @@ from typing import Any, NoReturn, TypeVar
 
 from distill.config import output
 from distill.config.environment import find_ranks, is_joined
-from distill.config.method_flags import ALIASES, FEATURE_FLAGS, METHOD_FLAGS, Choice
+from distill.config.method_flags import ALIASES, CHOICES, FEATURE_FLAGS, METHOD_FLAGS, Choice
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError, lost_process, out_of_memory, too_many_files
-from distill.losses import METHODS
+from distill.losses import FEATURES, METHODS
+from distill.losses.feature_method import FeatureMethod
 from distill.losses.method import Method
 from distill.losses.overhaul import Overhaul
 from distill.options import allowed, flag, value_type
@@ -27,7 +28,7 @@ DISTILLATION_FIELDS = (
     *("teacher_arch", "ensemble", "teacher_image_size", "teacher_checkpoint", "teacher_precision", "teacher_weights"),
     *("teacher_mean", "teacher_std"),
     *("top_k", "store", "store_limit"),
-    *(*METHOD_FLAGS, *FEATURE_FLAGS, "method", "overhaul", "show_features"),
+    *(*METHOD_FLAGS, *FEATURE_FLAGS, *CHOICES, "show_features"),
 )
 
 
@@ -112,25 +113,30 @@ def _add_flag(
         group.add_argument(alias, help=argparse.SUPPRESS, **settings)
 
 
-def _add_method_flags(parser: Parser, method: Method, features: Overhaul, photos: bool) -> None:
-    """Adds the flags of all methods; --help lists those of `method`."""
+def _add_method_flags(parser: Parser, method: Method, features: FeatureMethod, photos: bool) -> None:
+    """Adds the flags of all methods; --help lists those of `method` and `features`."""
     _add_flags(parser, Choice(), switches=True)
-    _add_flags(parser, method, switches=True)
-    added = {known.name for known in fields(method)}
-    for other in METHODS.values():
-        for known in fields(other):
-            if known.name not in added:
-                _add_flag(parser, known, other.defaults(photos), True, listed=False)
-                added.add(known.name)
-    _add_flags(parser, features, switches=True)
+    for shown, others in ((method, METHODS.values()), (features, FEATURES.values())):
+        _add_flags(parser, shown, switches=True)
+        added = {known.name for known in fields(shown)}
+        for other in others:
+            for known in fields(other):
+                if known.name not in added:
+                    _add_flag(parser, known, other.defaults(photos), True, listed=False)
+                    added.add(known.name)
 
 
-def _shown_method(argv: Sequence[str], base: Recipe) -> Method | None:
-    """Returns the method whose flags --help lists: that of --method, else of `base`."""
+def _shown_methods(argv: Sequence[str], base: Recipe) -> tuple[Method, FeatureMethod] | None:
+    """Returns the methods whose flags --help lists: those of --method and --features, else of `base`."""
+    if not base.method:
+        return None
     parser = Parser(add_help=False)
-    parser.add_argument("--method")
-    name = parser.parse_known_args([_hyphenate(token) for token in argv])[0].method
-    return METHODS[name].defaults(base.photos) if base.method and name in METHODS else base.method
+    for name in ("--method", "--features"):
+        parser.add_argument(name)
+    given = parser.parse_known_args([_hyphenate(token) for token in argv])[0]
+    method = METHODS[given.method].defaults(base.photos) if given.method in METHODS else base.method
+    usual = base.features or Overhaul.defaults(base.photos)
+    return method, FEATURES[given.features].defaults(base.photos) if given.features in FEATURES else usual
 
 
 def parse_flags(
@@ -230,15 +236,17 @@ def read_flags(
 
     The flags of distillation exist where `base` has a teacher. Raises UserError.
     """
-    hidden, method = DISTILLATION_FIELDS if base.objective == "ce" else (), _shown_method(argv, base)
-    if method:
+    hidden, shown = DISTILLATION_FIELDS if base.objective == "ce" else (), _shown_methods(argv, base)
+    if shown:
+        method, features = shown
         lines = [f"loss = {' + '.join(method.terms)}", *filter(None, [method.note]), LOSS_LEGEND]
+        lines.append(f"--features {features.name}: + feature_weight * {features.formula}")
         description = "\n  ".join([f"{description}\n", *lines])
     parser = Parser(prog=prog, usage=_usage(positional), description=description, epilog=epilog)
     _add_positional(parser, positional)
     _add_flags(parser, base, hidden, switches=True)
-    if method:
-        _add_method_flags(parser, method, base.features or Overhaul.defaults(base.photos), base.photos)
+    if shown:
+        _add_method_flags(parser, *shown, base.photos)
     _add_flags(parser, options, hidden)
     given = _given(parser, argv, positional)
     return given, replace(options, **{f.name: given.pop(f.name) for f in fields(options) if f.name in given})

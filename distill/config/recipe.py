@@ -10,7 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from distill.config.method_flags import choose_method
 from distill.errors import UserError
-from distill.losses import METHODS
+from distill.losses import FEATURES, METHODS
+from distill.losses.feature_method import FeatureMethod
 from distill.losses.kd_loss import KD
 from distill.losses.method import STANDARDIZED_SOURCE, Method
 from distill.losses.overhaul import Overhaul
@@ -35,7 +36,7 @@ class Recipe:
         None, "the teacher; of several, with commas, their mean teaches", group="networks"
     )
     method: Method | None = None
-    features: Overhaul | None = None
+    features: FeatureMethod | None = None
     ensemble: str = option(
         "logits",
         "of several teachers: the mean of their logits, or of their probabilities at the loss's temperature",
@@ -205,7 +206,7 @@ class Recipe:
 
     def _check_method(self, method: Method) -> None:
         if not method.needs_teacher_logits and not self.features:
-            raise UserError(f"--method {method.name} is for --overhaul; without both, trainCE trains by cross-entropy")
+            raise UserError(f"--method {method.name} is for --features; without both, trainCE trains by cross-entropy")
         if not any(method.weights):
             hint = "add --method kd --w 1" if self.features else "one of them must be more"
             raise UserError(f"--kd-weight 0 and --ce-weight 0 leave the last layer untaught: {hint}")
@@ -222,14 +223,21 @@ class Recipe:
             raise UserError(f"--top-k knows what the other classes sum to at --T 1, 2, 3 and 4, not {method.T:g}")
 
     def _check_features(self) -> None:
-        if self.features and self.sizes:
-            raise UserError("--overhaul compares features of one size: leave out --sizes")
-        if self.features and self.compile:
-            raise UserError("--overhaul watches the networks at work, which --compile leaves no trace of: give one")
+        if not self.features:
+            return
+        name = f"--features {self.features.name}"
+        if self.sizes:
+            raise UserError(f"{name} compares features of one size: leave out --sizes")
+        if self.compile:
+            raise UserError(f"{name} watches the networks at work, which --compile leaves no trace of: give one")
+        if self.features.correlates_images and self.batch_size < 2 * self.accumulate:
+            raise UserError(f"{name} correlates across images: --batch-size must be 2 for each of --accumulate")
+        if self.mixup and self.features.needs_labels:
+            raise UserError(f"{name} wants one label for each image, and --mixup gives it two")
 
     def _check_teachers(self) -> None:
         if len(self.teacher_archs) > 1 and (self.features or self.top_k):
-            raise UserError("--overhaul and --top-k take one teacher")
+            raise UserError("--features and --top-k take one teacher")
         if len(self.teacher_archs) > 1 and (self.teacher_mean or self.teacher_weights):
             raise UserError("--teacher-mean, --teacher-std and --teacher-weights are of one teacher, here are several")
         if len(self.teacher_archs) < 2 and self.ensemble != "logits":
@@ -299,7 +307,9 @@ class Recipe:
         if not self.method:
             return "CE"
         words = [self.method.name.upper() + " standardized" * self.method.standardize]
-        words = (words if self.method.needs_teacher_logits else []) + ["features"] * (self.features is not None)
+        words = words if self.method.needs_teacher_logits else []
+        if self.features:
+            words.append("features" if self.features.name == Overhaul.name else self.features.name.upper())
         return f"{' and '.join(words)} from {' + '.join(self.teacher_archs)}"
 
     @property
@@ -312,8 +322,11 @@ class Recipe:
             values.pop("kd_warmup", None)
         notes = [self.method.note, self.method.source, STANDARDIZED_SOURCE if self.method.standardize else ""]
         if self.features:
-            terms.append(f"feature_weight * {self.features.formula}")
-            values["feature_weight"] = self.features.feature_weight
+            rising = "min(epoch / feature_warmup, 1) * " if self.features.feature_warmup else ""
+            terms.append(f"feature_weight * {rising}{self.features.formula}")
+            values |= self.features.numbers
+            if not rising:
+                values.pop("feature_warmup", None)
             notes.append(self.features.source)
         shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         return "; ".join([f"loss = {' + '.join(terms)}  with {shown}", *filter(None, notes)])
@@ -324,17 +337,18 @@ class Recipe:
         if not self.method:
             return f"ce-seed{self.seed}"
         method, features = self.method, self.features
-        words = ["overhaul"] if features else []
+        words = [features.name] if features else []
         words += [f"{method.name}{'-standardized' * method.standardize}"] if method.needs_teacher_logits else []
         words.append("+".join(self.teacher_archs))
         words += [self.ensemble] if self.ensemble != "logits" else []
         usual = method.defaults(self.photos).changed({"standardize": True} if method.standardize else {}, self.photos)
         hidden = {} if isinstance(method, KD) else usual.numbers  # of plain kd T and w are always named
         values = {name: value for name, value in method.numbers.items() if hidden.get(name) != value}
-        if features and features.feature_weight != features.defaults(self.photos).feature_weight:
-            values["feature_weight"] = features.feature_weight
+        if features:
+            usual_numbers = features.defaults(self.photos).numbers
+            values |= {name: value for name, value in features.numbers.items() if usual_numbers[name] != value}
         words += [f"{name.replace('_', '')}{value:g}" for name, value in values.items()]
-        words += ["bnbatch"] if features and features.teacher_bn == "batch" else []
+        words += ["bnbatch"] if isinstance(features, Overhaul) and features.teacher_bn == "batch" else []
         return "-".join([*words, f"seed{self.seed}"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -350,7 +364,7 @@ class Recipe:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise UserError(f"the recipe has fields that this version does not know: {', '.join(unknown)}")
-        nested: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "features": {Overhaul.name: Overhaul}}
+        nested: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "features": FEATURES}
         built = {name: _build(name, values.get(name), classes) for name, classes in nested.items()}
         return cls(**{**values, **built})  # what an older version did not know is at its default
 
@@ -416,7 +430,7 @@ class Options:
     save_minutes: float = option(10.0, "minutes between checkpoints within an epoch", group="running", least=0)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, if that is installed", group="running")
     show_features: bool = option(
-        False, "print where --overhaul takes features of teacher and student, and exit", group="running"
+        False, "print where --features takes those of teacher and student, and exit", group="running"
     )
     extend: bool = option(False, "allow more epochs than the run was started with", group="running")
     allow_data_change: bool = option(

@@ -88,6 +88,7 @@ class TrainingData(ABC):
     batch.
     """
 
+    labels: Tensor  # int64 (N,), negative where there are none
     plan: EpochPlan
     policy: Views
     mixup: bool

@@ -6,7 +6,7 @@ can follow them; which tensors everything passes through is read from the autogr
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,14 +32,14 @@ STAGES = 2  # at least
 class FeaturePoint:
     """The end of a stage: the first argument of the `call`-th call (from 0) of `function` in a forward pass.
 
-    where: for people. shape: (C, H, W) as it was seen. scale, shift: weight and bias (C,) of the BatchNorm there, if
-    there is one. overwritten: that call works in place.
+    where: for people. shape: (C, H, W) as it was seen, (D,) of what the last layer gets. scale, shift: weight and bias
+    (C,) of the BatchNorm there, if there is one. overwritten: that call works in place.
     """
 
     function: Any
     call: int
     where: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     scale: Tensor | None = None
     shift: Tensor | None = None
     overwritten: bool = False
@@ -48,31 +48,30 @@ class FeaturePoint:
 class FeatureExtractor(nn.Module):
     """A classifier that returns its features at `points` beside its logits.
 
-    images -> (logits (B, C), [(B, C_i, H_i, W_i)]).
+    images -> (logits (B, C), [(B, C_i, H_i, W_i)]). after: of a point before an activation, what that returns.
     """
 
-    def __init__(self, classifier: Classifier, points: Iterable[FeaturePoint]) -> None:
+    def __init__(self, classifier: Classifier, points: Iterable[FeaturePoint], *, after: bool = False) -> None:
         super().__init__()
-        self.classifier, self.points = classifier, tuple(points)
+        self.classifier, self.points, self.after = classifier, tuple(points), after
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Returns (logits, features). Raises UserError if the network does not reach a point."""
-        with _Tap(self.points) as tap:
+        with _Tap(self.points, self.after) as tap:
             logits = self.classifier(images)
-        tensors = [tap.found.get(point) for point in self.points]
-        features = [
-            f for f, point in zip(tensors, self.points, strict=True) if f is not None and f.shape[1:] == point.shape
-        ]
-        if len(features) < len(self.points):
-            raise UserError("--overhaul: a network computes other things while it trains than when it was watched")
+        tensors = [(tap.found.get(point), point.shape) for point in self.points]
+        features = [f.flatten(1) if len(shape) == 1 else f for f, shape in tensors if f is not None]
+        if [f.shape[1:] for f in features] != [point.shape for point in self.points]:
+            raise UserError("--features: a network computes other things while it trains than when it was watched")
         return logits, features
 
 
 class _Tap(TorchFunctionMode):
     """Keeps the tensors at `points` of the calls made within it. Of one thread, as DataParallel wants it."""
 
-    def __init__(self, points: Iterable[FeaturePoint]) -> None:
+    def __init__(self, points: Iterable[FeaturePoint], after: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.after = after
         self.points = {(point.function, point.call): point for point in points}
         self.functions = {point.function for point in points}
         self.calls: Counter[Any] = Counter()
@@ -81,13 +80,18 @@ class _Tap(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if function in self.functions:
-            point = self.points.get((function, self.calls[function]))
-            self.calls[function] += 1
-            if point:
-                self.found[point] = args[0]
-                if point.overwritten:
-                    args = (args[0].clone(), *args[1:])
+        if function not in self.functions:
+            return function(*args, **(kwargs or {}))
+        point = self.points.get((function, self.calls[function]))
+        self.calls[function] += 1
+        if point is None:
+            return function(*args, **(kwargs or {}))
+        self.found[point] = args[0]
+        if self.after and function in ACTIVATIONS:
+            self.found[point] = function(*args, **(kwargs or {}))
+            return self.found[point]
+        if point.overwritten:
+            args = (args[0].clone(), *args[1:])
         return function(*args, **(kwargs or {}))
 
 
@@ -149,12 +153,25 @@ def find_feature_points(classifier: Classifier, name: str) -> tuple[FeaturePoint
     that activation gets. Where its blocks end linearly (MobileNetV2, EfficientNet): the last block's output. `name`: of
     the network, for the message. Raises UserError, with the reason, where there are not two such points at least.
     """
+    watch = _Watch(classifier.network)
+    start, logits = _watch(classifier, name, watch)
+    points = _choose(_graph(start.grad_fn, logits.grad_fn), watch.seen)
+    if len(points) < STAGES:
+        raise UserError(
+            f"--features: in {name} {len(points)} ends of stages were found, at least {STAGES} are needed: maps "
+            "(B, C, H, W) of falling resolution that everything passes through, before an activation or after a linear "
+            "block"
+        )
+    return points
+
+
+def _watch(classifier: Classifier, name: str, watch: "_Watch | _Layers") -> tuple[Tensor, Tensor]:
+    """Returns images and logits of a forward pass in eval mode that `watch` has seen. Raises UserError."""
     network, size = classifier.network, classifier.spec.size
     training = {module: module.training for module in network.modules()}
     network.eval()
     noise = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels = noise.to(classifier.mean.device)
-    watch = _Watch(network)
     try:
         with torch.enable_grad(), watch:
             images = classifier.normalise(pixels).requires_grad_()  # its calls count as well, as in FeatureExtractor
@@ -163,20 +180,45 @@ def find_feature_points(classifier: Classifier, name: str) -> tuple[FeaturePoint
             if not isinstance(logits, torch.Tensor):
                 raise TypeError(f"it returns a {type(logits).__name__}, not logits")
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"--overhaul: {name} could not be watched at work ({error!r:.160})") from None
+        raise UserError(f"--features: {name} could not be watched at work ({error!r:.160})") from None
     finally:
         for handle in watch.handles:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    points = _choose(_graph(start.grad_fn, logits.grad_fn), watch.seen)
-    if len(points) < STAGES:
-        raise UserError(
-            f"--overhaul: in {name} {len(points)} ends of stages were found, at least {STAGES} are needed: maps "
-            "(B, C, H, W) of falling resolution that everything passes through, before an activation or after a linear "
-            "block"
-        )
-    return points
+    return start, logits
+
+
+def find_embedding_point(classifier: Classifier, name: str) -> FeaturePoint:
+    """Returns where the last layer gets its input, (B, D), or (B, D, 1, 1) as a convolution has it.
+
+    `name`: of the network, for the message. Raises UserError where the last layer is no such one.
+    """
+    layers = _Layers()
+    _watch(classifier, name, layers)
+    shape = layers.last.shape if layers.last else ()
+    if not layers.last or shape[1:] not in ((), (1, 1)):
+        raise UserError(f"--features: {name} has no last layer that gets one vector an image: its input is {shape}")
+    return replace(layers.last, shape=shape[:1])
+
+
+class _Layers(TorchFunctionMode):
+    """Notes the last call of a linear layer or convolution on what comes from the images."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[Any] = Counter()
+        self.last: FeaturePoint | None = None
+        self.handles: list[Any] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function in (F.linear, F.conv2d, torch.conv2d) and args[0].grad_fn is not None:
+            shape = tuple(args[0].shape[1:])
+            self.last = FeaturePoint(function, self.calls[function], "what the last layer gets", shape)
+        self.calls[function] += 1
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass

@@ -64,7 +64,7 @@ class DIST(Method):
     kd_weight: float = kd_weight_option(2.0)
     ce_weight: float = ce_weight_option()
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:
         """Returns the term on logits; see Method."""
         assert not isinstance(teacher_logits, TopKLogits)
         return dist(student_logits, teacher_logits, beta=self.beta, gamma=self.gamma, T=self.T)

@@ -85,7 +85,7 @@ class KD(Method):
         if given not in ([True, False, False], [False, True, True]):
             raise UserError("a kd loss has either w, or both kd_weight and ce_weight")
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def __call__(self, student_logits: Tensor, teacher_logits: Tensor | TopKLogits, labels: Tensor) -> Tensor:
         """Returns the term on logits; see Method."""
         if isinstance(teacher_logits, TopKLogits):
             return kd_top_k(student_logits, teacher_logits, T=self.T)

@@ -8,11 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill.lazy import Tensor, torch
-from distill.losses.method import Method, Settings, ce_weight_option
+from distill.losses.feature_method import (
+    FeatureContext,
+    FeatureMethod,
+    Shape,
+    connector,
+    feature_weight_option,
+    pool_to,
+    smaller_size,
+)
+from distill.losses.method import Method, ce_weight_option
 from distill.options import option
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def overhaul(student: Sequence[Tensor], teacher: Sequence[Tensor], margins: Sequence[Tensor]) -> Tensor:
@@ -57,29 +69,44 @@ def margin(gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Overhaul(Settings):
-    """The loss on features, beside a method on logits (--overhaul)."""
+class Overhaul(FeatureMethod):
+    """The loss of this repository on features: every stage, before its last activation, through a connector."""
 
     name: ClassVar[str] = "overhaul"
     formula: ClassVar[str] = "sum over stages of partial_l2 / (2^(stages after it) * B)"
     source: ClassVar[str] = "Heo et al. 2019, arXiv:1904.01866"
+    learns: ClassVar[str] = "a 1x1 convolution and BatchNorm a stage"
+    before_activation: ClassVar[bool] = True
 
-    feature_weight: float = option(1e-3, "of --overhaul: weight of the features' loss", photos=1e-4, least=0)
+    feature_weight: float = feature_weight_option(1e-3, photos=1e-4)
     teacher_bn: str = option(
         "eval",
-        "of --overhaul: statistics that the teacher's BatchNorm uses for features: its own (eval), or the batch's, as "
-        "the authors have it",
+        "statistics that the teacher's BatchNorm uses for features: its own (eval), or the batch's, as the authors "
+        "have it",
+        group="features",
         choices=("eval", "batch"),
     )
 
-    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], margins: Sequence[Tensor]) -> Tensor:
+    def build(self, student: Sequence[Shape], teacher: Sequence[Shape]) -> nn.Module:
+        """Returns a connector for each stage."""
+        pairs = zip(student, teacher, strict=True)
+        return torch.nn.ModuleList(connector(own[0], other[0]) for own, other in pairs)
+
+    def connect(self, learned: Any, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the student's features as the teacher's are; a larger map is averaged to its size first."""
+        sizes = [smaller_size(own.shape, other.shape) for own, other in zip(student, teacher, strict=True)]
+        return [part(pool_to(own, size)) for part, own, size in zip(learned, student, sizes, strict=True)]
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: FeatureContext) -> Tensor:
         """Returns the term on features; see overhaul()."""
-        return overhaul(student, teacher, margins)
+        pairs = zip(student, teacher, strict=True)
+        targets = [pool_to(target, smaller_size(own.shape, target.shape)) for own, target in pairs]
+        return overhaul(student, targets, context.margins)
 
 
 @dataclass(frozen=True)
 class NoLogits(Method):
-    """Cross-entropy in place of the teacher's logits, for --overhaul alone."""
+    """Cross-entropy in place of the teacher's logits, for methods on features alone."""
 
     name: ClassVar[str] = "none"
     formula: ClassVar[str] = ""

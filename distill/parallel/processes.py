@@ -122,6 +122,15 @@ def gather(value: Result) -> list[Result]:
     return values
 
 
+def gather_rows(values: Tensor) -> Tensor:
+    """Returns the rows (B, ...) of all ranks, in their order; each rank has as many. Without a gradient."""
+    if world_size() == 1:
+        return values
+    rows = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(rows, values.contiguous())
+    return torch.cat(rows)
+
+
 def broadcast_buffers(network: nn.Module) -> None:
     """BatchNorm statistics of rank 0 to all: those of the others saw other images."""
     if world_size() > 1:

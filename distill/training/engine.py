@@ -84,7 +84,7 @@ class Trainer:
     ) -> None:
         self.run, self.recipe, self.options = run, run.recipe, run.options
         self.loss, self.data, self.teacher = loss, data, teacher
-        self.model = TrainedModel(student, loss.model, run.recipe, run.options.device)
+        self.model = TrainedModel(student, loss.model, run.recipe, run.options.device, loss.memory)
         self.device = self.model.device
         self.writer = run.open_tensorboard() if run.options.tensorboard else None
         self.optimizer = build_optimizer(self.model.module, run.recipe)

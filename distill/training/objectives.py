@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.data.datasets import Batch, TestData, TrainingData
 from distill.errors import UserError
-from distill.features.overhaul import Connected, FeatureLoss
+from distill.features.connected import Connected
+from distill.features.loss import FeatureLoss
 from distill.losses.method import Method
 from distill.losses.top_k import top_k_error
 from distill.models.classifier import Classifier
@@ -47,6 +48,11 @@ class Objective(Protocol):
         """What is trained in the student's place: the student and what learns beside it. None: the student alone."""
         ...
 
+    @property
+    def memory(self) -> nn.Module | None:
+        """What the loss remembers from step to step, as state of the run; None: nothing."""
+        ...
+
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         """Returns the loss of a batch."""
         ...
@@ -75,6 +81,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     parts: tuple[str, ...] = ()
     model: None = None
+    memory: None = None
 
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         """Returns the loss of a batch."""
@@ -97,6 +104,7 @@ class Distillation:
     label_smoothing: float = 0.0
     labelled: bool = True
     model: None = None
+    memory: None = None
 
     def __post_init__(self) -> None:
         if not self.labelled and self.method.weights[1]:
@@ -146,15 +154,24 @@ class FeatureDistillation:
         """The student and its connectors, which are trained."""
         return self.features.model
 
+    @property
+    def memory(self) -> nn.Module | None:
+        """The memories of a contrast."""
+        return self.features.memory
+
     def __call__(self, student: nn.Module, batch: Batch) -> Step:
         """Returns the loss of a batch."""
-        logits, student_features = student(batch.images)
-        features = self.features(student_features, batch.images)
+        targets, method = self.features.teacher_features(batch.images), self.features.method
+        logits, student_features = student(batch.images, targets)
+        features = self.features(student_features, targets, batch)
+        weight = method.feature_weight
+        if method.feature_warmup:
+            weight *= min((batch.epoch + 1) / method.feature_warmup, 1.0)
         step = self.logits.step(logits, batch)
         alone = isinstance(self.logits, CrossEntropy)
         rest = self.ce_weight * step.loss if alone else step.loss
         parts = (features.detach(), *((step.loss.detach(),) if alone else step.parts))
-        return Step(logits, self.features.method.feature_weight * features + rest, parts)
+        return Step(logits, weight * features + rest, parts)
 
 
 def build_loss(
@@ -175,9 +192,12 @@ def build_loss(
         start_last_layer(student, recipe.arch, method, recipe.seed)
     if not recipe.features:
         return distillation(recipe, data.labelled)
+    check_features(recipe, data)
     names = (recipe.arch, recipe.teacher_arch or "the teacher")
-    features = FeatureLoss(student, teacher, names, recipe.features, seed=recipe.seed, device_name=device_name)
-    if recipe.features.teacher_bn == "batch":
+    features = FeatureLoss(
+        student, teacher, names, recipe.features, seed=recipe.seed, device_name=device_name, data=data
+    )
+    if getattr(recipe.features, "teacher_bn", "eval") == "batch":
         check_batch_norm(teacher.network, names[1], recipe, device_name, features.teacher_features)
     features.measure(data.batches(0))
     print(features)
@@ -209,12 +229,27 @@ def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:
     """Returns what `recipe` minimises on logits. Raises ValueError, and UserError for too few images in a process."""
     method = recipe.method
     assert method
-    if method.correlates_images and recipe.batch_size < 2 * recipe.accumulate * world_size():
-        raise UserError(
-            f"--method {method.name} correlates across the images of a process: --batch-size {recipe.batch_size} is "
-            f"too small for {world_size()} of them"
-        )
+    if method.correlates_images:
+        _check_share(recipe, f"--method {method.name}")
     return Distillation(method, recipe.label_smoothing, labelled)
+
+
+def check_features(recipe: Recipe, data: TrainingData) -> None:
+    """Raises UserError where the method on features of `recipe` cannot take the data, or a process's share of it."""
+    features = recipe.features
+    assert features
+    if features.correlates_images:
+        _check_share(recipe, f"--features {features.name}")
+    if features.needs_labels and not data.labelled:
+        raise UserError(f"the training images have no labels, which --features {features.name} wants")
+
+
+def _check_share(recipe: Recipe, what: str) -> None:
+    if recipe.batch_size < 2 * recipe.accumulate * world_size():
+        raise UserError(
+            f"{what} correlates across the images of a process: --batch-size {recipe.batch_size} is too small for "
+            f"{world_size()} of them"
+        )
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from torch import Tensor
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Images, TestData, TrainingData
 from distill.errors import UserError
-from distill.features.overhaul import FeatureLoss
-from distill.features.points import find_feature_points
+from distill.features.loss import FeatureLoss, find_points
 from distill.files import checkpoint
+from distill.losses.overhaul import Overhaul
 from distill.models.class_order import ClassNames
 from distill.models.classifier import Classifier, InputSpec
 from distill.models.network import Network, load_into
@@ -198,20 +198,21 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         """Raises UserError for what cannot be trained, before hours are spent on a teacher."""
         check_batch_norm(student, self.recipe.arch, self.recipe, self.options.device)
         if self.recipe.features:
-            find_feature_points(student, self.recipe.arch)
+            find_points(student, self.recipe.arch, self.recipe.features)
             network = self.teacher_network()
             with torch.random.fork_rng(devices=[]):
                 built = network.build(num_classes=len(self.data.classes))
-            find_feature_points(Classifier(built, network.spec), network.arch)
+            find_points(Classifier(built, network.spec), network.arch, self.recipe.features)
 
     def show_features(self, student: Classifier) -> None:
-        """Prints where --overhaul takes the features of student and teacher."""
+        """Prints where --features takes the features of student and teacher, those of overhaul without it."""
         if len(self.recipe.teacher_archs) > 1:
             raise UserError("--show-features takes one teacher")
         network, weights = self.find_teacher(self.recipe, self.options, None)
         teacher = self.build_teacher(network, weights, "float32")
         source = weights.title if weights else "random weights (--teacher-checkpoint FILE shows the margins of others)"
-        print(f"{network.arch}: {source}\n{FeatureLoss(student, teacher, (self.recipe.arch, network.arch))}")
+        names, method = (self.recipe.arch, network.arch), self.recipe.features or Overhaul()
+        print(f"{network.arch}: {source}\n{FeatureLoss(student, teacher, names, method)}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distill.config.recipe import Recipe
 from distill.errors import UserError
-from distill.features.overhaul import Connected
+from distill.features.connected import Connected
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from distill.models.probe import check_size, unreached, wants_two
@@ -28,9 +28,17 @@ class TrainedModel:
     `wrapped` is the module as a training step calls it. `average` is that of the student's weights, if there is one.
     """
 
-    def __init__(self, student: Classifier, connected: Connected | None, recipe: Recipe, device_name: str) -> None:
-        """connected: the student with its connectors, where a loss has some."""
+    def __init__(
+        self,
+        student: Classifier,
+        connected: Connected | None,
+        recipe: Recipe,
+        device_name: str,
+        memory: nn.Module | None = None,
+    ) -> None:
+        """connected: the student with its connectors, where a loss has some. memory: what a loss remembers."""
         self.student, self.connectors = student, connected.connectors if connected else None
+        self.memory = memory
         self.module: nn.Module = connected or student
         self.device = student.mean.device
         check_batch_norm(self.module, recipe.arch, recipe, device_name)
@@ -59,7 +67,7 @@ class TrainedModel:
         return bool(torch.stack([torch.isfinite(value).all() for value in floating]).all())
 
     def state_dict(self) -> dict[str, dict[str, Tensor] | None]:
-        """Returns the weights of the student, of its average and of the connectors, None for what there is not."""
+        """Returns the weights of the student, its average and the connectors, and the memory; None for what is not."""
         return {name: None if part is None else part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
@@ -70,7 +78,8 @@ class TrainedModel:
 
     def _parts(self) -> dict[str, nn.Module | None]:
         average = self.average.network.network if self.average else None
-        return {"student": self.student.network, "average": average, "connectors": self.connectors}
+        parts = {"student": self.student.network, "average": average, "connectors": self.connectors}
+        return {**parts, "memory": self.memory} if self.memory is not None else parts
 
 
 def wrap_parallel(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:

@@ -22,7 +22,7 @@ from distill.options import flag
 
 FLAGS = """--arch --teacher-arch --ensemble --teacher-image-size --pretrained --weights --teacher-weights --image-size
 --mean --std --teacher-mean --teacher-std --class-order --allow-data-change
---method --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k
+--method --features --overhaul --feature-weight --teacher-bn --show-features --teacher-precision --top-k
 --store --store-limit
 --epochs --batch-size --accumulate --lr --bias-lr --bn-momentum --optimizer --momentum --weight-decay --decay-all
 --sizes --schedule --decay-epochs --decay-rate --warmup --clip-norm --ema
@@ -304,10 +304,15 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--method dkd --mixup", "--method dkd wants one label for each image"),
     ("kd", "--method dist --top-k 5", "--top-k is for --method "),
     ("kd", "--standardize --top-k 5", "not for --standardize, which wants all logits"),
-    ("kd", "--method none", "--method none is for --overhaul"),
+    ("kd", "--method none", "--method none is for --features"),
     ("kd", "--method dkd --tau 0", "--T must be a number, at least 0.0001"),
-    ("kd", "--feature-weight 1", "belong to --overhaul"),
-    ("kd", "--teacher-bn batch", "belong to --overhaul"),
+    ("kd", "--feature-weight 1", "--feature-weight: for a method on features, --features NAME"),
+    ("kd", "--features at --distance 1", "--distance is no flag of --features at, which takes --feature-weight"),
+    ("kd", "--features at --overhaul", "--overhaul is --features overhaul, and here is --features at"),
+    ("kd", "--features sp --batch-size 1", "--features sp correlates across images"),
+    ("kd", "--features crd --mixup", "--features crd wants one label for each image"),
+    ("kd", "--features vid --sizes 16:1", "--features vid compares features of one size"),
+    ("kd", "--teacher-bn batch", "--teacher-bn: for a method on features, --features NAME"),
     ("kd", "--overhaul --ce-weight 0", "leave the last layer untaught: add --method kd --w 1"),
     ("kd", "--overhaul --kd-weight 0 --ce-weight 0", "leave the last layer untaught: add --method kd --w 1"),
     ("kd", "--method dkd --kd-weight 0 --ce-weight 0", "untaught: one of them must be more"),

@@ -18,6 +18,7 @@ from distill.config.recipe import Recipe
 from distill.data.order import EpochPlan
 from distill.errors import UserError
 from distill.files import checkpoint
+from distill.losses import FEATURES
 from distill.parallel import devices
 from distill.training import wrap
 from tests.training.test_kill import final_state
@@ -84,6 +85,26 @@ def test_gradient_and_evaluation_of_two_are_those_of_one(case: str, small_npz: P
         assert torch.equal(one["predictions"], two["predictions"])
         assert one["found"]["images"] == two["found"]["images"] == 20
         assert one["found"]["accuracy"] == two["found"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_two_learn_from_features_as_one(small_npz: Path, tmp_path: Path) -> None:
+    """A loss that is of each image: that of one process; one that compares images: the mean of the two halves'. The
+    memories of crd are alike in both, and those of one process."""
+    for count in (1, 2):
+        found = processes(count, "features", small_npz, tmp_path)
+        assert found.returncode == 0, found.stderr
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        assert two.keys() == one.keys() == FEATURES.keys()
+        for name, expected in one.items():
+            assert expected.keys() == two[name].keys()
+            for key, value in two[name].items():
+                largest = expected[key].abs().max().item()
+                assert largest > 0, (name, key)
+                torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4 * largest, msg=f"{name} {key}")
+    assert {"memory.student", "memory.teacher", "memory.scale"} <= one["crd"].keys()
 
 
 @pytest.mark.slow

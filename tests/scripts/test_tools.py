@@ -252,7 +252,7 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     assert results.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
     readme = tmp_path / "README.md"
     begin, end = results.MARKERS
-    places = [f"{begin.format(name)}\nold\n{end}\n" for name in (*results.TABLES, "losses")]
+    places = [f"{begin.format(name)}\nold\n{end}\n" for name in (*results.TABLES, "losses", "features")]
     readme.write_text(f"before\n{''.join(places)}after\n")
     assert results.main(["--check"]) == 1
     assert results.main([]) == 0

@@ -88,8 +88,8 @@ def test_one_teacher_is_its_own_mean(home: Path, small_npz: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": Overhaul()}, "--overhaul and --top-k take one teacher"),
-        ({"top_k": 2}, "--overhaul and --top-k take one teacher"),
+        ({"features": Overhaul()}, "--features and --top-k take one teacher"),
+        ({"top_k": 2}, "--features and --top-k take one teacher"),
         ({"teacher_arch": "resnet18", "ensemble": "probabilities"}, "--ensemble is for several teachers"),
     ],
 )

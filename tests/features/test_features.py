@@ -3,6 +3,10 @@ trained, resumed and left out of what is exported, a teacher that does not move.
 
 import copy
 import json
+import re
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +27,11 @@ from cifar10.models import CIFAR_INPUT, MODELS
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Batch
 from distill.errors import UserError
-from distill.features.overhaul import FeatureLoss, pooled
-from distill.features.points import FeatureExtractor, find_feature_points
+from distill.features.loss import FeatureLoss
+from distill.features.points import FeatureExtractor, find_embedding_point, find_feature_points
 from distill.files import checkpoint
-from distill.losses import METHODS
+from distill.losses import FEATURES, METHODS
+from distill.losses.feature_method import pool_to
 from distill.losses.kd_loss import KD
 from distill.losses.overhaul import Overhaul, margin, partial_l2
 from distill.models import weights
@@ -38,6 +43,7 @@ from distill.teacher.teacher import Teacher
 from distill.training.engine import fit
 from distill.training.objectives import CrossEntropy, build_loss
 from distill.training.stop import Stopped
+from tests.runs import tiny
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).resolve().parents[1] / "golden"
@@ -48,6 +54,12 @@ OURS = {MODELS.resolve(name) for name in json.loads((DATA / "golden_cifar10_mode
 def images(count: int = 2, size: int = 32) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def value(loss: FeatureLoss, connected: list[Tensor], seen: Tensor) -> Tensor:
+    """The loss of the student's features of these images."""
+    batch = Batch(seen, torch.zeros(len(seen), dtype=torch.int64), torch.arange(len(seen)))
+    return loss(connected, loss.teacher_features(seen), batch)
 
 
 def classifier(arch: str) -> Classifier:
@@ -218,6 +230,13 @@ def test_every_network_has_stages_and_margins(arch: str) -> None:
     assert all(place.scale is not None and len(place.scale) == place.shape[0] for place in places)
     assert checkpoint.digest(network.state_dict()) == before
     assert network.network.training == mode
+    embedding = find_embedding_point(network, arch)
+    logits, (vectors,) = FeatureExtractor(network.eval(), [embedding])(images(3))
+    last = [module for module in network.network.modules() if isinstance(module, nn.Linear)][-1]
+    assert vectors.shape == (3, last.in_features)
+    scale = 1 if not arch.startswith("airbench") else (logits / last(vectors)).mean()
+    torch.testing.assert_close(scale * last(vectors), logits, rtol=1e-4, atol=1e-4)
+    network.train(mode)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
@@ -242,8 +261,21 @@ def test_networks_of_others(name: str, channels: tuple[int, ...]) -> None:
     network = Classifier(known.build(num_classes=10), known.spec)
     places = find_feature_points(network, name)
     assert tuple(place.shape[0] for place in places) == channels
+    assert find_embedding_point(network, name).shape[0] >= channels[-1]
     _, found = FeatureExtractor(network, places).train()(images(2, 64))
     assert [tuple(feature.shape[1:]) for feature in found] == [place.shape for place in places]
+
+
+def test_features_after_the_activation() -> None:
+    """Those of a stage of a ResNet are what its last ReLU returns, and of a linear block what it is without one."""
+    for arch in ("resnet18", "mobilenetv2"):
+        network = classifier(arch).eval()
+        points = find_feature_points(network, arch)
+        _, before = FeatureExtractor(network, points)(images())
+        _, after = FeatureExtractor(network, points, after=True)(images())
+        for point, own, other in zip(points, before, after, strict=True):
+            torch.testing.assert_close(own if "linear" in point.where else own.relu(), other)
+            assert ("linear" in point.where) == bool((other < 0).any())
 
 
 @pytest.mark.parametrize("name", ["alexnet", "vit_b_32"])
@@ -286,9 +318,9 @@ def test_the_sum_over_stages(student: str, teacher: str) -> None:
         for k, (s, t, place) in enumerate(zip(own[::-1], known[::-1], loss.teacher_points[::-1], strict=False)):
             assert place.scale is not None
             assert place.shift is not None
-            t = pooled(t, (s.shape[2], s.shape[3]))
+            t = pool_to(t, (s.shape[2], s.shape[3]))
             total += partial_l2(s, t, margin(place.scale, place.shift)).item() / 2**k
-        assert loss(own, batch).item() == pytest.approx(total / 3, rel=1e-5)
+        assert value(loss, own, batch).item() == pytest.approx(total / 3, rel=1e-5)
     assert len(own) == 4
     assert "student layer4.1" in str(loss) or "teacher layer4.1" in str(loss)
 
@@ -343,7 +375,7 @@ def test_the_teacher_does_not_move(teacher_bn: str) -> None:
     loss = FeatureLoss(classifier("resnet18"), teacher, ("resnet18", "densenet_cifar"), Overhaul(teacher_bn=teacher_bn))
     learner = loss.model.train()
     _, own = learner(images(4))
-    one, other = loss(own, images(4)), loss([f[:2] for f in own], images(4)[:2])
+    one, other = value(loss, own, images(4)), value(loss, [f[:2] for f in own], images(4)[:2])
     one.backward()
     teacher.check_untouched()
     assert all(p.grad is None for p in teacher.network.parameters())
@@ -448,21 +480,6 @@ def test_what_returns_no_logits_is_refused() -> None:
         find_feature_points(Classifier(Pair(), CIFAR_INPUT), "pair")
 
 
-class Tiny(nn.Sequential):
-    """Two stages, small enough to learn in a test."""
-
-    def __init__(self, width: int) -> None:
-        stages: list[nn.Module] = []
-        for few, many, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1)):
-            stages += [nn.Conv2d(few, many, 3, stride, 1, bias=False), nn.BatchNorm2d(many), nn.ReLU()]
-        super().__init__(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
-
-
-def tiny(width: int, seed: int) -> Classifier:
-    torch.manual_seed(seed)
-    return Classifier(Tiny(width), CIFAR_INPUT)
-
-
 RECIPE = Recipe(teacher_arch="tiny", method=KD(), epochs=4, batch_size=25, lr=0.05, warmup=0, augment="none")
 
 
@@ -483,19 +500,87 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]
     return views, tests, Teacher(network)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
+def test_any_method_on_features_is_continued_bit_by_bit(
+    name: str, taught: tuple[Any, Any, Teacher], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut in its second epoch: student, what learns beside it, memories, optimiser; the student alone is exported."""
+    views, tests, teacher = taught
+    recipe = replace(RECIPE, epochs=2, batch_size=100).with_flags({"features": name, "T": 4.0})
+    if name == "crd":
+        recipe = recipe.with_flags({"negatives": 100})
+
+    def run(path: Path, steps: int | None = None) -> dict[str, Any]:
+        student = tiny(16, 2)
+        aim = build_loss(recipe, student, teacher, views)
+        cached = CachedTeacher(views, [LogitCache(teacher, None, Encoding(10))])
+        facts = {"data": "sample", "data_digest": ""}
+        with suppress(Stopped), Run(path, recipe, Options(steps=steps), facts) as held:
+            fit(held, student=student, loss=aim, data=views, teacher=cached, tests=tests)
+        return checkpoint.load(path / "last.pt")
+
+    whole = run(tmp_path / "whole")
+    for steps in (13, None):
+        cut = run(tmp_path / "cut", steps)
+    for part in ("student", "connectors", "memory", "optimizer", "ranks"):
+        assert checkpoint.digest(cut.get(part)) == checkpoint.digest(whole.get(part)), part
+    teacher.check_untouched()
+    assert (whole["connectors"] is not None) == bool(FEATURES[name].learns)
+    assert ("memory" in whole) == (name == "crd")
+    if name == "crd":
+        assert "two memories of 1,000 images x 128 take 1.0 MB" in capsys.readouterr().out
+        assert cut["memory"]["student"].norm(dim=1).sub(1).abs().max() < 1e-3  # every image was seen
+    assert whole["student"].keys() == tiny(16, 2).network.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("home")
+def test_the_method_of_the_readme(small_npz: Path, tmp_path: Path) -> None:
+    """Its file alone, put where it belongs, makes a method: flags, a run, its record."""
+    blocks = re.findall(r"```python\n(.*?)```", (DATA.parents[1] / "README.md").read_text(), flags=re.DOTALL)
+    (source,) = [block for block in blocks if "FeatureMethod" in block]
+    root = tmp_path / "copy"
+    for folder in ("distill", "cifar10", "imagenet", "scripts"):
+        shutil.copytree(DATA.parents[1] / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(DATA.parents[1] / "requirements.txt", root)
+    (root / "distill" / "losses" / "gap.py").write_text(source)
+    command = "--arch mobilenetv2 --teacher-arch resnet18 --features gap --feature-weight 2 --epochs 1 --batch-size 8"
+    teacher = tmp_path / "resnet18.pth"
+    torch.save(MODELS.build("resnet18", 4).state_dict(), teacher)
+    words = [*command.split(), "--data", str(small_npz), "--output", str(tmp_path / "run")]
+    words += ["--teacher-checkpoint", str(teacher)]
+    done = subprocess.run(
+        [sys.executable, root / "cifar10" / "train_kd.py", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert record["features"] == {"name": "gap", "feature_weight": 2.0}
+    assert record["trained_by"] == "GAP from resnet18"
+
+
 VARIANTS = ("kd standardized", "dkd standardized", "none overhaul", "kd overhaul", "dist overhaul")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [*(name for name, method in METHODS.items() if method.needs_teacher_logits), *VARIANTS]
+    "method",
+    [
+        *(name for name, method in METHODS.items() if method.needs_teacher_logits),
+        *VARIANTS,
+        *(f"none {name}" for name in FEATURES if name != "overhaul"),
+    ],
 )
 def test_every_method_lowers_its_loss_and_trains(method: str, taught: tuple[Any, Any, Teacher], tmp_path: Path) -> None:
     views, tests, teacher = taught
     name, *more = method.split()
     given: dict[str, Any] = {"method": name, **({"standardize": True} if "standardized" in more else {})}
-    recipe = RECIPE.with_flags({**given, "overhaul": "overhaul" in more})
+    recipe = RECIPE.with_flags({**given, "features": next((word for word in more if word in FEATURES), "none")})
     assert recipe.method
+    if "crd" in more:
+        recipe = recipe.with_flags({"negatives": 400, "contrast_temperature": 0.2})  # of 1,000 images
+    if "reviewkd" in more:
+        recipe = recipe.with_flags({"feature_warmup": 2.0})
     if recipe.method.kd_warmup:
         recipe = recipe.with_flags({"kd_warmup": 2.0})  # its authors' is longer than this run
     student = tiny(16, 2)
