@@ -66,7 +66,7 @@ def write(opened: Opened, form: "Format", path: Path, options: Export) -> None:
     from distill.files.checkpoint import write_atomically
 
     data = opened.task.test_data(opened.classifier.spec)
-    answers = check.ask(opened.classifier, data)
+    answers = check.predict(opened.classifier, data)
     source = describe(opened, answers)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")  # readers go by the ending
     float32 = partial.with_name(f"float32-{partial.name}")

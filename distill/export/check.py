@@ -70,7 +70,7 @@ def test_images(data: TestData) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def ask(classifier: Classifier, data: TestData) -> Answers:
+def predict(classifier: Classifier, data: TestData) -> Answers:
     """Returns what `classifier` says to `test_images`."""
     classifier.eval()
     pairs = [(classifier(images), labels) for images, labels in test_images(data)]

@@ -118,7 +118,7 @@ def test_limits_of_the_comparison(wrong: float) -> None:
     classifier = small_network()
     images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
     data = TensorTestData(images, torch.zeros(6, dtype=torch.int64))
-    answers = check.ask(classifier, data)
+    answers = check.predict(classifier, data)
     largest = answers.logits.abs().max()
     assert check.compare(lambda _: answers.logits + 0.0005 * largest, classifier, data, answers).agreement == 100
     with pytest.raises(ExportError):
