@@ -131,7 +131,7 @@ Accuracy: 94.12 (one seed). Time: 2.6 h on 1 CPU core that multiplies bfloat16, 
 PRETRAINED_TEACHER = Recipe(
     arch="efficientnet-lite0",
     pretrained=True,
-    epochs=6,
+    epochs=12,
     batch_size=64,
     lr=0.02,
     schedule="onecycle",
@@ -139,10 +139,11 @@ PRETRAINED_TEACHER = Recipe(
 )
 """A teacher with ImageNet weights: one of ImageNet's networks, with a new last layer, sees the images enlarged to 96
 pixels. BatchNorm's statistics must follow small images sooner than those of its authors. With every third of 45,000
-training images and --epochs 3 it came to 90.08 on the 5,000 others, with lr 0.05 to 89.42.
+training images and 3 epochs it came to 90.08 on the 5,000 others, with lr 0.05 to 89.42, weight decay 1e-4 89.86,
+bfloat16 89.76.
 
 bash scripts/trainCE.sh --recipe pretrained_teacher
-Accuracy on all of CIFAR-10: not measured yet.
+Accuracy: 95.21 (one seed). Time: 12 epochs of 4 minutes on 2 CPU cores alone, 3.8 h beside much other work.
 """
 
 SHORT_STUDENT = replace(STUDENT, epochs=20, warmup=2.0, dropout=0.0)

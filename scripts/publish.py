@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
     finally:
         new.unlink(missing_ok=True)
     config = json.loads((run / "config.json").read_text())
-    line = describe(path, summary, accuracy, finetuned=config["facts"]["init_digest"] is not None)
+    started_from = "from ImageNet weights" if config["recipe"].get("pretrained") else "finetuned"
+    line = describe(path, summary, accuracy, started_from if config["facts"]["init_digest"] else "")
     README.write_text(with_line(README.read_text(), line))
     print(line)
 
@@ -107,9 +108,9 @@ def measure(path: Path, task: "SmallImages") -> float:
     return evaluate(classifier, task.test_data(network.spec)).accuracy
 
 
-def describe(path: Path, summary: dict[str, Any], accuracy: float, *, finetuned: bool) -> str:
-    """A line of the table; `finetuned`: the run started from weights that it was given."""
-    trained_by = f"{summary['trained_by']}{', finetuned' if finetuned else ''}"
+def describe(path: Path, summary: dict[str, Any], accuracy: float, started_from: str) -> str:
+    """A line of the table; `started_from`: words for the weights that the run was given, "" for random ones."""
+    trained_by = ", ".join(filter(None, (summary["trained_by"], started_from)))
     cells = [f"`{path.name}`", trained_by, summary["data"]["name"], f"{accuracy:.2f} %"]
     commit = re.sub(r"(?<=^.{12})\w+", "", str(summary["commit"]))
     cells += [str(summary["epochs"]), commit, hashlib.sha256(path.read_bytes()).hexdigest()]
