@@ -143,7 +143,7 @@ training images and 3 epochs it came to 90.08 on the 5,000 others, with lr 0.05 
 bfloat16 89.76.
 
 bash scripts/trainCE.sh --recipe pretrained_teacher
-Accuracy: 95.21 (one seed). Time: 12 epochs of 4 minutes on 2 CPU cores alone, 3.8 h beside much other work.
+Accuracy: 95.21 (one seed). Time: 3.8 h on 1 CPU core, beside much other work.
 """
 
 SHORT_STUDENT = replace(STUDENT, epochs=20, warmup=2.0, dropout=0.0)

@@ -161,7 +161,7 @@ def test_a_teacher_with_imagenet_weights_is_trained_first(small_npz: Path, capsy
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(recipe, Options(data=str(small_npz), steps=1))
     said = capsys.readouterr().out
-    assert "trained first by CE from its ImageNet weights, 6 epochs, lr 0.0025, batch 8" in said
+    assert "trained first by CE from its ImageNet weights, 12 epochs, lr 0.0025, batch 8" in said
     assert "efficientnet-lite0: sees the images enlarged to 96 pixels" in said
 
 
