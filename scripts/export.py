@@ -96,7 +96,6 @@ def describe(opened: Opened, answers: "Answers") -> "Source":
     from distill.run.provenance import commit
 
     trained, classifier, task = opened.trained, opened.classifier, opened.task
-    start = (trained.config.get("starts") or [{}])[-1]
     description = Description(
         arch=opened.arch,
         classes=classifier.classes,
@@ -105,7 +104,7 @@ def describe(opened: Opened, answers: "Answers") -> "Source":
         accuracy=answers.accuracy,
         accuracy_images=len(answers.labels),
         data=task.data.name,
-        commit=(trained.summary or start).get("commit") or commit(),
+        commit=(trained.summary or trained.last_start).get("commit") or commit(),
         **describe_input(classifier.spec),
     )
     network = task.find_trained(opened.arch, trained.weights)

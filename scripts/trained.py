@@ -104,7 +104,7 @@ def open_trained(
         raise UserError(f"--arch is needed: {named} does not say what network it is of")
     dataset = DATASETS[flags.dataset or kind_of(trained.recipe)]
     data, classes = flags.data or trained.started_with("data"), _classes(flags.classes) or trained.weights.classes
-    if images and not data and not trained.in_run:
+    if images and not data and "data" not in trained.last_start:
         raise UserError(f"--data is needed: {named} does not say where its images are")
     if not images and not classes and not flags.data:
         raise UserError(f"--classes or --data is needed: {named} does not name what its outputs stand for")

@@ -46,6 +46,9 @@ def choose_method(
     --method, --features: another one starts from its own defaults. Features by themselves take the place of the logits,
     with T, w or kd_weight they stand beside kd. Raises UserError for a flag that the method does not take.
     """
+    if (named := given.get("method")) in FEATURES:
+        raise UserError(f"--method {named} is a loss on features: --features {named}")
+    Choice(named, given.get("features"))  # raises UserError for a name that there is not
     chosen = _feature_name(features, given)
     name = given.get("method") or _implied(method.name, chosen is not None, features is not None, given)
     own = {key: value for key, value in given.items() if key not in (*CHOICES, *FEATURE_FLAGS)}

@@ -62,12 +62,18 @@ class Trained:
             return ""
         return f"not finished: {len(self.records)} of {epochs} epochs"
 
+    @property
+    def last_start(self) -> Mapping[str, Any]:
+        """What config.json says of the last start of its run, {} where there is none."""
+        starts: list[Mapping[str, Any]] = self.config.get("starts") or [{}]
+        return starts[-1]
+
     def started_with(self, name: str) -> str | None:
         """Returns what the last start of its run was given as `data` or `teacher_checkpoint`, as paths that hold.
 
         None where it was not given, or nobody says.
         """
-        start = (self.config.get("starts") or [{}])[-1]
+        start = self.last_start
         value: str | None = start.get(name)
         if not value or value in WORDS:
             return value

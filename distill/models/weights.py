@@ -43,8 +43,11 @@ class Weights:
 def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weights:
     """The weights in a checkpoint of ours or of others, bare, wrapped or prefixed. Raises CheckpointError.
 
-    which: `raw` or `ema`, where a file may hold both; None is what counts, of ours the average. `flag`: that says so.
+    path: a file, or a run's directory, whose last checkpoint is taken. which: `raw` or `ema`, where a file may hold
+    both; None is what counts, of ours the average. `flag`: that says so.
     """
+    if (path / checkpoint.LAST).is_file():
+        path = path / checkpoint.LAST
     content = read(path)
     if isinstance(content, dict) and "digest" in content:
         content = checkpoint.load(path)

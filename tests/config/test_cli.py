@@ -14,7 +14,7 @@ from distill.config import cli
 from distill.config.method_flags import Choice
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
-from distill.losses import METHODS
+from distill.losses import FEATURES, METHODS
 from distill.losses.dist import DIST
 from distill.losses.kd_loss import KD
 from distill.losses.overhaul import Overhaul
@@ -294,7 +294,9 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--epochs", "--epochs: expected one argument"),
     ("kd", "--extend --fresh", "--extend continues a run and --fresh"),
     ("kd", "--fresh --resume x", "--resume continues a run and --fresh"),
-    ("kd", "--method fitnet", "--method must be one of " + ", ".join(METHODS)),
+    ("kd", "--method fit", "--method must be one of " + ", ".join(METHODS)),
+    ("kd", "--method fitnet", "--method fitnet is a loss on features: --features fitnet"),
+    ("kd", "--features fit", "--features must be one of " + ", ".join(FEATURES)),
     ("kd", "--method dkd --gamma 4", "--gamma is no flag of --method dkd, which takes --alpha, --beta, --T"),
     ("kd", "--method nkd --w 0.5", "--w is no flag of --method nkd, which takes --gamma, --T"),
     ("kd", "--method dist --alpha 1", "--alpha is no flag of --method dist, which takes --beta, --gamma, --T"),
@@ -317,7 +319,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("kd", "--overhaul --kd-weight 0 --ce-weight 0", "leave the last layer untaught: add --method kd --w 1"),
     ("kd", "--method dkd --kd-weight 0 --ce-weight 0", "untaught: one of them must be more"),
     ("kd", "--method dist --batch-size 8 --accumulate 8", "--method dist correlates across images"),
-    ("kd", "--overhaul --compile", "--overhaul watches the networks at work"),
+    ("kd", "--overhaul --compile", "--features overhaul watches the networks at work"),
     ("ce", "--method dkd", "unknown argument --method without a teacher: it is for trainKD.sh, and train.sh --kd"),
     ("ce", "--overhaul", "unknown argument --overhaul"),
     ("ce", "--T 3", "unknown argument --T"),

@@ -44,6 +44,15 @@ def test_foreign_formats(tmp_path: Path, weights: dict[str, torch.Tensor], prefi
     fits(tmp_path / "ckpt.pth")
 
 
+def test_a_runs_directory_stands_for_its_last_checkpoint(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    torch.save({"net": weights}, tmp_path / "last.pt")
+    loaded = load(tmp_path)
+    assert loaded.source == str(tmp_path / "last.pt")
+    assert loaded.state.keys() == weights.keys()
+    with pytest.raises(CheckpointError, match="is not a file"):
+        load(tmp_path.parent)
+
+
 def test_files_of_before_torch_1_6(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
     old = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     torch.save({"net": old}, tmp_path / "ckpt.t7", _use_new_zipfile_serialization=False)

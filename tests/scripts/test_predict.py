@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,18 @@ def test_what_a_run_knows(run: Path, folder: Path, tmp_path: Path, capsys: pytes
         pytest.raises(UserError, match="--data is needed"),
         open_network(teacher_file(tmp_path / "f.pth"), NetworkFlags(arch="resnet18"), images=True),
     ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_run_of_before_does_not_know_its_images(run: Path, tmp_path: Path) -> None:
+    """Its starts do not tell them: nothing is downloaded in their place."""
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    config = json.loads((old / "config.json").read_text())
+    del config["starts"][-1]["data"]
+    (old / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="--data is needed"), open_network(str(old), NetworkFlags(), images=True):
         pass
 
 
