@@ -58,7 +58,7 @@ class CRD(FeatureMethod):
     def connect(self, learned: Any, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
         """Returns the embeddings (B, embedding) of student and teacher, of length 1."""
         pairs = zip(learned, (student[0], teacher[0]), strict=True)
-        return [F.normalize(part(vectors).float(), dim=1) for part, vectors in pairs]
+        return [F.normalize(part(vectors.float()).float(), dim=1) for part, vectors in pairs]
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: FeatureContext) -> Tensor:
         """Returns the sum of contrast() from both sides."""

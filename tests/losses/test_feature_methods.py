@@ -183,7 +183,8 @@ def test_contrast_refuses() -> None:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_learned_parameter_moves(name: str) -> None:
-    """Each part that build() makes gets a gradient; maps of other sizes and channels are connected."""
+    """Each part that build() makes gets a gradient; maps of other sizes and channels are connected, of a teacher in
+    bfloat16 too."""
     method: FeatureMethod = FEATURES[name].defaults()
     own, other = [(4, 8, 8), (6, 4, 4)], [(5, 4, 4), (9, 2, 2)]
     if method.pooled:
@@ -193,7 +194,7 @@ def test_every_learned_parameter_moves(name: str) -> None:
         own, other = [own[k] for k in chosen], [other[k] for k in chosen]
     learned: Any = method.build(own, other)
     student = [features((4, *shape), k).requires_grad_() for k, shape in enumerate(own)]
-    teacher = [features((4, *shape), 9 + k).requires_grad_() for k, shape in enumerate(other)]
+    teacher = [features((4, *shape), 9 + k).bfloat16().requires_grad_() for k, shape in enumerate(other)]
     connected = method.connect(learned, student, teacher)
     assert all(len(tensor) == 4 for tensor in connected)
     context = FeatureContext(margins=[torch.zeros(shape[0]) for shape in other])
