@@ -8,64 +8,57 @@ Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.config import cli  # noqa: E402
 from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
-from distill.options import check_normalisation, option, validate  # noqa: E402
+from distill.options import option  # noqa: E402
 from scripts.dataset import DATASETS, Dataset  # noqa: E402
+from scripts.trained import InputFlags  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(InputFlags):
     """The flags of this script."""
 
     dataset: str = option(
         "cifar10",
         "small images or photos, and the networks for them",
-        group="what",
+        group="network",
         choices=tuple(DATASETS),
     )
-    arch: str | None = option(None, "the network's architecture (not needed for ours)", group="what", flags=("-a",))
+    arch: str | None = option(None, "the network's architecture (not needed for ours)", group="network", flags=("-a",))
     checkpoint: str | None = option(
-        None, "its weights: last.pt of a run, or a file of others (imagenet: default the published ones)", group="what"
+        None,
+        "its weights: last.pt of a run, or a file of others (imagenet: default the published ones)",
+        group="network",
     )
     weights: str | None = option(
         None,
         "of --checkpoint: raw or ema, where it holds weights and their average; else which of torchvision's, such as "
         "IMAGENET1K_V2",
-        group="what",
+        group="network",
     )
-    class_order: str = option(
-        "names",
-        "whether names of classes in the file decide which output is which",
-        group="what",
-        choices=("names", "ignore"),
-    )
-    mean: str | None = option(
-        None, "of pixels in [0, 1] that the network subtracts, one number or three with commas", group="what"
-    )
-    std: str | None = option(None, "that it divides by then", group="what")
     data: str | None = option(
-        None, "'sample', a directory, or a .npz file (default: data/cifar10); imagenet: a directory", group="what"
+        None, "'sample', a directory, or a .npz file (default: data/cifar10); imagenet: a directory", group="network"
     )
     split: str | None = option(
-        None, "which images: test (imagenet: val) by default, or train", group="what", choices=("test", "val", "train")
-    )
-    image_size: int | None = option(
-        None, "pixels that one of ImageNet's networks sees of small images", group="how", least=16, most=2048
+        None,
+        "which images: test (imagenet: val) by default, or train",
+        group="network",
+        choices=("test", "val", "train"),
     )
     batch_size: int = option(256, "images at a time (cifar10)", group="how", flags=("-b",), least=1)
     precision: str = option("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
-    workers: int = option(2, "that decode images", group="how", flags=("-j",), least=0, most=256)
     decoder: str = option("torchvision", "of photos", group="how", choices=("torchvision", "pillow", "simplejpeg"))
     skip_bad_images: bool = option(False, "leave out broken image files, up to 0.1 %% or one", group="how")
     per_class: bool = option(
@@ -76,10 +69,6 @@ class Evaluate:
         "write accuracy, top5, loss, images, images_per_second (with --per-class: per_class) to this file",
         group="how",
     )
-
-    def __post_init__(self) -> None:
-        validate(self)
-        check_normalisation(self, "mean", "std")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -117,29 +106,28 @@ def main(argv: Sequence[str]) -> None:
     print(result)
     figures = result.to_dict()
     if options.per_class:
-        figures["per_class"] = by_class(result.predictions.tolist(), images.labels.tolist(), classifier.classes)
+        figures["per_class"] = by_class(result.predictions, images.labels.cpu(), classifier.classes)
         show(figures["per_class"])
     if options.json:
         checkpoint.write_atomically(Path(options.json), (json.dumps(figures) + "\n").encode())
 
 
-def by_class(predictions: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> list[dict[str, Any]]:
+def by_class(predictions: "Tensor", labels: "Tensor", classes: Sequence[str]) -> list[dict[str, Any]]:
     """Returns for each class its number of images, its accuracy in percent, and what it is taken for most often.
 
     Accuracy is None where there are no images, and `taken_for` where none is wrong; `mistaken` is the percent of the
-    images that go there.
+    images that go there. predictions, labels: int64 (N,), on the CPU.
     """
-    found: list[Counter[int]] = [Counter() for _ in classes]
-    for prediction, label in zip(predictions, labels, strict=True):
-        found[label][prediction] += 1
+    from distill.report.measures import confused_pairs, confusion
+
+    counts = confusion(predictions, labels, len(classes))
+    pairs = {pair.label: pair for pair in reversed(confused_pairs(counts, len(classes) ** 2))}  # the first of each row
     rows = []
-    for number, (name, counts) in enumerate(zip(classes, found, strict=True)):
-        images = counts.total()
-        wrong = [(other, count) for other, count in counts.most_common() if other != number]
+    for number, (name, images) in enumerate(zip(classes, counts.sum(1).tolist(), strict=True)):
         row: dict[str, Any] = {"class": name, "images": images}
-        row["accuracy"] = 100 * counts[number] / images if images else None
-        row["taken_for"] = classes[wrong[0][0]] if wrong else None
-        row["mistaken"] = 100 * wrong[0][1] / images if wrong else 0.0
+        row["accuracy"] = 100 * counts[number, number].item() / images if images else None
+        row["taken_for"] = classes[pairs[number].predicted] if number in pairs else None
+        row["mistaken"] = pairs[number].percent if number in pairs else 0.0
         rows.append(row)
     return rows
 

@@ -89,7 +89,7 @@ def answer(opened: Opened, files: Sequence[str], options: Predict) -> tuple[list
     classifier, rows, broken = opened.classifier, list[dict[str, Any]](), dict[str, str]()
     top = min(options.top, len(classifier.classes))
     read = partial(opened.task.read_files, spec=classifier.spec)
-    hidden = None if sys.stdout.isatty() is False else True  # lines on a terminal are progress enough
+    hidden = True if sys.stdout.isatty() else None  # lines on a terminal are progress enough
     bar = tqdm(total=len(files), desc="images", disable=hidden, leave=False)
     for file, probabilities, cause in predict(classifier, read, files, options.batch_size):
         bar.update()

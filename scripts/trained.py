@@ -17,24 +17,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NetworkFlags:
-    """Flags that say what a run, or a file of ours, says of itself."""
+class InputFlags:
+    """Flags that say how a network sees images, and where it works."""
 
-    arch: str | None = option(None, "the architecture of a file that does not name it", group="network", flags=("-a",))
-    dataset: str | None = option(
-        None, "small images or photos, and the networks for them", group="network", choices=tuple(DATASETS)
-    )
-    classes: str | None = option(
-        None,
-        "names of the outputs in their order, with commas between them, or a file with one a line",
-        group="network",
-    )
-    data: str | None = option(
-        None, "images: 'sample', a directory or a .npz file (default: those of the run)", group="network"
-    )
-    weights: str | None = option(
-        None, "raw or ema, where a file holds weights and their average", group="network", choices=("raw", "ema")
-    )
     class_order: str = option(
         "names",
         "whether names of classes in the file decide which output is which",
@@ -54,6 +39,27 @@ class NetworkFlags:
     def __post_init__(self) -> None:
         validate(self)
         check_normalisation(self, "mean", "std")
+
+
+@dataclass(frozen=True)
+class NetworkFlags(InputFlags):
+    """Flags that say what a run, or a file of ours, says of itself."""
+
+    arch: str | None = option(None, "the architecture of a file that does not name it", group="network", flags=("-a",))
+    dataset: str | None = option(
+        None, "small images or photos, and the networks for them", group="network", choices=tuple(DATASETS)
+    )
+    classes: str | None = option(
+        None,
+        "names of the outputs in their order, with commas between them, or a file with one a line",
+        group="network",
+    )
+    data: str | None = option(
+        None, "images: 'sample', a directory or a .npz file (default: those of the run)", group="network"
+    )
+    weights: str | None = option(
+        None, "raw or ema, where a file holds weights and their average", group="network", choices=("raw", "ema")
+    )
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ class Recipe:
             usual_numbers = features.defaults(self.photos).numbers
             values |= {name: value for name, value in features.numbers.items() if usual_numbers[name] != value}
         words += [f"{name.replace('_', '')}{value:g}" for name, value in values.items()]
-        words += ["bnbatch"] if isinstance(features, Overhaul) and features.teacher_bn == "batch" else []
+        words += ["bnbatch"] if features and features.teacher_bn == "batch" else []
         return "-".join([*words, f"seed{self.seed}"])
 
     def to_dict(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class FeatureLoss:
         self.student_points, self.teacher_points = [own for own, _ in chosen], [other for _, other in chosen]
         self.model = Connected(student, self.student_points, self.teacher_points, method, seed)
         norms = [module for module in teacher.network.modules() if isinstance(module, _BatchNorm)]
-        self._norms = norms if isinstance(method, Overhaul) and method.teacher_bn == "batch" else []
+        self._norms = norms if method.teacher_bn == "batch" else []
         tapped = FeatureExtractor(teacher.network, self.teacher_points, after=not method.before_activation)
         self._device = teacher.network.mean.device
         self._teacher = wrap_inference(tapped, self._device, device_name)

@@ -12,7 +12,7 @@ from distill.losses.feature_method import (
     FeatureMethod,
     check_maps,
     feature_weight_option,
-    pool_alike,
+    pool_pair,
 )
 
 
@@ -24,7 +24,7 @@ def at(student: Tensor, teacher: Tensor, *, p: float) -> Tensor:
     to the teacher. Raises ValueError. Source: Zagoruyko and Komodakis 2017, arXiv:1612.03928.
     """
     check_maps(student, teacher)
-    own, other = (_attention(feature, p) for feature in pool_alike(student, teacher))
+    own, other = (_attention(feature, p) for feature in pool_pair(student, teacher))
     return F.mse_loss(own, other)
 
 

@@ -71,6 +71,11 @@ class FeatureMethod(Settings):
         return 1.0
 
     @property
+    def teacher_bn(self) -> str:
+        """The statistics that the teacher's BatchNorm uses for features: `eval`, its own, or `batch`."""
+        return "eval"
+
+    @property
     def feature_warmup(self) -> float:
         """The epochs over which that weight rises; 0 is off."""
         return 0.0
@@ -101,15 +106,18 @@ def pool_to(feature: Tensor, size: tuple[int, int]) -> Tensor:
     return feature if window == (1, 1) else F.avg_pool2d(feature, window)
 
 
-def smaller_size(student: Shape, teacher: Shape) -> tuple[int, int]:
-    """Returns the smaller height and the smaller width of two shapes (..., H, W)."""
-    return min(student[-2], teacher[-2]), min(student[-1], teacher[-1])
+def pool_alike(features: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Returns each of `features`, averaged to the size of the other map beside it where that is smaller."""
+    pairs = zip(features, others, strict=True)
+    return [
+        pool_to(own, (min(own.shape[2], other.shape[2]), min(own.shape[3], other.shape[3]))) for own, other in pairs
+    ]
 
 
-def pool_alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def pool_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Returns both maps in float32, the larger one averaged to the size of the other; the teacher's detached."""
-    size = smaller_size(student.shape, teacher.shape)
-    return pool_to(student.float(), size), pool_to(teacher.detach().float(), size)
+    own, other = student.float(), teacher.detach().float()
+    return pool_alike([own], [other])[0], pool_alike([other], [own])[0]
 
 
 def connector(in_channels: int, out_channels: int) -> nn.Module:

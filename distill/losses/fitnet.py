@@ -14,8 +14,7 @@ from distill.losses.feature_method import (
     check_maps,
     connector,
     feature_weight_option,
-    pool_to,
-    smaller_size,
+    pool_alike,
 )
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ class FitNet(FeatureMethod):
 
     def connect(self, learned: Any, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
         """Returns the student's stage as the teacher's is."""
-        return [learned(pool_to(student[0], smaller_size(student[0].shape, teacher[0].shape)))]
+        return [learned(own) for own in pool_alike(student, teacher)]
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: FeatureContext) -> Tensor:
         """Returns the term on features; see fitnet()."""
-        return fitnet(student[0], pool_to(teacher[0], smaller_size(student[0].shape, teacher[0].shape)))
+        return fitnet(student[0], pool_alike(teacher, student)[0])

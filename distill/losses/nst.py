@@ -12,7 +12,7 @@ from distill.losses.feature_method import (
     FeatureMethod,
     check_maps,
     feature_weight_option,
-    pool_alike,
+    pool_pair,
 )
 
 
@@ -27,7 +27,7 @@ def nst(student: Tensor, teacher: Tensor) -> Tensor:
     difference in float32 has an error of 3e-5 of itself, as the authors' code has it.
     """
     check_maps(student, teacher)
-    own, other = (_second_moments(feature) for feature in pool_alike(student, teacher))
+    own, other = (_second_moments(feature) for feature in pool_pair(student, teacher))
     return (own - other).square().sum((1, 2)).mean()
 
 

@@ -17,8 +17,7 @@ from distill.losses.feature_method import (
     Shape,
     connector,
     feature_weight_option,
-    pool_to,
-    smaller_size,
+    pool_alike,
 )
 from distill.losses.method import Method, ce_weight_option
 from distill.options import option
@@ -94,14 +93,11 @@ class Overhaul(FeatureMethod):
 
     def connect(self, learned: Any, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
         """Returns the student's features as the teacher's are; a larger map is averaged to its size first."""
-        sizes = [smaller_size(own.shape, other.shape) for own, other in zip(student, teacher, strict=True)]
-        return [part(pool_to(own, size)) for part, own, size in zip(learned, student, sizes, strict=True)]
+        return [part(own) for part, own in zip(learned, pool_alike(student, teacher), strict=True)]
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: FeatureContext) -> Tensor:
         """Returns the term on features; see overhaul()."""
-        pairs = zip(student, teacher, strict=True)
-        targets = [pool_to(target, smaller_size(own.shape, target.shape)) for own, target in pairs]
-        return overhaul(student, targets, context.margins)
+        return overhaul(student, pool_alike(teacher, student), context.margins)
 
 
 @dataclass(frozen=True)

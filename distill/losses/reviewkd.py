@@ -13,8 +13,8 @@ from distill.losses.feature_method import (
     Shape,
     check_maps,
     feature_weight_option,
+    pool_alike,
     pool_to,
-    smaller_size,
 )
 from distill.options import option
 
@@ -68,19 +68,15 @@ class ReviewKD(FeatureMethod):
 
     def connect(self, learned: Any, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
         """Returns the student's features as the teacher's are, in the order of the stages."""
-        fused: list[Tensor] = []
-        deeper: Tensor | None = None
-        for part, own, other in reversed(list(zip(learned, student, teacher, strict=True))):
-            deeper, result = _fuse(part, own, deeper, smaller_size(own.shape, other.shape))
-            fused.insert(0, result)
-        return fused
+        fused = [part.narrow(own) for part, own in zip(learned, student, strict=True)]
+        for stage in reversed(range(len(fused) - 1)):
+            fused[stage] = _fuse(learned[stage].attention, fused[stage], fused[stage + 1])
+        return [part.widen(own) for part, own in zip(learned, pool_alike(fused, teacher), strict=True)]
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: FeatureContext) -> Tensor:
         """Returns the sum of hierarchical_context() over the stages."""
-        pairs = list(zip(student, teacher, strict=True))
-        targets = [pool_to(target, smaller_size(own.shape, target.shape)) for own, target in pairs]
-        losses = [hierarchical_context(own, target) for own, target in zip(student, targets, strict=True)]
-        return torch.stack(losses).sum()
+        pairs = zip(student, pool_alike(teacher, student), strict=True)
+        return torch.stack([hierarchical_context(own, target) for own, target in pairs]).sum()
 
 
 def _fusion(in_channels: int, width: int, out_channels: int, *, fused: bool) -> nn.Module:
@@ -96,11 +92,8 @@ def _fusion(in_channels: int, width: int, out_channels: int, *, fused: bool) -> 
     return part
 
 
-def _fuse(part: Any, own: Tensor, deeper: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Returns what goes on to the stage before, (B, width, H, W), and what the loss compares, of `size`."""
-    narrowed: Tensor = part.narrow(own)
-    if deeper is not None:
-        enlarged = F.interpolate(deeper, narrowed.shape[2:], mode="nearest")
-        shares = part.attention(torch.cat([narrowed, enlarged], dim=1)).sigmoid()
-        narrowed = narrowed * shares[:, :1] + enlarged * shares[:, 1:]
-    return narrowed, part.widen(pool_to(narrowed, size))
+def _fuse(attention: Any, own: Tensor, deeper: Tensor) -> Tensor:
+    """Returns a stage with the fused one after it, (B, width, H, W), by a share of each at every pixel."""
+    enlarged = F.interpolate(deeper, own.shape[2:], mode="nearest")
+    shares = attention(torch.cat([own, enlarged], dim=1)).sigmoid()
+    return own * shares[:, :1] + enlarged * shares[:, 1:]

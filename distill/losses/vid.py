@@ -14,8 +14,7 @@ from distill.losses.feature_method import (
     Shape,
     check_maps,
     feature_weight_option,
-    pool_to,
-    smaller_size,
+    pool_alike,
 )
 
 if TYPE_CHECKING:
@@ -62,15 +61,14 @@ class VID(FeatureMethod):
 
     def connect(self, learned: Any, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
         """Returns for each stage the mean (B, C, H, W), then for each the variance (B, C), as softplus has it."""
-        sizes = [smaller_size(own.shape, other.shape) for own, other in zip(student, teacher, strict=True)]
-        means = [part.mean(pool_to(own, size)) for part, own, size in zip(learned, student, sizes, strict=True)]
+        means = [part.mean(own) for part, own in zip(learned, pool_alike(student, teacher), strict=True)]
         return means + [part.softplus.expand(len(own), -1) for part, own in zip(learned, student, strict=True)]
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: FeatureContext) -> Tensor:
         """Returns the sum of vid() over the stages."""
         means, variances = student[: len(teacher)], student[len(teacher) :]
-        targets = [pool_to(t, smaller_size(m.shape, t.shape)) for m, t in zip(means, teacher, strict=True)]
-        return torch.stack([vid(*stage) for stage in zip(means, targets, variances, strict=True)]).sum()
+        stages = zip(means, pool_alike(teacher, means), variances, strict=True)
+        return torch.stack([vid(*stage) for stage in stages]).sum()
 
 
 def _regressor(in_channels: int, out_channels: int) -> nn.Module:

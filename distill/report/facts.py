@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.config.output import format_duration
 from distill.config.recipe import Recipe
 from distill.errors import UserError
 from distill.inference.trained import Trained
@@ -30,7 +31,7 @@ def result_table(networks: Sequence[Reported], students: Sequence[Student], clas
     found = [by_name.get(n.name) for n in networks]
     columns["gain over CE"] = [_points(s.gain) if s else "" for s in found]
     columns["gap to the teacher"] = [_points(s.gap) if s else "" for s in found]
-    columns["training time"] = [duration(seconds(n.trained)) if n.trained else "" for n in networks]
+    columns["training time"] = [training_time(n.trained) if n.trained else "" for n in networks]
     kept = {name: cells for name, cells in columns.items() if any(cells)}
     told = {
         "gain over CE": "Gain over CE: points of accuracy above the same architecture that was trained by CE.",
@@ -69,20 +70,12 @@ def _epochs(trained: Trained) -> str:
     return "" if planned is None else str(planned)
 
 
-def seconds(trained: Trained) -> float | None:
-    """Returns the seconds that training took with all evaluations, of an unfinished run those of its epochs."""
+def training_time(trained: Trained) -> str:
+    """Returns how long training took with all evaluations, of an unfinished run its epochs; nothing without a run."""
     if trained.summary:
-        return float(trained.summary["wall_seconds"])
-    return sum(record.get("seconds", 0.0) for record in trained.records) if trained.records else None
-
-
-def duration(value: float | None) -> str:
-    """`75 s`, `12.5 min`, `3.2 h`; nothing for None."""
-    if value is None:
-        return ""
-    if value < 120:
-        return f"{value:.0f} s"
-    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
+        return format_duration(trained.summary["wall_seconds"])
+    seconds = sum(record.get("seconds", 0.0) for record in trained.records)
+    return format_duration(seconds) if trained.records else ""
 
 
 def command(argv: Sequence[str]) -> str:
@@ -114,7 +107,7 @@ def described(network: Reported) -> dict[str, Any]:
         ("hardware", ", ".join(filter(None, [machine.get("device"), machine.get("host"), machine.get("system")]))),
         ("software", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("began", began),
-        ("time", duration(seconds(trained))),
+        ("time", training_time(trained)),
         ("started in", last.get("cwd") or ""),
     ]
     known = [(name, value) for name, value in facts if value]

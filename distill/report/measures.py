@@ -49,11 +49,9 @@ class Agreement(NamedTuple):
     same: int
 
 
-def confusion(predictions: Predictions) -> Tensor:
-    """Returns int64 (C, C): how many images of the class of the row were taken for that of the column."""
-    classes = predictions.logits.shape[1]
-    flat = torch.bincount(predictions.labels * classes + predictions.predictions, minlength=classes**2)
-    return flat.view(classes, classes)
+def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Returns int64 (C, C): how many images of the class of the row were taken for that of the column; both (N,)."""
+    return torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, classes)
 
 
 def accuracy_per_class(counts: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def worst_classes(report: Report) -> list[int]:
 
 
 def _per_class(network: Reported) -> Tensor:
-    return measures.accuracy_per_class(measures.confusion(network.predictions))
+    return measures.accuracy_per_class(_counts(network))
 
 
 def _which_classes(report: Report) -> str:
@@ -162,6 +162,12 @@ def _which_classes(report: Report) -> str:
     if count <= MATRIX:
         return ""
     return f"Of {count:,} classes the {MATRIX} on which {report.shown.network.name} is worst."
+
+
+def _counts(network: Reported) -> Tensor:
+    """Returns how many images of each class (row) the network took for each other (column)."""
+    found = network.predictions
+    return measures.confusion(found.predictions, found.labels, found.logits.shape[1])
 
 
 def _confusion(report: Report) -> dict[str, Any]:
@@ -177,13 +183,13 @@ def _confusion(report: Report) -> dict[str, Any]:
 
 
 def _pair_rows(network: Reported, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    pairs = measures.confused_pairs(measures.confusion(network.predictions), MATRIX)
+    pairs = measures.confused_pairs(_counts(network), MATRIX)
     return [(classes[p.label], classes[p.predicted], f"{p.images:,}", f"{p.percent:.1f} %") for p in pairs]
 
 
 def _matrix_rows(network: Reported, names: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     rows = []
-    for name, counts in zip(names, measures.confusion(network.predictions).tolist(), strict=True):
+    for name, counts in zip(names, _counts(network).tolist(), strict=True):
         shares = [count / max(1, sum(counts)) for count in counts]
         cells = [
             {

@@ -197,7 +197,7 @@ def build_loss(
     features = FeatureLoss(
         student, teacher, names, recipe.features, seed=recipe.seed, device_name=device_name, data=data
     )
-    if getattr(recipe.features, "teacher_bn", "eval") == "batch":
+    if recipe.features.teacher_bn == "batch":
         check_batch_norm(teacher.network, names[1], recipe, device_name, features.teacher_features)
     features.measure(data.batches(0))
     print(features)

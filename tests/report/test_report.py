@@ -15,6 +15,7 @@ import torch
 
 from cifar10 import train_ce, train_kd
 from cifar10.recipes import RECIPES
+from distill.config.output import format_duration
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.files import checkpoint
@@ -158,7 +159,7 @@ def test_expected_calibration_error_by_hand() -> None:
 
 def test_confusion_pairs_and_classes_by_hand() -> None:
     labels, answers = torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 1, 0, 2])
-    counts = measures.confusion(Predictions(torch.zeros(7, 4), labels, answers))
+    counts = measures.confusion(answers, labels, 4)
     assert counts.tolist() == [[1, 2, 0, 0], [1, 2, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     percents = measures.accuracy_per_class(counts)
     assert percents[:2].tolist() == pytest.approx([100 / 3, 50.0])
@@ -211,7 +212,10 @@ def test_gain_is_over_the_run_of_as_many_epochs() -> None:
 def test_names_and_commands(tmp_path: Path) -> None:
     argv = ["/x/cifar10/train_ce.py", "--data", "my pets"]
     assert facts.command(argv) == "python -m cifar10.train_ce --data 'my pets'"
-    assert [facts.duration(value) for value in (None, 75.4, 750.0, 11520.0)] == ["", "75 s", "12.5 min", "3.2 h"]
+    finished, cut = (run_of(Recipe(epochs=epochs)) for epochs in (3, 9))
+    assert facts.training_time(finished) == "2 min"  # of the summary, 100 s
+    assert facts.training_time(cut) == format_duration(sum(record["seconds"] for record in records(3)))
+    assert facts.training_time(Trained(tmp_path, Weights("", {}))) == ""
     found = []
     for name in ("a/seed0", "b/seed0", "c/seed1", "c/seed1", "c/seed2"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)

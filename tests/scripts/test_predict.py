@@ -209,7 +209,7 @@ def test_evaluate_each_class(run: Path, folder: Path, tmp_path: Path, capsys: py
 
 
 def test_classes_are_counted() -> None:
-    rows = evaluate.by_class([0, 1, 1, 2, 1], [0, 0, 0, 2, 2], ("a", "b", "c"))
+    rows = evaluate.by_class(torch.tensor([0, 1, 1, 2, 1]), torch.tensor([0, 0, 0, 2, 2]), ("a", "b", "c"))
     assert rows[0] == {
         "class": "a",
         "images": 3,
