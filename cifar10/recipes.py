@@ -1,7 +1,7 @@
 """Named recipes: --recipe NAME, with whatever flags beside it. Knows no torch: flags are parsed before it is loaded.
 
 Under each recipe: its command, the accuracy to expect on CIFAR-10's test images, time and hardware. Accuracies come
-from run records (README, "Results"); where no run has been made yet, it says so.
+from run records (README.md beside this file, "Results"); where no run has been made yet, it says so.
 """
 
 from dataclasses import replace
@@ -97,7 +97,7 @@ ORIGINAL_KD = replace(ORIGINAL, teacher_arch="resnet152", method=KD(T=3.0, w=0.8
 """The same taught; it started from the student trained by CE: --init checkpoints/cifar10/efficientnet_b0/RUN/last.pt.
 
 bash scripts/trainKD.sh --recipe original_kd --init FILE
-Accuracy: 92.12 there; its KL term was ten times weaker (README, "What differs"). Not measured here yet.
+Accuracy: 92.12 there; its KL term was ten times weaker (README.md, "The original repository"). Not measured here.
 """
 
 SHORT_TEACHER = replace(STUDENT, arch="resnet18", epochs=12, schedule="onecycle", precision="bfloat16")

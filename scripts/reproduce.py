@@ -1,4 +1,4 @@
-"""Train what a table of results lacks, and write the table into README.md.
+"""Train what a table of results lacks, and write the table into cifar10/README.md.
 
     bash scripts/reproduce.sh cifar10                                        the table of results: for a GPU
     bash scripts/reproduce.sh cifar10 --budget short --only student          a row of what 2 CPU cores train in hours
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     on_main(results.main)([str(run.options.output) for run in planned])
     if recorded:
         on_main(results.main)([])
-        print("README.md has the tables of checkpoints/records/")
+        print("README.md and cifar10/README.md have the tables of checkpoints/records/")
     leave()
 
 

@@ -1,8 +1,8 @@
 """Tables of runs, from their summaries.
 
 python scripts/results.py checkpoints/quickstart/*     print a table of these runs
-python scripts/results.py                              write the tables of checkpoints/records/ into README.md
-python scripts/results.py --check                      exit code 1 if those in README.md are not what would be written
+python scripts/results.py                              write the tables of checkpoints/records/ into the pages
+python scripts/results.py --check                      exit code 1 if those in the pages are not what would be written
 python scripts/results.py --record TABLE RUN...        keep the summaries of finished runs in checkpoints/records/TABLE:
                                                        full, short or methods, as scripts/reproduce.py trains them
 """
@@ -37,6 +37,12 @@ ORIGINAL = {  # accuracies of the original repository in percent: teacher, stude
 ORIGINAL_ALONE = 90.67  # its student by cross-entropy
 TEACHERS = {"full": tuple(ORIGINAL), "short": ("airbench94", "resnet18", "densenet40")}
 TABLES = (*TEACHERS, "methods")
+PAGES = {  # the tables of each page
+    "README.md": ("results",),
+    "cifar10/README.md": (*TEACHERS, "methods"),
+    "distill/README.md": ("losses", "features"),
+}
+PUBLISHED = "checkpoints/published"
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
 SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
@@ -191,7 +197,33 @@ def record(table: str, runs: Sequence[Path]) -> bool:
     return kept
 
 
-# ----------------------------------------------------------------------------------------------------- tables in README
+# ------------------------------------------------------------------------------------------------------ tables in pages
+def results(budget: str = "short") -> list[str]:
+    """Returns the lines of README's table: the student alone, and taught by each teacher that has taught it."""
+
+    def weights(arch: str, method: str) -> str:
+        name = f"{arch}-{method}.pt"
+        return f"[{name}]({PUBLISHED}/{name})" if (ROOT / PUBLISHED / name).exists() else ""
+
+    def hours(runs: Sequence[dict[str, Any]]) -> str:
+        return f"{statistics.median(run['wall_seconds'] for run in runs) / 3600:.1f}" if runs else "-"
+
+    alone = seeds(budget, "student")
+    arch, epochs = (alone[0]["arch"], alone[0]["epochs"]) if alone else ("the student", "-")
+    lines = [
+        "| trained by | accuracy | gain over CE | the teacher's accuracy | n | epochs | hours | weights |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| CE | {mean_and_deviation(alone)} | | | {len(alone)} | {epochs} | {hours(alone)} | {weights(arch, 'ce')} |",
+    ]
+    for teacher in TEACHERS[budget]:
+        if taught := seeds(budget, f"student-kd-{teacher}"):
+            own = f"{taught[0]['teacher_accuracy']:.2f}"
+            cells = [mean_and_deviation(taught), difference(taught, alone), own, str(len(taught))]
+            cells += [str(taught[0]["epochs"]), hours(taught), weights(arch, "kd")]
+            lines.append(f"| KD from {teacher} | {' | '.join(cells)} |")
+    return lines
+
+
 def accuracies(budget: str) -> list[str]:
     """The lines of the table of CIFAR-10 for one budget: each teacher, and the student alone and taught by it."""
 
@@ -245,13 +277,12 @@ def methods() -> list[str]:
 
 
 def losses() -> list[str]:
-    """Returns the lines of the table of methods."""
+    """Returns the lines of the table of methods on logits."""
     lines = ["| method | its term of the loss | flags (on photos) | source |", "|---|---|---|---|"]
     for name, method in METHODS.items():
         if method.formula:
-            formula = method.formula.replace("|", "\\|") + (f"; {method.note}" if method.note else "")
-            file = f"{method.__module__.replace('.', '/')}.py"
-            lines.append(f"| [`{name}`]({file}) | {formula} | {method.flags()} | {method.source} |")
+            term = method.formula.replace("|", "\\|") + (f"; {method.note}" if method.note else "")
+            lines.append(f"| {linked(name, method)} | {term} | {method.flags()} | {method.source} |")
     return lines
 
 
@@ -260,10 +291,14 @@ def features() -> list[str]:
     lines = ["| features | their term of the loss | learned beside the student | flags (on photos) | source |"]
     lines.append("|---|---|---|---|---|")
     for name, method in FEATURES.items():
-        file, formula = f"{method.__module__.replace('.', '/')}.py", method.formula.replace("|", "\\|")
-        learns = method.learns or "nothing"
-        lines.append(f"| [`{name}`]({file}) | {formula} | {learns} | {method.flags()} | {method.source} |")
+        cells = [linked(name, method), method.formula.replace("|", "\\|"), method.learns or "nothing"]
+        lines.append(f"| {' | '.join([*cells, method.flags(), method.source])} |")
     return lines
+
+
+def linked(name: str, method: type) -> str:
+    """Returns the name of a method as a link from the page of distill to its file."""
+    return f"[`{name}`]({'/'.join(method.__module__.split('.')[1:])}.py)"
 
 
 def made(rows_of_runs: Iterable[Sequence[dict[str, Any]]]) -> str:
@@ -311,23 +346,40 @@ def only(runs: Sequence[dict[str, Any]], key: str, places: int = 0) -> str:
     return f"{statistics.median(run[key] for run in runs):.{places}f}" if runs else "-"
 
 
-def written(text: str) -> str:
-    """README's `text` with the tables as the records have them. Raises UserError if it has no place for them."""
+def tables() -> dict[str, list[str]]:
+    """Returns the lines of every table, as the records have them."""
     command = "`bash scripts/reproduce.sh {}`:"
-    tables = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in TEACHERS}
-    tables |= {
-        "methods": [command.format("methods --data SUBSET"), "", *methods()],
-        "losses": losses(),
-        "features": features(),
-    }
-    for name, lines in tables.items():
+    found = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in TEACHERS}
+    found["methods"] = [command.format("methods --data SUBSET"), "", *methods()]
+    return found | {"results": results(), "losses": losses(), "features": features()}
+
+
+def written(page: str, text: str, found: dict[str, list[str]]) -> str:
+    """Returns the text of a page with its tables as they are `found`. Raises UserError if it has no place for them."""
+    for name in PAGES[page]:
         begin = MARKERS[0].format(name)
         head, _, rest = text.partition(begin)
         old, end, tail = rest.partition(MARKERS[1])
         if text.count(begin) != 1 or not end or "written by" in old:
-            raise UserError(f"README.md must have one line {begin}, and after it one {MARKERS[1]}")
-        text = "\n".join([head + begin, "", *lines, "", MARKERS[1] + tail])
+            raise UserError(f"{page} must have one line {begin}, and after it one {MARKERS[1]}")
+        text = "\n".join([head + begin, "", *found[name], "", MARKERS[1] + tail])
     return text
+
+
+def write_pages(check: bool) -> bool:
+    """Writes the tables into the pages, all or none; returns whether they were stale. With `check` writes nothing."""
+    found, stale = tables(), {}
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        new = written(page, text, found)
+        if new != text:
+            stale[page] = new
+    for page, new in stale.items():
+        if check:
+            print(f"{page}'s tables are not those of checkpoints/records/: python scripts/results.py writes them")
+        else:
+            (ROOT / page).write_text(new)
+    return bool(stale)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -338,14 +390,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--record TABLE RUN...: a table and a run at least")
         record(argv[1], [Path(run) for run in argv[2:]])
     elif not argv or argv == ["--check"]:
-        path = ROOT / "README.md"
-        text = path.read_text()
-        new = written(text)
-        if argv and new != text:
-            print("README.md's tables are not those of checkpoints/records/: python scripts/results.py writes them")
-            return 1
-        if new != text:
-            path.write_text(new)
+        check = bool(argv)
+        return 1 if write_pages(check) and check else 0
     else:
         paths = [Path(run) for run in argv]
         head = ("run", "network", "trained by", "parameters", "epochs", "test accuracy", "agreement", "seconds")

@@ -2,7 +2,7 @@
 
 To add a method on logits, write a file here with a function of tensors and a dataclass made from Method (method.py), as
 dkd.py does; on features, one made from FeatureMethod (feature_method.py), as at.py does. Its fields become flags;
---help, records, tests and README's table find it.
+--help, records, tests and the table of distill/README.md find it.
 """
 
 from importlib import import_module

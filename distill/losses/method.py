@@ -72,7 +72,7 @@ class Settings:
 
     @classmethod
     def flags(cls) -> str:
-        """Returns its flags and their defaults (on photos), as --help and README show them."""
+        """Returns its flags and their defaults (on photos), as --help and distill/README.md show them."""
         small, photos = cls.defaults().numbers, cls.defaults(photos=True).numbers
         other = {name: f" ({photos[name]:g})" if photos[name] != value else "" for name, value in small.items()}
         return ", ".join(f"{flag(name)} {value:g}{other[name]}" for name, value in small.items())
