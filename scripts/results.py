@@ -3,6 +3,7 @@
 python scripts/results.py checkpoints/quickstart/*     print a table of these runs
 python scripts/results.py                              write the tables of checkpoints/records/ into the pages
 python scripts/results.py --check                      exit code 1 if those in the pages are not what would be written
+python scripts/results.py --figure docs/results.svg    draw README's table (pip install matplotlib)
 python scripts/results.py --record TABLE RUN...        keep the summaries of finished runs in checkpoints/records/TABLE:
                                                        full, short or methods, as scripts/reproduce.py trains them
 """
@@ -42,6 +43,7 @@ PAGES = {  # the tables of each page
     "cifar10/README.md": (*TEACHERS, "methods"),
     "distill/README.md": ("losses", "features"),
 }
+LEADING = "short"  # the table of CIFAR-10 that README leads with
 PUBLISHED = "checkpoints/published"
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
@@ -198,7 +200,7 @@ def record(table: str, runs: Sequence[Path]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ tables in pages
-def results(budget: str = "short") -> list[str]:
+def results(budget: str = LEADING) -> list[str]:
     """Returns the lines of README's table: the student alone, and taught by each teacher that has taught it."""
 
     def weights(arch: str, method: str) -> str:
@@ -276,6 +278,22 @@ def methods() -> list[str]:
     return [*lines, "", made(found.values())]
 
 
+def draw(path: Path, budget: str = LEADING) -> None:
+    """Writes README's table as a figure: the student alone, taught, and the teacher. Raises UserError."""
+    from distill.report import figures
+
+    figures.check_matplotlib()
+    points: dict[str, list[tuple[str, float, float]]] = {"student, CE": [], "student, KD": [], "teacher": []}
+    alone = seeds(budget, "student")
+    for teacher in TEACHERS[budget]:
+        if taught := seeds(budget, f"student-kd-{teacher}"):
+            for name, runs in (("student, CE", alone), ("student, KD", taught)):
+                points[name] += [(teacher, mean(runs), deviation(runs))] if runs else []
+            points["teacher"].append((teacher, taught[0]["teacher_accuracy"], 0.0))
+    lines = {figures.Line(name, place): of_line for place, (name, of_line) in enumerate(points.items())}
+    figures.write_svg(figures.gains(lines, "EfficientNet-B0 on CIFAR-10, alone and taught"), path)
+
+
 def losses() -> list[str]:
     """Returns the lines of the table of methods on logits."""
     lines = ["| method | its term of the loss | flags (on photos) | source |", "|---|---|---|---|"]
@@ -329,11 +347,16 @@ def mean(runs: Sequence[dict[str, Any]]) -> float:
     return statistics.fmean(run["test_accuracy"] for run in runs)
 
 
+def deviation(runs: Sequence[dict[str, Any]]) -> float:
+    """The standard deviation of one run, 0 where there are no two."""
+    return statistics.stdev(run["test_accuracy"] for run in runs) if len(runs) > 1 else 0.0
+
+
 def mean_and_deviation(runs: Sequence[dict[str, Any]]) -> str:
     """`92.12`, of several `92.12 +- 0.10` (the deviation of one), of none `-`."""
     if not runs:
         return "-"
-    spread = f" +- {statistics.stdev(run['test_accuracy'] for run in runs):.2f}" if len(runs) > 1 else ""
+    spread = f" +- {deviation(runs):.2f}" if len(runs) > 1 else ""
     return f"{mean(runs):.2f}{spread}"
 
 
@@ -389,6 +412,10 @@ def main(argv: Sequence[str]) -> int:
         if len(argv) < 3:
             raise UserError("--record TABLE RUN...: a table and a run at least")
         record(argv[1], [Path(run) for run in argv[2:]])
+    elif argv and argv[0] == "--figure":
+        if len(argv) != 2:
+            raise UserError("--figure FILE: where the figure goes")
+        draw(Path(argv[1]))
     elif not argv or argv == ["--check"]:
         check = bool(argv)
         return 1 if write_pages(check) and check else 0

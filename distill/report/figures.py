@@ -166,6 +166,30 @@ def confidences(found: Mapping[Line, Calibration]) -> "Figure":
     return _figure("how confident the answers are", draw, height=3.2)
 
 
+def gains(points: Mapping[Line, Sequence[tuple[str, float, float]]], title: str) -> "Figure":
+    """Returns accuracies as dots on one axis in percent, a row for each name.
+
+    points: of each line (row, accuracy, deviation over seeds); rows come in the order of their first point.
+    """
+    rows = list(dict.fromkeys(row for of_line in points.values() for row, _, _ in of_line))
+
+    def draw(axes: "Axes") -> None:
+        for line, of_line in points.items():
+            places = [rows.index(row) for row, _, _ in of_line]
+            accuracies, deviations = [value for _, value, _ in of_line], [spread for _, _, spread in of_line]
+            marks = {"fmt": "osD^"[line.place % 4], "markersize": 5, "capsize": 2}
+            axes.errorbar(accuracies, places, xerr=deviations, color=line.colour, label=line.name, **marks)
+            for place, accuracy in zip(places, accuracies, strict=True):
+                above = (0, 5)  # points over the mark
+                axes.annotate(f"{accuracy:.2f}", (accuracy, place), above, textcoords="offset points", ha="center")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.5, -0.6)
+        axes.margins(x=0.12)
+        axes.set_xlabel("accuracy on the test images, percent")
+
+    return _figure(title, draw, height=1.0 + 0.42 * len(rows))
+
+
 def shortened(name: str) -> str:
     """Returns a name of at most 24 letters."""
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
