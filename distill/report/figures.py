@@ -177,7 +177,7 @@ def gains(points: Mapping[Line, Sequence[tuple[str, float, float]]], title: str)
         for line, of_line in points.items():
             places = [rows.index(row) for row, _, _ in of_line]
             accuracies, deviations = [value for _, value, _ in of_line], [spread for _, _, spread in of_line]
-            marks = {"fmt": "osD^"[line.place % 4], "markersize": 5, "capsize": 2}
+            marks: dict[str, Any] = {"fmt": "osD^"[line.place % 4], "markersize": 5, "capsize": 2}
             axes.errorbar(accuracies, places, xerr=deviations, color=line.colour, label=line.name, **marks)
             for place, accuracy in zip(places, accuracies, strict=True):
                 above = (0, 5)  # points over the mark

@@ -539,9 +539,11 @@ def test_any_method_on_features_is_continued_bit_by_bit(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("home")
-def test_the_method_of_the_readme(small_npz: Path, tmp_path: Path) -> None:
+def test_the_method_of_the_page(small_npz: Path, tmp_path: Path) -> None:
     """Its file alone, put where it belongs, makes a method: flags, a run, its record."""
-    blocks = re.findall(r"```python\n(.*?)```", (DATA.parents[1] / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (DATA.parents[1] / "distill" / "README.md").read_text(), flags=re.DOTALL
+    )
     (source,) = [block for block in blocks if "FeatureMethod" in block]
     root = tmp_path / "copy"
     for folder in ("distill", "cifar10", "imagenet", "scripts"):

@@ -98,8 +98,8 @@ def test_links_copies_and_sh(launcher: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """The batch job of the README, with one process on each of its machines."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    """The batch job of the scripts' page, with one process on each of its machines."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "scripts" / "README.md").read_text(), flags=re.DOTALL)
     (text,) = [block for block in blocks if "#SBATCH" in block]
     assert text.count("NPROC=auto") == 1
     file = tmp_path / "job.sh"

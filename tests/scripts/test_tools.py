@@ -250,27 +250,32 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     assert lines[3:5] == ["| airbench94 | - | - | - | - | - | -, - | -, - | - |", taught]
     assert lines[-1] == "Measured on: cpu, 2 threads; commits 0123456-dirty."
     assert results.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
-    readme = tmp_path / "README.md"
     begin, end = results.MARKERS
-    places = [f"{begin.format(name)}\nold\n{end}\n" for name in (*results.TABLES, "losses", "features")]
-    readme.write_text(f"before\n{''.join(places)}after\n")
+    for page, names in results.PAGES.items():
+        places = "".join(f"{begin.format(name)}\nold\n{end}\n" for name in names)
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text(f"before\n{places}after\n")
     assert results.main(["--check"]) == 1
     assert results.main([]) == 0
     assert results.main(["--check"]) == 0
-    text = readme.read_text()
+    text = (tmp_path / "cifar10" / "README.md").read_text()
     assert taught in text
     assert (text.startswith("before\n"), text.endswith("\nafter\n"), "old" in text) == (True, True, False)
-    no_end = places[0].removesuffix(f"{end}\n")
-    for wrong in (
-        "no place",
-        "".join(places[:-1]),
-        "".join([no_end, *places[1:]]),
-        places[0] * 2 + "".join(places[1:]),
-    ):
-        readme.write_text(wrong)
-        with pytest.raises(UserError, match=r"README.md must have one line"):
+    front = (tmp_path / "README.md").read_text()
+    assert "| CE | 90.50 +- 0.71 | | | 2 | 20 | 0.0 |  |" in front
+    assert "| KD from resnet18 | 92.50 +- 0.50 | +2.00 | 95.00 | 3 | 20 | 0.0 |  |" in front
+    assert "airbench94" not in front  # nobody was taught by it
+    results.main(["--figure", str(tmp_path / "figure.svg")])
+    assert all(f">{figure}<" in (tmp_path / "figure.svg").read_text() for figure in ("90.50", "92.50", "95.00"))
+    page = tmp_path / "distill" / "README.md"
+    features = f"{begin.format('features')}\nold\n{end}\n"
+    losses = features.replace("features", "losses")
+    for wrong in ("no place", losses, losses.removesuffix(f"{end}\n") + features, losses * 2 + features):
+        page.write_text(wrong)
+        with pytest.raises(UserError, match=r"distill/README.md must have one line"):
             results.main([])
-        assert readme.read_text() == wrong
+        assert page.read_text() == wrong
+    assert (tmp_path / "README.md").read_text() == front
     (records / "short" / "student-seed7.json").write_text("{}")
     with pytest.raises(UserError, match=r"student-seed7.json is no record of a run"):
         results.accuracies("short")

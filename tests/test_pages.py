@@ -1,0 +1,141 @@
+"""The pages: links lead somewhere, files are named, commands are known, code runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from distill.losses import FEATURES, METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / name for name in ("README.md", *(f"{folder}/README.md" for folder in ("cifar10", "imagenet", "distill")))
+]
+PAGES += [ROOT / "scripts" / "README.md", ROOT / "checkpoints" / "README.md"]
+COMMANDS = ("bash scripts/", "python scripts/")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """What a page has between ```language and ```."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        assert "://" not in link, "a page works without a network"
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_front_page_is_short_and_names_every_method() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    for name in METHODS | FEATURES:
+        assert name == "none" or f"[`{name}`]" in text, name
+    for page in PAGES[1:]:
+        assert f"({page.relative_to(ROOT)}" in text
+
+
+def test_every_file_is_on_its_folders_page() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    for file in listed:
+        if not file.startswith(("tests/", ".", "checkpoints/")) and Path(file).name != "__init__.py":
+            own = ROOT / file.split("/")[0] / "README.md"
+            page = own if own in PAGES else ROOT / "README.md"
+            assert Path(file).name in page.read_text(), f"{file} is not on {page}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_file_on_a_page_is_there(page: Path) -> None:
+    there = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    trees = [tree for tree in blocks(page, "") if re.search(r"^\w+\.py ", tree, flags=re.MULTILINE)]
+    assert set(re.findall(r"\b\w+\.(?:py|sh|webp|svg|toml)\b", "".join(trees))) <= there
+
+
+def commands() -> list[list[str]]:
+    """The words of every command of the pages that calls a script, without what stands before it."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                calls = [k for k in range(len(words) - 1) if " ".join(words[k : k + 2]).startswith(COMMANDS)]
+                found += [words[calls[0] :]] if calls and "$@" not in line else []
+    return found
+
+
+@cache
+def flags(script: str) -> str:
+    """What a script says of its flags."""
+    program = [sys.executable] if script.endswith(".py") else ["bash"]
+    done = subprocess.run([*program, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_commands_are_known() -> None:
+    """Each flag of a command is one of its script; the recipe of a run that it would start can be made."""
+    found = commands()
+    assert len(found) > 50
+    for _, script, *words in found:
+        assert (ROOT / script).exists(), script
+        if script.endswith(("quickstart.sh", "test.sh")):
+            continue
+        if "train" in script:
+            shown = subprocess.run(
+                ["bash", script, *words, "--show-recipe"], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert (shown.returncode, shown.stderr) == (0, ""), f"{script} {' '.join(words)}"
+        else:
+            for word in words:
+                if word.startswith("--"):
+                    assert re.search(rf"{word.partition('=')[0]}\b", flags(script)), f"{script} {word}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_commands_on_the_sample_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training commands on the embedded images take a step; the others on them do all their work."""
+    monkeypatch.setenv("DISTILL_CHECKPOINTS", str(tmp_path))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    for block in blocks(page, "bash"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if "--data sample" not in line or not line.startswith(COMMANDS):
+                continue
+            program, script, *rest = words
+            if "train" in script:
+                rest += ["--steps", "1", "--batch-size", "32"]
+            if "-o" in rest:
+                rest[rest.index("-o") + 1] = str(tmp_path / rest[rest.index("-o") + 1])
+            python = {"python": sys.executable}.get(program, program)
+            done = subprocess.run([python, script, *rest], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_code_on_the_pages_runs() -> None:
+    code = [block for page in PAGES for block in blocks(page, "python") if "FeatureMethod" not in block]
+    assert len(code) == 3
+    for block in code:  # each in a process of its own: the model that is added must not stay for other tests
+        found = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
