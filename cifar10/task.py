@@ -254,8 +254,7 @@ def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path,
 
 def announce_training(recipe: Recipe, student: str, data: ImageData, device: torch.device) -> None:
     """Prints that the teacher is trained first, how long that may take here, and what would be cheaper."""
-    images = recipe.epochs * len(data.train_images)
-    times = {arch: images * _seconds_per_image(arch, data, device) for arch in {recipe.arch, *CHEAP}}
+    times = {arch: training_seconds(replace(recipe, arch=arch), data, device) for arch in {recipe.arch, *CHEAP}}
     cheap = min(CHEAP, key=times.__getitem__)
     advice = "fewer --epochs"
     if times[cheap] < 0.7 * times[recipe.arch]:
@@ -268,10 +267,12 @@ def announce_training(recipe: Recipe, student: str, data: ImageData, device: tor
     )
 
 
-def _seconds_per_image(arch: str, data: ImageData, device: torch.device) -> float:
+def training_seconds(recipe: Recipe, data: ImageData, device: torch.device) -> float:
+    """Returns about how long all epochs of a recipe take here, without a teacher: some images are tried."""
     with torch.random.fork_rng(devices=[]):
-        network = models.find(arch)
+        network = models.find(recipe.arch)
         built = network.build(len(data.classes))
-    classifier = Classifier(built, network.spec, choose_precision("auto", device)).to(device)
+    classifier = Classifier(built, network.spec, choose_precision(recipe.precision, device)).to(device)
     count = 32 if device.type == "cpu" else 512  # a GPU has to be filled
-    return seconds_per_image(classifier, data.test_images[:count].to(device))
+    tried = data.test_images[:count].to(device)
+    return recipe.epochs * len(data.train_images) * seconds_per_image(classifier, tried)

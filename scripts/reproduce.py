@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
         planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
     recorded = False
     start(planned[0].options.device)  # from here on one of several processes prints
+    announce(planned)
     for run in planned:
         print(f"== {run.name}")
         (train_kd if run.recipe.teacher_arch else train_ce).train(run.recipe, run.options)
@@ -88,6 +89,32 @@ def main(argv: Sequence[str]) -> None:
         on_main(results.main)([])
         print("README.md and cifar10/README.md have the tables of checkpoints/records/")
     leave()
+
+
+def announce(planned: Sequence[Run]) -> None:
+    """Prints how long each run still takes here, about: its own steps alone, as if the teacher's logits were stored."""
+    from cifar10.data import load_data
+    from cifar10.task import training_seconds
+    from distill.config.output import format_duration
+    from distill.parallel.devices import devices
+    from distill.run.directory import RunDirectory
+
+    left = {
+        run.name: run.recipe.epochs - len(RunDirectory(Path(run.options.output or "")).records()) for run in planned
+    }
+    if not any(epochs > 0 for epochs in left.values()):
+        return
+    data, device = load_data(planned[0].options.data), devices(planned[0].options.device)[0]
+    seconds: dict[str, float] = {}
+    total = 0.0
+    for run in planned:
+        an_epoch = replace(run.recipe, epochs=1)
+        if run.recipe.arch not in seconds:
+            seconds[run.recipe.arch] = training_seconds(an_epoch, data, device)
+        own = max(left[run.name], 0) * seconds[run.recipe.arch]
+        total += own
+        print(f"{run.name}: epochs left {max(left[run.name], 0)}, about {format_duration(own)}")
+    print(f"together about {format_duration(total)}")
 
 
 def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:

@@ -193,7 +193,7 @@ def test_a_cheaper_pair_is_suggested(
     advice: str,
 ) -> None:
     assert all(MODELS.resolve(arch) == arch for arch in task.CHEAP)
-    monkeypatch.setattr(task, "_seconds_per_image", lambda arch, *_: seconds[arch])
+    monkeypatch.setattr(task, "training_seconds", lambda recipe, *_: 80 * seconds[recipe.arch])
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(KD, Options(data=str(small_npz), steps=1))
     assert advice in capsys.readouterr().out

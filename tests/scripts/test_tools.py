@@ -387,6 +387,8 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
     assert [line.removeprefix("== ") for line in said.splitlines() if line.startswith("==")] == names
     assert shown.err.count("note: --epochs of teacher-resnet18-seed0 is 1, the table's 12") == 1
     assert said.count("not recorded: ") == 3
+    assert said.count(": epochs left 1, about ") == 3
+    assert said.count("together about ") == 1
     assert sorted(path.name for path in (home / "cifar10-short").iterdir()) == sorted(names)
     configs = [json.loads((home / "cifar10-short" / name / "config.json").read_text()) for name in names]
     assert [(c["recipe"]["arch"], c["recipe"]["lr"]) for c in configs] == [
@@ -395,7 +397,8 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
         ("efficientnet_b0", 0.02),
     ]
     reproduce.main(flags)
-    assert capsys.readouterr().out.count("finished before") == 3
+    said = capsys.readouterr().out
+    assert (said.count("finished before"), said.count("epochs left")) == (3, 0)
     reproduce.main([*flags, "--show-recipe"])
     assert [run["run"] for run in json.loads(capsys.readouterr().out)] == names
     flags[flags.index("student-kd-resnet18-finetuned")] = "student-kd-densenet40"
