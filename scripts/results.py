@@ -44,7 +44,6 @@ PAGES = {  # the tables of each page
     "distill/README.md": ("losses", "features"),
 }
 LEADING = "short"  # the table of CIFAR-10 that README leads with
-PUBLISHED = "checkpoints/published"
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
 SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
@@ -203,25 +202,27 @@ def record(table: str, runs: Sequence[Path]) -> bool:
 def results(budget: str = LEADING) -> list[str]:
     """Returns the lines of README's table: the student alone, and taught by each teacher that has taught it."""
 
-    def weights(arch: str, method: str) -> str:
-        name = f"{arch}-{method}.pt"
-        return f"[{name}]({PUBLISHED}/{name})" if (ROOT / PUBLISHED / name).exists() else ""
+    def weights(trained_by: str) -> str:
+        line = rf"^\| `({arch}-\S+)` \| {re.escape(trained_by)} \| cifar10 \|"
+        found = re.search(line, published, flags=re.MULTILINE)
+        return f"[{found[1]}](checkpoints/published/{found[1]})" if found else ""
 
     def hours(runs: Sequence[dict[str, Any]]) -> str:
         return f"{statistics.median(run['wall_seconds'] for run in runs) / 3600:.1f}" if runs else "-"
 
+    published = (ROOT / "checkpoints" / "README.md").read_text()
     alone = seeds(budget, "student")
     arch, epochs = (alone[0]["arch"], alone[0]["epochs"]) if alone else ("the student", "-")
     lines = [
         "| trained by | accuracy | gain over CE | the teacher's accuracy | n | epochs | hours | weights |",
         "|---|---|---|---|---|---|---|---|",
-        f"| CE | {mean_and_deviation(alone)} | | | {len(alone)} | {epochs} | {hours(alone)} | {weights(arch, 'ce')} |",
+        f"| CE | {mean_and_deviation(alone)} | | | {len(alone)} | {epochs} | {hours(alone)} | {weights('CE')} |",
     ]
     for teacher in TEACHERS[budget]:
         if taught := seeds(budget, f"student-kd-{teacher}"):
             own = f"{taught[0]['teacher_accuracy']:.2f}"
             cells = [mean_and_deviation(taught), difference(taught, alone), own, str(len(taught))]
-            cells += [str(taught[0]["epochs"]), hours(taught), weights(arch, "kd")]
+            cells += [str(taught[0]["epochs"]), hours(taught), weights(f"KD from {teacher}")]
             lines.append(f"| KD from {teacher} | {' | '.join(cells)} |")
     return lines
 

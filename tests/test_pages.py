@@ -47,6 +47,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_front_page_is_short_and_names_every_method() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 250
+    title = text.splitlines()[0].removeprefix("# ")
+    assert f'description = "{title}"' in (ROOT / "pyproject.toml").read_text()
     for name in METHODS | FEATURES:
         assert name == "none" or f"[`{name}`]" in text, name
     for page in PAGES[1:]:
