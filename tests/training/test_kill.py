@@ -16,17 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytest
 
+from cifar10 import train_ce, train_kd
 from cifar10.models import MODELS
 from distill.files import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def kd_command(npz: Path, teacher: Path, output: Path) -> list[str]:
+def kd_flags(npz: Path, teacher: Path, output: Path) -> list[str]:
     """A small KD run of EfficientNet-B0 that saves after every step."""
     flags = ["--data", npz, "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", teacher, "--output", output]
     flags += ["--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--device", "cpu"]
-    return [sys.executable, str(ROOT / "cifar10" / "train_kd.py"), *map(str, flags)]
+    return list(map(str, flags))
 
 
 def final_state(path: Path) -> str:
@@ -38,9 +39,10 @@ def final_state(path: Path) -> str:
     return checkpoint.digest(payload)
 
 
-def run_with_kills(command: list[str], output: Path, kills: int, seed: int) -> int:
+def run_with_kills(flags: list[str], output: Path, kills: int, seed: int) -> int:
     """Kill `kills` times, every second time inside a save, then let it end. Kills inside a save."""
     chance, inside = random.Random(seed), 0
+    command = [sys.executable, str(ROOT / "cifar10" / "train_kd.py"), *flags]
     done = 0
     while done < kills:
         saves = {path: path.stat().st_mtime_ns for path in output.glob("*.pt")}
@@ -57,8 +59,7 @@ def run_with_kills(command: list[str], output: Path, kills: int, seed: int) -> i
         assert not ended, f"the run ended before kill {done + 1}: {errors!r}"
         inside += bool(list(output.glob(f"*{checkpoint.TEMPORARY}")))
         done += 1
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    train_kd.main(flags)
     return inside
 
 
@@ -82,8 +83,8 @@ def check(directory: Path, npz: Path, kills: int, seed: int) -> int:
     teacher = directory / "teacher.pth"
     checkpoint.save(teacher, {"student": MODELS.build("densenet_cifar", 4).state_dict()})
     whole, killed = directory / "whole", directory / "killed"
-    subprocess.run(kd_command(npz, teacher, whole), check=True, capture_output=True)
-    inside = run_with_kills(kd_command(npz, teacher, killed), killed, kills, seed)
+    train_kd.main(kd_flags(npz, teacher, whole))  # here: a process of its own takes seconds to start
+    inside = run_with_kills(kd_flags(npz, teacher, killed), killed, kills, seed)
     assert final_state(killed) == final_state(whole)
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
@@ -100,9 +101,12 @@ def test_five_kills(small_npz: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_exits_with_143_and_the_same_command_continues(small_npz: Path, tmp_path: Path) -> None:
-    flags = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
-    command = [sys.executable, str(ROOT / "cifar10" / "train_ce.py"), *map(str, flags)]
+def test_sigterm_exits_with_143_and_the_same_command_continues(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
+    flags = list(map(str, given))
+    command = [sys.executable, str(ROOT / "cifar10" / "train_ce.py"), *flags]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         saves = {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -113,12 +117,10 @@ def test_sigterm_exits_with_143_and_the_same_command_continues(small_npz: Path, 
         assert process.returncode == code, errors
         assert errors.count("\n") == 1
         assert f"stopped by {number.name}" in errors
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0
-    assert "continuing at epoch" in finished.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0
-    assert "finished before" in again.stdout
+    train_ce.main(flags)
+    assert "continuing at epoch" in capsys.readouterr().out
+    train_ce.main(flags)
+    assert "finished before" in capsys.readouterr().out
 
 
 if __name__ == "__main__":
