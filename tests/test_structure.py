@@ -137,11 +137,30 @@ def test_every_file_in_the_tree_of_the_readme_is_there() -> None:
     assert set(re.findall(r"\b\w+\.(?:py|sh|webp)\b", tree)) <= there
 
 
+EACH_ALONE = """
+import os, sys, traceback
+import torch, torchvision.ops  # which take seconds to load: once for all
+
+for block in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            exec(block, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(1)
+"""
+
+
 @pytest.mark.slow
 def test_code_in_the_readme_runs() -> None:
     text = "".join((ROOT / name).read_text() for name in ("README.md", "checkpoints/README.md"))
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) >= 3
-    for block in blocks:  # each in a process of its own: the model that is added must not stay for other tests
-        found = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stderr
+    # each in a process of its own: the model that is added must not stay for other tests
+    command = [sys.executable, "-c", EACH_ALONE, *blocks]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr

@@ -256,9 +256,7 @@ def test_evaluate_script_knows_the_network_of_our_files(small_npz: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_results_script(
-    command: Any, small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_script(command: Any, small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = replace(CE, arch="airbench94", epochs=1, dropout=0.0, drop_connect=0.0)
     train_ce.train(recipe, Options(data=str(small_npz), output=str(tmp_path / "done")))
     with pytest.raises(UserError, match="airbench94 stopped after 1 steps"):

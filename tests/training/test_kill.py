@@ -4,12 +4,11 @@ More of them: python tests/training/test_kill.py 25
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,8 +18,7 @@ import pytest
 from cifar10 import train_ce, train_kd
 from cifar10.models import MODELS
 from distill.files import checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import Command, Server
 
 
 def kd_flags(npz: Path, teacher: Path, output: Path) -> list[str]:
@@ -39,14 +37,13 @@ def final_state(path: Path) -> str:
     return checkpoint.digest(payload)
 
 
-def run_with_kills(flags: list[str], output: Path, kills: int, seed: int) -> int:
+def run_with_kills(server: Server, flags: list[str], output: Path, kills: int, seed: int) -> int:
     """Kill `kills` times, every second time inside a save, then let it end. Kills inside a save."""
     chance, inside = random.Random(seed), 0
-    command = [sys.executable, str(ROOT / "cifar10" / "train_kd.py"), *flags]
     done = 0
     while done < kills:
         saves = {path: path.stat().st_mtime_ns for path in output.glob("*.pt")}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = server.start(["cifar10/train_kd.py", *flags], output.parent / "errors")
         while process.poll() is None and {p: p.stat().st_mtime_ns for p in _listed(output)} == saves:
             time.sleep(0.002)  # until this process has saved once, so that ten kills in a row make progress too
         if done % 2:
@@ -55,7 +52,7 @@ def run_with_kills(flags: list[str], output: Path, kills: int, seed: int) -> int
             time.sleep(chance.uniform(0, 0.25))  # a step and its save; longer, a fast machine would be done too soon
         ended = process.poll() is not None
         process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
+        errors = process.wait()
         assert not ended, f"the run ended before kill {done + 1}: {errors!r}"
         inside += bool(list(output.glob(f"*{checkpoint.TEMPORARY}")))
         done += 1
@@ -63,13 +60,11 @@ def run_with_kills(flags: list[str], output: Path, kills: int, seed: int) -> int
     return inside
 
 
-def stop_inside_a_save(process: "subprocess.Popen[bytes]", output: Path) -> None:
+def stop_inside_a_save(process: Command, output: Path) -> None:
     """Let the process go on until it stands still while a checkpoint is half written, or has ended."""
     name = f"{checkpoint.LAST}*{checkpoint.TEMPORARY}"
     while process.poll() is None:
-        if list(output.glob(name)):
-            process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if list(output.glob(name)) and process.stop():
             if list(output.glob(name)):
                 return
             process.send_signal(signal.SIGCONT)
@@ -79,12 +74,12 @@ def _listed(output: Path) -> list[Path]:
     return [path for path in output.glob("*.pt") if path.exists()]
 
 
-def check(directory: Path, npz: Path, kills: int, seed: int) -> int:
+def check(server: Server, directory: Path, npz: Path, kills: int, seed: int) -> int:
     teacher = directory / "teacher.pth"
     checkpoint.save(teacher, {"student": MODELS.build("densenet_cifar", 4).state_dict()})
     whole, killed = directory / "whole", directory / "killed"
     train_kd.main(kd_flags(npz, teacher, whole))  # here: a process of its own takes seconds to start
-    inside = run_with_kills(kd_flags(npz, teacher, killed), killed, kills, seed)
+    inside = run_with_kills(server, kd_flags(npz, teacher, killed), killed, kills, seed)
     assert final_state(killed) == final_state(whole)
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
@@ -95,25 +90,31 @@ def check(directory: Path, npz: Path, kills: int, seed: int) -> int:
     return inside
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    found = Server()
+    yield found
+    found.close()
+
+
 @pytest.mark.slow
-def test_five_kills(small_npz: Path, tmp_path: Path) -> None:
-    assert check(tmp_path, small_npz, kills=5, seed=0) >= 2
+def test_five_kills(server: Server, small_npz: Path, tmp_path: Path) -> None:
+    assert check(server, tmp_path, small_npz, kills=5, seed=0) >= 2
 
 
 @pytest.mark.slow
 def test_sigterm_exits_with_143_and_the_same_command_continues(
-    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
     flags = list(map(str, given))
-    command = [sys.executable, str(ROOT / "cifar10" / "train_ce.py"), *flags]
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         saves = {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = server.start(["cifar10/train_ce.py", *flags], tmp_path / "errors")
         while process.poll() is None and {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")} == saves:
             time.sleep(0.01)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        errors = process.wait()
         assert process.returncode == code, errors
         assert errors.count("\n") == 1
         assert f"stopped by {number.name}" in errors
@@ -137,4 +138,5 @@ if __name__ == "__main__":
         arrays = {"train_images": data.train_images[chosen].numpy(), "train_labels": data.train_labels[chosen].numpy()}
         np.savez(npz, test_images=arrays["train_images"][:9], test_labels=arrays["train_labels"][:9] % 4, **arrays)
         count = int(sys.argv[1]) if len(sys.argv) > 1 else 25
-        print(f"{count} kills, {check(Path(name), npz, count, seed=1)} of them inside a save: final state identical")
+        inside = check(Server(), Path(name), npz, count, seed=1)
+        print(f"{count} kills, {inside} of them inside a save: final state identical")
