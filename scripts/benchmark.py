@@ -162,7 +162,7 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
                     torch.cuda.synchronize(device)
                 count, passed = count + at_once, time.perf_counter() - began
             pipe.send(passed / count)
-            time.sleep(1)  # loader workers fill their queue: not in the time of the next row
+            time.sleep(min(1, options.seconds))  # loader workers fill their queue: not in the time of the next row
 
 
 def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:

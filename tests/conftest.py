@@ -76,11 +76,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "checkpoints"
 
 
-def teacher_file(path: Path, classes: int = 4) -> str:
-    """The path of a file with the weights of a densenet_cifar, as others save them."""
+def teacher_file(path: Path, classes: int = 4, arch: str = "densenet_cifar") -> str:
+    """The path of a file with the weights of a network, as others save them."""
     from cifar10.models import MODELS
 
-    torch.save({"net": MODELS.build("densenet_cifar", classes).state_dict(), "acc": 92.4, "epoch": 1}, path)
+    torch.save({"net": MODELS.build(arch, classes).state_dict(), "acc": 92.4, "epoch": 1}, path)
     return str(path)
 
 

@@ -134,10 +134,29 @@ def test_commands_on_the_sample_run(page: Path, tmp_path: Path, monkeypatch: pyt
             assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+EACH_ALONE = """
+import os, sys, traceback
+import torch, torchvision.ops  # which take seconds to load: once for all
+
+for block in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            exec(block, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(1)
+"""
+
+
 @pytest.mark.slow
 def test_code_on_the_pages_runs() -> None:
     code = [block for page in PAGES for block in blocks(page, "python") if "FeatureMethod" not in block]
     assert len(code) == 3
-    for block in code:  # each in a process of its own: the model that is added must not stay for other tests
-        found = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stderr
+    # each in a process of its own: the model that is added must not stay for other tests
+    command = [sys.executable, "-c", EACH_ALONE, *code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr

@@ -485,7 +485,7 @@ RECIPE = Recipe(teacher_arch="tiny", method=KD(), epochs=4, batch_size=25, lr=0.
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]:
-    """1,000 of the embedded images, and a teacher that has learned from them."""
+    """1,000 of the embedded images, a teacher that has learned from them, and 200 test images."""
     data = load_data("sample")
     chosen = torch.arange(0, 2000, 2)
     data = replace(data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen])
@@ -497,7 +497,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Teacher]
     with Run(path, recipe, Options(), facts) as run:
         found = fit(run, **given)
     assert found.test.accuracy > 25
-    return views, tests, Teacher(network)
+    few = {"test": TensorTestData(tests["test"].images[::5], tests["test"].labels[::5])}
+    return views, few, Teacher(network)
 
 
 @pytest.mark.slow
@@ -507,12 +508,11 @@ def test_any_method_on_features_is_continued_bit_by_bit(
 ) -> None:
     """Cut in its second epoch: student, what learns beside it, memories, optimiser; the student alone is exported."""
     views, tests, teacher = taught
-    recipe = replace(RECIPE, epochs=2, batch_size=200).with_flags({"features": name, "T": 4.0})
+    recipe = replace(RECIPE, epochs=2, batch_size=40).with_flags({"features": name, "T": 4.0})
     if name == "crd":
         recipe = recipe.with_flags({"negatives": 100})
-    plan = replace(views.plan, batch_size=recipe.batch_size)
-    views = TensorData(views.images, views.labels, plan, views.policy)
-    tests = {"test": TensorTestData(tests["test"].images[::10], tests["test"].labels[::10])}
+    plan = replace(views.plan, indices=np.arange(200), batch_size=recipe.batch_size)
+    views = TensorData(views.images[::5], views.labels[::5], plan, views.policy)
 
     def run(path: Path, steps: int | None = None) -> dict[str, Any]:
         student = tiny(16, 2)
@@ -532,7 +532,7 @@ def test_any_method_on_features_is_continued_bit_by_bit(
     assert (whole["connectors"] is not None) == bool(FEATURES[name].learns)
     assert ("memory" in whole) == (name == "crd")
     if name == "crd":
-        assert "two memories of 1,000 images x 128 take 1.0 MB" in capsys.readouterr().out
+        assert "two memories of 200 images x 128 take 0.2 MB" in capsys.readouterr().out
         assert cut["memory"]["student"].norm(dim=1).sub(1).abs().max() < 1e-3  # every image was seen
     assert whole["student"].keys() == tiny(16, 2).network.state_dict().keys()
 

@@ -39,7 +39,7 @@ from imagenet.decoding import Box, read_box, read_centre
 from imagenet.loader import Job, LoaderError, Workers
 from imagenet.recipes import RECIPES, STANDARD, ImageNetOptions
 from imagenet.task import PhotoTask
-from scripts import precompute, sweep
+from scripts import evaluate, precompute, sweep
 
 CPU = torch.device("cpu")
 NONE = Workers(0)
@@ -675,15 +675,18 @@ def test_recipes() -> None:
 def test_evaluate_takes_photos(photos: Path, tmp_path: Path, command: Command) -> None:
     weights = models.find("mobilenet_v3_small").build(num_classes=4).state_dict()
     torch.save(weights, tmp_path / "weights.pth")
-    common = ("scripts/evaluate.py", "--dataset", "imagenet", "--data", photos, "--workers", 1)
-    found = command(*common, "--arch", "mobilenet_v3_small", "--checkpoint", tmp_path / "weights.pth")
+    common = ["--dataset", "imagenet", "--data", str(photos)]
+    named = ("--arch", "mobilenet_v3_small", "--checkpoint", tmp_path / "weights.pth", "--workers", 1)
+    found = command("scripts/evaluate.py", *common, *named)
     assert found.returncode == 0, found.stderr
     assert "images 8 " in found.stdout
     train_ce.main([str(photos), *SMALL, "--epochs", "1", "--workers", "0", "--output", str(tmp_path / "run")])
-    found = command(*common, "--checkpoint", tmp_path / "run" / "last.pt", "--json", tmp_path / "found.json")
+    file = str(tmp_path / "found.json")
+    evaluate.main([*common, "--workers", "1", "--checkpoint", str(tmp_path / "run" / "last.pt"), "--json", file])
     measured, summary = (json.loads((tmp_path / name).read_text()) for name in ("found.json", "run/summary.json"))
     assert measured["loss"] == pytest.approx(summary["test_loss"], rel=1e-5)  # at the size that it was trained for
-    assert "has val and train" in command(*common, "--split", "test").stderr
+    with pytest.raises(UserError, match="has val and train"):
+        evaluate.main([*common, "--split", "test"])
 
 
 def test_train_sh(photos: Path, tmp_path: Path) -> None:

@@ -198,17 +198,17 @@ def test_the_teacher_is_not_asked_again_after_a_file_was_mended(
 @pytest.mark.slow
 def test_two_processes_end_together_and_saved(own: Path, tmp_path: Path) -> None:
     """One of them meets the broken file; the other one is at the same step and ends with it."""
-    flags = [*SMALL, "--device", "cpu", "--output"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    words = ["broken", own, *SMALL, "--device", "cpu", "--"]
     content = broken(own / "train" / "n2" / "02.JPEG")
-    found = processes(2, "broken", own, *flags, tmp_path / "cut")
+    found = processes(2, *words, cut)
     assert found.returncode == 2, found.stderr
     assert found.stderr.count("cannot decode") == 1
-    assert f"saved in {tmp_path / 'cut'}: cannot decode" in found.stderr
+    assert f"saved in {cut}: cannot decode" in found.stderr
     (own / "train" / "n2" / "02.JPEG").write_bytes(content)
-    for name in ("cut", "whole"):
-        found = processes(2, "broken", own, *flags, tmp_path / name)
-        assert found.returncode == 0, found.stderr
-    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    found = processes(2, *words, cut, whole)
+    assert found.returncode == 0, found.stderr
+    assert weights(cut) == weights(whole)
 
 
 # --------------------------------------------------------------------------------------------------- an unsorted val/

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from cifar10 import train_ce
 from cifar10.data import load_data, prepare
 from distill.config.recipe import Recipe
 from distill.data.order import EpochPlan
@@ -61,17 +62,24 @@ def until_saved(process: "subprocess.Popen[str]", output: Path, times: int) -> N
         time.sleep(0.002)
 
 
+@pytest.fixture(scope="module")
+def steps(small_npz: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CASE/1-0.pt, of one process, and CASE/2-RANK.pt, of two."""
+    directory = tmp_path_factory.mktemp("steps")
+    for count in (1, 2):
+        found = processes(count, "steps", small_npz, photos, directory)
+        assert found.returncode == 0, found.stderr
+    return directory
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["gradient", "overhaul"])
-def test_gradient_and_evaluation_of_two_are_those_of_one(case: str, small_npz: Path, tmp_path: Path) -> None:
+def test_gradient_and_evaluation_of_two_are_those_of_one(case: str, steps: Path) -> None:
     """EfficientNet-B0 in float64, BatchNorm in eval mode, no dropout, each number to 1e-5: CE, the two in two parts
     each; and with features of a ResNet-18, the connectors too."""
-    for count in (1, 2):
-        found = processes(count, case, small_npz, tmp_path)
-        assert found.returncode == 0, found.stderr
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    one = torch.load(steps / case / "1-0.pt", weights_only=True)
     for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        two = torch.load(steps / case / f"2-{rank}.pt", weights_only=True)
         largest = max(g.abs().max().item() for g in one["gradients"].values())
         assert largest > 1e-3
         visible = [key for key, gradient in one["gradients"].items() if gradient.abs().max() > 1e-4 * largest]
@@ -88,15 +96,12 @@ def test_gradient_and_evaluation_of_two_are_those_of_one(case: str, small_npz: P
 
 
 @pytest.mark.slow
-def test_two_learn_from_features_as_one(small_npz: Path, tmp_path: Path) -> None:
+def test_two_learn_from_features_as_one(steps: Path) -> None:
     """A loss that is of each image: that of one process; one that compares images: the mean of the two halves'. The
     memories of crd are alike in both, and those of one process."""
-    for count in (1, 2):
-        found = processes(count, "features", small_npz, tmp_path)
-        assert found.returncode == 0, found.stderr
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    one = torch.load(steps / "features" / "1-0.pt", weights_only=True)
     for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        two = torch.load(steps / "features" / f"2-{rank}.pt", weights_only=True)
         assert two.keys() == one.keys() == FEATURES.keys()
         for name, expected in one.items():
             assert expected.keys() == two[name].keys()
@@ -108,13 +113,10 @@ def test_two_learn_from_features_as_one(small_npz: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_photos_are_evaluated_alike_by_two(photos: Path, tmp_path: Path) -> None:
-    for count in (1, 2):
-        found = processes(count, "photos", photos, tmp_path)
-        assert found.returncode == 0, found.stderr
-    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+def test_photos_are_evaluated_alike_by_two(steps: Path) -> None:
+    one = torch.load(steps / "photos" / "1-0.pt", weights_only=True)
     for rank in range(2):
-        two = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        two = torch.load(steps / "photos" / f"2-{rank}.pt", weights_only=True)
         assert torch.equal(one["predictions"], two["predictions"])
         for name in ("images", "accuracy", "top5"):
             assert one["found"][name] == two["found"][name]
@@ -159,7 +161,8 @@ def test_nan_in_one_process_stops_all(small_npz: Path, tmp_path: Path) -> None:
 def test_signals_kills_and_restarts_end_in_the_same_state(
     small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGUSR1 to the launcher, the same command; then SIGKILL of process 1, and torchrun starts all three again."""
+    """SIGUSR1 to the launcher, the same command; then SIGKILL of process 1, and torchrun starts all three again. The
+    run is refused to one process, and, where torchrun may start it again, to --fresh."""
     # From three on the order of a sum of gradients matters.
     flags = [*FLAGS, "--batch-size", "9", "--data", small_npz, "--output"]
     monkeypatch.setenv("NPROC", "3")
@@ -180,21 +183,22 @@ def test_signals_kills_and_restarts_end_in_the_same_state(
     process = start("trainCE.sh", *flags, cut, "--save-minutes", "0", MAX_RESTARTS="1")
     until_saved(process, cut, 3)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    victims = [p for p in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{p}/environ").read_bytes()]
-    os.kill(int(victims[0]), signal.SIGKILL)
+    settings = {p: b"\0" + Path(f"/proc/{p}/environ").read_bytes() for p in children}
+    victim = next(p for p in children if b"\0RANK=1\0" in settings[p])
+    os.kill(int(victim), signal.SIGKILL)
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert out.count("continuing at epoch") == 2
     assert final_state(cut) == final_state(tmp_path / "whole")
     assert checkpoint.load(cut / "last.pt")["ranks"][1]["tally"].shape == (4,)
 
-    code, _, errors = run("trainCE.sh", *flags, cut, "--fresh", MAX_RESTARTS="1")
-    assert code == 2
-    assert "--fresh would start over at each restart" in errors
-
-    code, _, errors = run("trainCE.sh", *flags, cut, NPROC="1")
-    assert code == 2
-    assert "world_size was 3, is 1" in errors
+    alone = [*map(str, flags), str(cut)]
+    with pytest.raises(UserError, match="world_size was 3, is 1"):
+        train_ce.main(alone)
+    assert b"\0TORCHELASTIC_MAX_RESTARTS=1\0" in settings[victim]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(UserError, match="--fresh would start over at each restart"):
+        train_ce.main([*alone, "--fresh"])
 
 
 def test_kd_trains_its_teacher_in_both_processes(small_npz: Path, tmp_path: Path) -> None:

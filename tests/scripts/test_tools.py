@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("home")
 
 @pytest.fixture
 def flags(small_npz: Path, tmp_path: Path) -> list[str]:
-    teacher = teacher_file(tmp_path / "teacher.pth")
-    return ["--data", str(small_npz), "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", teacher]
+    teacher = teacher_file(tmp_path / "teacher.pth", arch="airbench94")  # the fastest there is
+    return ["--data", str(small_npz), "--teacher-arch", "airbench94", "--teacher-checkpoint", teacher]
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.C
     assert "view 2 of 3: 0 computed by this call" in said
     assert "120 views are in" in said
     assert "40 of them computed by this call" in said
-    train_kd.main([*flags, "--arch", "densenet_cifar", "--epochs", "3", "--batch-size", "8"])
+    train_kd.main([*flags, "--arch", "airbench94", "--epochs", "3", "--batch-size", "8"])
     assert "teacher: 0 views computed, 120 were in the store" in capsys.readouterr().out
 
 
@@ -68,7 +68,7 @@ def test_stores_are_listed_verified_and_removed(
     precompute.main(["--list"])
     shown = capsys.readouterr().out
     name = shown.split(":")[0]
-    assert re.search(r"^densenet_cifar-\w{16}: [\d.]+ kB, 2 views, 80 answers\n  \{.*crop_flip", shown)
+    assert re.search(r"^airbench94-\w{16}: [\d.]+ kB, 2 views, 80 answers\n  \{.*crop_flip", shown)
     assert precompute.main([*flags, "--verify", "30"]) == 0
     assert (
         "30 answers asked again: 30 the same to the bit, the others differ by 0 of the largest"
@@ -129,7 +129,7 @@ def test_precompute_refuses(flags: list[str]) -> None:
 
 @pytest.mark.slow
 def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--arch", "densenet_cifar", "--epochs", "1", "--batch-size", "8", "--T-list", "1,4", "--w-list", "0.5"]
+    more = ["--arch", "airbench94", "--epochs", "1", "--batch-size", "8", "--T-list", "1,4", "--w-list", "0.5"]
     sweep.main([*flags, *more])
     said = capsys.readouterr().out
     assert "40 views computed" in said
@@ -155,7 +155,7 @@ def test_sweep_refuses(wrong: list[str], message: str) -> None:
 @pytest.mark.slow
 def test_benchmark(command: Any, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
-    small = ("--arch", "densenet_cifar", "--teacher-arch", "densenet_cifar", "--batch-size", 4, "--device", "cpu")
+    small = ("--arch", "airbench94", "--teacher-arch", "airbench94", "--batch-size", 4, "--device", "cpu")
     found = command("scripts/benchmark.py", *small, "--rounds", 1, "--seconds", 0, "--json", file)
     assert found.returncode == 0, found.stderr
     figures = json.loads(file.read_text())
@@ -414,7 +414,7 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
 
 @pytest.mark.slow
 def test_reproduce_trains_each_method(flags: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags += ["--batch-size", "20", "--arch", "densenet_cifar", "--epochs", "1", "--only", "ce,kd-T1", "--seeds", "2"]
+    flags += ["--batch-size", "20", "--arch", "airbench94", "--epochs", "1", "--only", "ce,kd-T1", "--seeds", "2"]
     reproduce.main(["methods", *flags])
     said = capsys.readouterr().out
     names = ["ce-seed0", "kd-T1-seed0", "ce-seed1", "kd-T1-seed1"]
@@ -422,9 +422,9 @@ def test_reproduce_trains_each_method(flags: list[str], home: Path, capsys: pyte
     recipes = [json.loads((home / "methods" / name / "config.json").read_text())["recipe"] for name in names]
     assert [(r["teacher_arch"], r["method"] and r["method"]["kd_weight"], r["seed"]) for r in recipes] == [
         (None, None, 0),
-        ("densenet_cifar", 3.0, 0),
+        ("airbench94", 3.0, 0),
         (None, None, 1),
-        ("densenet_cifar", 3.0, 1),
+        ("airbench94", 3.0, 1),
     ]
 
 

@@ -4,29 +4,28 @@ More of them: python tests/training/test_kill.py 25
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytest
 
+from cifar10 import train_ce, train_kd
 from cifar10.models import MODELS
 from distill.files import checkpoint
+from tests.forked import Command, Server
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def kd_command(npz: Path, teacher: Path, output: Path) -> list[str]:
+def kd_flags(npz: Path, teacher: Path, output: Path) -> list[str]:
     """A small KD run of EfficientNet-B0 that saves after every step."""
     flags = ["--data", npz, "--teacher-arch", "densenet_cifar", "--teacher-checkpoint", teacher, "--output", output]
     flags += ["--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--device", "cpu"]
-    return [sys.executable, str(ROOT / "cifar10" / "train_kd.py"), *map(str, flags)]
+    return list(map(str, flags))
 
 
 def final_state(path: Path) -> str:
@@ -38,13 +37,13 @@ def final_state(path: Path) -> str:
     return checkpoint.digest(payload)
 
 
-def run_with_kills(command: list[str], output: Path, kills: int, seed: int) -> int:
+def run_with_kills(server: Server, flags: list[str], output: Path, kills: int, seed: int) -> int:
     """Kill `kills` times, every second time inside a save, then let it end. Kills inside a save."""
     chance, inside = random.Random(seed), 0
     done = 0
     while done < kills:
         saves = {path: path.stat().st_mtime_ns for path in output.glob("*.pt")}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = server.start(["cifar10/train_kd.py", *flags], output.parent / "errors")
         while process.poll() is None and {p: p.stat().st_mtime_ns for p in _listed(output)} == saves:
             time.sleep(0.002)  # until this process has saved once, so that ten kills in a row make progress too
         if done % 2:
@@ -53,22 +52,19 @@ def run_with_kills(command: list[str], output: Path, kills: int, seed: int) -> i
             time.sleep(chance.uniform(0, 0.25))  # a step and its save; longer, a fast machine would be done too soon
         ended = process.poll() is not None
         process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
+        errors = process.wait()
         assert not ended, f"the run ended before kill {done + 1}: {errors!r}"
         inside += bool(list(output.glob(f"*{checkpoint.TEMPORARY}")))
         done += 1
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    train_kd.main(flags)
     return inside
 
 
-def stop_inside_a_save(process: "subprocess.Popen[bytes]", output: Path) -> None:
+def stop_inside_a_save(process: Command, output: Path) -> None:
     """Let the process go on until it stands still while a checkpoint is half written, or has ended."""
     name = f"{checkpoint.LAST}*{checkpoint.TEMPORARY}"
     while process.poll() is None:
-        if list(output.glob(name)):
-            process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if list(output.glob(name)) and process.stop():
             if list(output.glob(name)):
                 return
             process.send_signal(signal.SIGCONT)
@@ -78,12 +74,12 @@ def _listed(output: Path) -> list[Path]:
     return [path for path in output.glob("*.pt") if path.exists()]
 
 
-def check(directory: Path, npz: Path, kills: int, seed: int) -> int:
+def check(server: Server, directory: Path, npz: Path, kills: int, seed: int) -> int:
     teacher = directory / "teacher.pth"
     checkpoint.save(teacher, {"student": MODELS.build("densenet_cifar", 4).state_dict()})
     whole, killed = directory / "whole", directory / "killed"
-    subprocess.run(kd_command(npz, teacher, whole), check=True, capture_output=True)
-    inside = run_with_kills(kd_command(npz, teacher, killed), killed, kills, seed)
+    train_kd.main(kd_flags(npz, teacher, whole))  # here: a process of its own takes seconds to start
+    inside = run_with_kills(server, kd_flags(npz, teacher, killed), killed, kills, seed)
     assert final_state(killed) == final_state(whole)
     lines = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
@@ -94,31 +90,38 @@ def check(directory: Path, npz: Path, kills: int, seed: int) -> int:
     return inside
 
 
-@pytest.mark.slow
-def test_five_kills(small_npz: Path, tmp_path: Path) -> None:
-    assert check(tmp_path, small_npz, kills=5, seed=0) >= 2
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    found = Server()
+    yield found
+    found.close()
 
 
 @pytest.mark.slow
-def test_sigterm_exits_with_143_and_the_same_command_continues(small_npz: Path, tmp_path: Path) -> None:
-    flags = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
-    command = [sys.executable, str(ROOT / "cifar10" / "train_ce.py"), *map(str, flags)]
+def test_five_kills(server: Server, small_npz: Path, tmp_path: Path) -> None:
+    assert check(server, tmp_path, small_npz, kills=5, seed=0) >= 2
+
+
+@pytest.mark.slow
+def test_sigterm_exits_with_143_and_the_same_command_continues(
+    server: Server, small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", small_npz, "--batch-size", 8, "--epochs", 4, "--save-minutes", 0, "--output", tmp_path / "run"]
+    flags = list(map(str, given))
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         saves = {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = server.start(["cifar10/train_ce.py", *flags], tmp_path / "errors")
         while process.poll() is None and {p: p.stat().st_mtime_ns for p in _listed(tmp_path / "run")} == saves:
             time.sleep(0.01)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        errors = process.wait()
         assert process.returncode == code, errors
         assert errors.count("\n") == 1
         assert f"stopped by {number.name}" in errors
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0
-    assert "continuing at epoch" in finished.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0
-    assert "finished before" in again.stdout
+    train_ce.main(flags)
+    assert "continuing at epoch" in capsys.readouterr().out
+    train_ce.main(flags)
+    assert "finished before" in capsys.readouterr().out
 
 
 if __name__ == "__main__":
@@ -135,4 +138,5 @@ if __name__ == "__main__":
         arrays = {"train_images": data.train_images[chosen].numpy(), "train_labels": data.train_labels[chosen].numpy()}
         np.savez(npz, test_images=arrays["train_images"][:9], test_labels=arrays["train_labels"][:9] % 4, **arrays)
         count = int(sys.argv[1]) if len(sys.argv) > 1 else 25
-        print(f"{count} kills, {check(Path(name), npz, count, seed=1)} of them inside a save: final state identical")
+        inside = check(Server(), Path(name), npz, count, seed=1)
+        print(f"{count} kills, {inside} of them inside a save: final state identical")
