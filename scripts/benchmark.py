@@ -4,6 +4,7 @@
 
 Each row runs in a process of its own, which waits while another one is measured; a round takes each row once. The
 table has the medians over the rounds, and the range of the ratio within a round. Random weights: they cost the same.
+On a CPU our teacher answers 64 images at once: with smaller batches --seconds must hold several steps.
 
 original        KD as the original repository ran it: float32, contiguous, its transforms by PIL in 2 loader workers,
                 the teacher in train mode under no_grad in each step
