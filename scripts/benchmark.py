@@ -4,6 +4,7 @@
 
 Each row runs in a process of its own, which waits while another one is measured; a round takes each row once. The
 table has the medians over the rounds, and the range of the ratio within a round. Random weights: they cost the same.
+On a CPU our teacher answers 64 images at once: with smaller batches --seconds must hold several steps.
 
 original        KD as the original repository ran it: float32, contiguous, its transforms by PIL in 2 loader workers,
                 the teacher in train mode under no_grad in each step
@@ -15,8 +16,11 @@ full_store      our KD step where all are
 ce_contiguous   with --contiguous: CE in float32, contiguous, as the original's
 kd_standardized, dkd, nkd, dist, overhaul
                 with --methods: our step by other methods, the store full where they want logits
+torchdistill, timm, timm_switches
+                with --peers: KD by these libraries; benchmark_peers.py says by which settings
 """
 
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -25,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -42,6 +46,8 @@ from distill.losses.kd_loss import KD  # noqa: E402
 from distill.options import option, validate  # noqa: E402
 
 ROWS = ("original", "original_eval", "usual", "ce", "empty_store", "full_store")
+PEERS = {"torchdistill": "torchdistill", "timm": "timm", "timm_switches": "timm"}
+"""The package of each row of --peers."""
 METHODS: dict[str, dict[str, Any]] = {
     "kd_standardized": {"standardize": True},
     **{name: {"method": name} for name in losses.METHODS if name not in ("kd", "none")},
@@ -58,6 +64,7 @@ class Benchmark:
     batch_size: int = option(256, "images a step", group="what", flags=("-b",), least=2, most=2000)
     contiguous: bool = option(False, "also a CE step in the memory format of the original", group="what")
     methods: bool = option(False, "also a step of each other method", group="what")
+    peers: bool = option(False, "also a KD step of other libraries (the extra peers)", group="what")
     profile: bool = option(False, "also where the time of a full_store step goes", group="what")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
     rounds: int = option(5, "how often each row is measured", group="how", least=1)
@@ -77,8 +84,12 @@ def main(argv: Sequence[str]) -> None:
     for arch in (options.arch, options.teacher_arch):
         MODELS.resolve(arch)  # a wrong name is told before anything starts
     cli.check_file(options.json)
+    missing = sorted({name for name in PEERS.values() if importlib.util.find_spec(name) is None})
+    if options.peers and missing:
+        raise UserError(f"--peers needs {', '.join(missing)}: pip install {' '.join(missing)}, or '.[peers]' for both")
     print(f"{options.teacher_arch} -> {options.arch}, batch {options.batch_size}, {describe_device(device)}")
-    rows = (*ROWS, *(("ce_contiguous",) if options.contiguous else ()), *(METHODS if options.methods else ()))
+    asked = ((options.contiguous, ("ce_contiguous",)), (options.peers, PEERS), (options.methods, METHODS))
+    rows = (*ROWS, *(row for wanted, more in asked if wanted for row in more))
     seconds, memory, profile = measure(rows, options)
     found = summarise(seconds, memory, options.batch_size)
     show(found)
@@ -133,11 +144,16 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
 
     from distill.parallel.devices import devices, start
 
-    prepare: Callable[[Benchmark, str, Any], Iterator[None]]
-    prepare = ours if row in ("ce", "empty_store", "full_store", *METHODS) else theirs
-    device = start(options.device) if prepare is ours else devices(options.device)[0]
+    is_ours = row in ("ce", "empty_store", "full_store", *METHODS)
+    device = start(options.device) if is_ours else devices(options.device)[0]
     torch.manual_seed(0)
-    steps = prepare(options, row, device)
+    steps: Iterator[None]
+    if is_ours:
+        steps = ours(options, row, device)
+    else:
+        from scripts import benchmark_peers
+
+        steps = benchmark_peers.steps(row, options.arch, options.teacher_arch, options.batch_size, device)
     while True:
         asked = pipe.recv()
         if asked == "end":
@@ -229,82 +245,45 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
             trainer.state.step = 0
 
 
-def theirs(options: Benchmark, row: str, device: Any) -> Iterator[None]:
-    """Steps as other programs take them: a loader with PIL transforms, the teacher asked in each step."""
-    import torch
-    import torch.nn.functional as F
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms  # type: ignore[import-untyped]
-
-    from cifar10.data import load_data
-    from cifar10.models import CIFAR_INPUT, MODELS
-    from distill.losses.kd_loss import distillation_loss
-
-    steps: list[Any] = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    if row != "usual":
-        steps += [transforms.RandomRotation(15), transforms.ColorJitter(0.2, 0.2, 0.2)]
-    steps += [transforms.ToTensor(), transforms.Normalize(CIFAR_INPUT.mean, CIFAR_INPUT.std)]
-    transform = transforms.Compose([transforms.ToPILImage(), *steps])
-    data = load_data("sample")
-
-    class Images(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(data.train_labels)
-
-        def __getitem__(self, index: int) -> Any:
-            return transform(data.train_images[index].permute(2, 0, 1)), data.train_labels[index]
-
-    modern, taught = row == "usual", row != "ce_contiguous"
-    layout = torch.channels_last if modern else torch.contiguous_format
-    student = MODELS.build(options.arch, 10).to(device, memory_format=layout).train()  # type: ignore[call-overload]
-    teacher = MODELS.build(options.teacher_arch, 10).to(device, memory_format=layout)  # type: ignore[call-overload]
-    teacher.train(row == "original")
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=modern)
-    settings: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": 2, "persistent_workers": True}
-    settings |= {"multiprocessing_context": "fork"}  # Images cannot be pickled
-    batches = DataLoader(Images(), options.batch_size, **settings)
-    while True:
-        for pixels, labels in batches:
-            images, there = pixels.to(device, memory_format=layout), labels.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=modern):
-                logits = student(images).float()
-                if taught:
-                    with torch.no_grad():
-                        teacher_logits = teacher(images).float()
-                    loss = distillation_loss(logits, teacher_logits, there, T=3.0, w=0.8)
-                else:
-                    loss = F.cross_entropy(logits, there)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            yield
-
-
 # ------------------------------------------------------------------------------------------------------------ reporting
 def summarise(
     seconds: dict[str, list[float]], memory: dict[str, float], batch_size: int
 ) -> dict[str, dict[str, float | list[float]]]:
     """Of each row: seconds a step and images_per_second (median), to_original and to_ce (how many times faster, median
-    of the rounds' ratios, and their range), peak_memory in bytes."""
+    of the rounds' ratios, and their range), with --peers to_fastest_peer (the one of the smallest median), peak_memory
+    in bytes."""
+    compared = {"original": "original", "ce": "ce"}
+    fastest = fastest_peer({row: statistics.median(times) for row, times in seconds.items()})
+    if fastest:
+        compared["fastest_peer"] = fastest
     found: dict[str, dict[str, float | list[float]]] = {}
     for row, times in seconds.items():
         median = statistics.median(times)
         found[row] = {"seconds": median, "images_per_second": batch_size / median, "peak_memory": memory[row]}
-        for other in ("original", "ce"):
+        for name, other in compared.items():
             ratios = [theirs / own for theirs, own in zip(seconds[other], times, strict=True)]
-            found[row][f"to_{other}"] = statistics.median(ratios)
-            found[row][f"to_{other}_range"] = [min(ratios), max(ratios)]
+            found[row][f"to_{name}"] = statistics.median(ratios)
+            found[row][f"to_{name}_range"] = [min(ratios), max(ratios)]
     return found
 
 
+def fastest_peer(seconds: dict[str, float]) -> str | None:
+    """The row of --peers with the fewest seconds, None without such rows."""
+    return min((row for row in PEERS if row in seconds), key=lambda row: seconds[row], default=None)
+
+
 def show(found: dict[str, dict[str, Any]]) -> None:
-    print("| step | images/s | ms | times the original | times CE | peak memory |")
-    print("|---|---|---|---|---|---|")
+    columns = {"to_original": "times the original", "to_ce": "times CE"}
+    fastest = fastest_peer({row: figures["seconds"] for row, figures in found.items()})
+    if fastest:
+        columns["to_fastest_peer"] = f"times the fastest peer ({fastest})"
+    print(f"| step | images/s | ms | {' | '.join(columns.values())} | peak memory |")
+    print("|---" * (4 + len(columns)) + "|")
     for row, figures in found.items():
         cells = [row, f"{figures['images_per_second']:.1f}", f"{1000 * figures['seconds']:.0f}"]
-        for other in ("original", "ce"):
-            low, high = figures[f"to_{other}_range"]
-            cells.append(f"{figures[f'to_{other}']:.2f} ({low:.2f} to {high:.2f})")
+        for name in columns:
+            low, high = figures[f"{name}_range"]
+            cells.append(f"{figures[name]:.2f} ({low:.2f} to {high:.2f})")
         print("| " + " | ".join([*cells, f"{figures['peak_memory'] / 1e9:.2f} GB"]) + " |")
 
 

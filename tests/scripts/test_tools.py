@@ -176,10 +176,49 @@ def test_figures_of_the_benchmark() -> None:
     assert found["original"]["to_ce"] == 1 / 8
 
 
-def test_benchmark_refuses() -> None:
+def test_the_fastest_peer_in_the_figures_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"original": [8.0, 8.0], "ce": [1.0, 1.0], "torchdistill": [6.0, 6.0], "timm": [4.0, 5.0]}
+    found = benchmark.summarise(seconds, dict.fromkeys(seconds, 1.0), 100)
+    assert found["timm"]["to_fastest_peer"] == 1
+    assert found["ce"]["to_fastest_peer"] == 4.5
+    assert found["ce"]["to_fastest_peer_range"] == [4, 5]
+    benchmark.show(found)
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert "times the fastest peer (timm)" in title
+    assert "| 4.50 (4.00 to 5.00) |" in rows[1]
+
+
+def network_of_a_test() -> nn.Module:
+    convolution = nn.Conv2d(3, 4, 3, 2, bias=False)  # BatchNorm takes a bias away again: it would not learn
+    return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize("row", ["original", "original_eval", "usual", *benchmark.PEERS])
+def test_a_step_of_other_programs(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student learns; of the teacher only BatchNorm's statistics may move, and only in the original."""
+    pytest.importorskip(benchmark.PEERS.get(row, "torch"))
+    from scripts import benchmark_peers
+
+    monkeypatch.setattr(benchmark_peers, "LOADER", {"num_workers": 0, "drop_last": True})
+    torch.manual_seed(0)
+    student, teacher = network_of_a_test(), network_of_a_test()
+    before = [{name: value.clone() for name, value in net.state_dict().items()} for net in (student, teacher)]
+    step = benchmark_peers.LOOPS[row](student, teacher, benchmark_peers.Images(), 8, torch.device("cpu"))
+    next(step)
+    learned, changed = (
+        {name for name, value in net.state_dict().items() if not torch.equal(value, old[name])}
+        for net, old in zip((student, teacher), before, strict=True)
+    )
+    assert learned == set(student.state_dict())
+    assert changed == ({name for name, _ in teacher.named_buffers()} if row == "original" else set())
+
+
+def test_benchmark_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmark.PEERS, "timm", "timm_that_is_absent")
     for wrong, message in (
         (["--arch", "vgg"], "unknown architecture"),
         (["--json", "/nowhere/x"], "no such directory"),
+        (["--peers"], "--peers needs timm_that_is_absent.*: pip install timm_that_is_absent"),
         (["--json", "x" * 300], "no such directory"),
     ):
         with pytest.raises(UserError, match=message):
