@@ -14,8 +14,9 @@ ce              our CE step
 empty_store     our KD step where no view is answered yet
 full_store      our KD step where all are
 ce_contiguous   with --contiguous: CE in float32, contiguous, as the original's
-kd_standardized, dkd, nkd, dist, overhaul
-                with --methods: our step by other methods, the store full where they want logits
+kd_standardized, dkd, nkd, dist, overhaul, at, crd, ...
+                with --methods: our step by other methods, the store full where they want logits; each process takes
+                memory: --only at,sp,vid measures some
 torchdistill, timm, timm_switches
                 with --peers: KD by these libraries; benchmark_peers.py says by which settings
 """
@@ -65,6 +66,7 @@ class Benchmark:
     contiguous: bool = option(False, "also a CE step in the memory format of the original", group="what")
     methods: bool = option(False, "also a step of each other method", group="what")
     peers: bool = option(False, "also a KD step of other libraries (the extra peers)", group="what")
+    only: str | None = option(None, "these rows, with commas between them, and ce", group="what")
     profile: bool = option(False, "also where the time of a full_store step goes", group="what")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
     rounds: int = option(5, "how often each row is measured", group="how", least=1)
@@ -84,18 +86,31 @@ def main(argv: Sequence[str]) -> None:
     for arch in (options.arch, options.teacher_arch):
         MODELS.resolve(arch)  # a wrong name is told before anything starts
     cli.check_file(options.json)
-    missing = sorted({name for name in PEERS.values() if importlib.util.find_spec(name) is None})
-    if options.peers and missing:
+    rows = chosen(options)
+    missing = sorted({PEERS[row] for row in rows if row in PEERS and importlib.util.find_spec(PEERS[row]) is None})
+    if missing:
         raise UserError(f"--peers needs {', '.join(missing)}: pip install {' '.join(missing)}, or '.[peers]' for both")
     print(f"{options.teacher_arch} -> {options.arch}, batch {options.batch_size}, {describe_device(device)}")
-    asked = ((options.contiguous, ("ce_contiguous",)), (options.peers, PEERS), (options.methods, METHODS))
-    rows = (*ROWS, *(row for wanted, more in asked if wanted for row in more))
     seconds, memory, profile = measure(rows, options)
     found = summarise(seconds, memory, options.batch_size)
     show(found)
     print(profile, end="")
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def chosen(options: Benchmark) -> tuple[str, ...]:
+    """Returns the rows that the flags ask for. Raises UserError for a name that is none."""
+    if options.only is None:
+        asked = ((options.contiguous, ("ce_contiguous",)), (options.peers, PEERS), (options.methods, METHODS))
+        return (*ROWS, *(row for wanted, more in asked if wanted for row in more))
+    every = (*ROWS, "ce_contiguous", *PEERS, *METHODS)
+    names = options.only.split(",")
+    if wrong := [name for name in names if name not in every]:
+        raise UserError(f"--only must be of {', '.join(every)}, got {wrong[0]!r}")
+    if options.profile and "full_store" not in names:
+        raise UserError("--profile is of the row full_store: --only must name it")
+    return tuple(row for row in every if row in names or row == "ce")
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -251,8 +266,8 @@ def summarise(
 ) -> dict[str, dict[str, float | list[float]]]:
     """Of each row: seconds a step and images_per_second (median), to_original and to_ce (how many times faster, median
     of the rounds' ratios, and their range), with --peers to_fastest_peer (the one of the smallest median), peak_memory
-    in bytes."""
-    compared = {"original": "original", "ce": "ce"}
+    in bytes; with --only no ratio to a row that is not measured."""
+    compared: dict[str, str] = {row: row for row in ("original", "ce") if row in seconds}
     fastest = fastest_peer({row: statistics.median(times) for row, times in seconds.items()})
     if fastest:
         compared["fastest_peer"] = fastest
@@ -273,7 +288,8 @@ def fastest_peer(seconds: dict[str, float]) -> str | None:
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
-    columns = {"to_original": "times the original", "to_ce": "times CE"}
+    columns = {"to_original": "times the original"} if "original" in found else {}
+    columns["to_ce"] = "times CE"
     fastest = fastest_peer({row: figures["seconds"] for row, figures in found.items()})
     if fastest:
         columns["to_fastest_peer"] = f"times the fastest peer ({fastest})"

@@ -188,6 +188,16 @@ def test_the_fastest_peer_in_the_figures_of_the_benchmark(capsys: pytest.Capture
     assert "| 4.50 (4.00 to 5.00) |" in rows[1]
 
 
+def test_some_rows_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.chosen(benchmark.Benchmark(only="sp,full_store")) == ("ce", "full_store", "sp")
+    with pytest.raises(UserError, match="--only must be of original, .*, got 'sq'"):
+        benchmark.chosen(benchmark.Benchmark(only="sp,sq"))
+    found = benchmark.summarise({"ce": [1.0], "sp": [2.0]}, {"ce": 1.0, "sp": 1.0}, 100)
+    assert (found["sp"]["to_ce"], "to_original" in found["sp"]) == (0.5, False)
+    benchmark.show(found)
+    assert "original" not in capsys.readouterr().out
+
+
 def network_of_a_test() -> nn.Module:
     convolution = nn.Conv2d(3, 4, 3, 2, bias=False)  # BatchNorm takes a bias away again: it would not learn
     return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
