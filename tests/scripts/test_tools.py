@@ -190,7 +190,7 @@ def test_the_fastest_peer_in_the_figures_of_the_benchmark(capsys: pytest.Capture
 
 def test_some_rows_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.chosen(benchmark.Benchmark(only="sp,full_store")) == ("ce", "full_store", "sp")
-    with pytest.raises(UserError, match="--only must be of original, .*, got 'sq'"):
+    with pytest.raises(UserError, match=r"--only must be of original, .*, got 'sq'"):
         benchmark.chosen(benchmark.Benchmark(only="sp,sq"))
     found = benchmark.summarise({"ce": [1.0], "sp": [2.0]}, {"ce": 1.0, "sp": 1.0}, 100)
     assert (found["sp"]["to_ce"], "to_original" in found["sp"]) == (0.5, False)
