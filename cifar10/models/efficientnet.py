@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import stochastic_depth  # type: ignore[import-untyped]
 
 from cifar10.models.registry import MODELS
 
@@ -72,7 +71,11 @@ class Block(nn.Module):
         out = self.bn3(self.conv3(out))
         if not self.has_skip:
             return out
-        return stochastic_depth(out, self.drop_connect, "row", self.training) + x
+        if self.training and self.drop_connect:
+            from torchvision.ops import stochastic_depth  # loads for two seconds, which inference does not need
+
+            out = stochastic_depth(out, self.drop_connect, "row")
+        return out + x
 
 
 class EfficientNet(nn.Module):
