@@ -2,6 +2,7 @@
 
     bash scripts/reproduce.sh cifar10                                        the table of results: for a GPU
     bash scripts/reproduce.sh cifar10 --budget short --only student          a row of what 2 CPU cores train in hours
+    bash scripts/reproduce.sh tuning --data SUBSET                           weights of methods, on held-out images
     bash scripts/reproduce.sh methods --teacher-arch resnet18 --data ~/pets  every method with one budget, on your data
 
 Called again, it continues what was cut and skips what is finished. --teacher-checkpoint published takes the teachers
@@ -27,7 +28,7 @@ from distill.config.environment import is_joined  # noqa: E402
 from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import flag, option  # noqa: E402
-from scripts import results  # noqa: E402
+from scripts import results, tables  # noqa: E402
 
 ELSEWHERE = ("output", "fresh", "extend", "resume", "evaluate", "show_features")  # they are for one run
 FIXED = ("arch", "teacher_arch", "init", "recipe")  # by the table of CIFAR-10
@@ -37,15 +38,20 @@ FIXED = ("arch", "teacher_arch", "init", "recipe")  # by the table of CIFAR-10
 class Reproduce(Options):
     """The flags of trainKD.sh and these."""
 
-    table: str = option("cifar10", "the table", group="table", choices=("cifar10", "methods"))
+    table: str = option("cifar10", "the table", group="table", choices=("cifar10", "methods", "tuning"))
     budget: str = option(
         "full", "of cifar10: full is for a GPU, short for 2 CPU cores", group="table", choices=("full", "short")
     )
     seeds: int | None = option(
-        None, "students have the seeds 0 to N - 1, teachers 0 (default: 3; short, methods: 1)", group="table", least=1
+        None,
+        "students have the seeds 0 to N - 1, teachers 0 (default: 3; short, methods, tuning: 1)",
+        group="table",
+        least=1,
     )
     only: str | None = option(None, "these rows, with commas between them, and what they need", group="table")
-    runs: str | None = option(None, "where the runs go (default: checkpoints/cifar10-BUDGET or methods)", group="table")
+    runs: str | None = option(
+        None, "where the runs go (default: checkpoints/cifar10-BUDGET, methods or tuning)", group="table"
+    )
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,14 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     published = options.teacher_checkpoint == "published"
     if options.table == "cifar10" and options.teacher_checkpoint and not published:
         raise UserError("--teacher-checkpoint must be 'published' for this table, which trains its teachers otherwise")
-    rows = results.rows(table)
+    rows = tables.rows(table)
     if options.recipe:
-        rows = results.by_method(RECIPES[cli.find_recipe(options.recipe, RECIPES, "kd")])
+        rows = tables.by_method(RECIPES[cli.find_recipe(options.recipe, RECIPES, "kd")])
     only = _wanted(options.only, rows, teachers=not published)
     directory = (
-        Path(options.runs) if options.runs else CHECKPOINTS / (table if table == "methods" else f"cifar10-{table}")
+        Path(options.runs)
+        if options.runs
+        else CHECKPOINTS / (f"cifar10-{table}" if options.table == "cifar10" else table)
     )
 
     def run(name: str, seed: int) -> Run:

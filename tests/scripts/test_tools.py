@@ -18,8 +18,9 @@ from cifar10.models import CIFAR_INPUT
 from cifar10.recipes import RECIPES
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
+from distill.losses import FEATURES, METHODS
 from distill.models.classifier import Classifier
-from scripts import benchmark, model_size, precompute, publish, reproduce, results, sweep
+from scripts import benchmark, model_size, precompute, publish, reproduce, results, sweep, tables
 from tests.conftest import teacher_file
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -276,8 +277,9 @@ def finished_run(
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
+    for module in (results, tables):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RECORDS", tmp_path / "records")
     return tmp_path / "records"
 
 
@@ -286,19 +288,19 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     runs = {"teacher-resnet18-seed0": 95.0, "student-seed0": 90.0, "student-seed1": 91.0}
     runs |= {f"student-kd-resnet18-seed{k}": 92 + 0.5 * k for k in range(3)}
     runs |= {"student-finetuned-seed0": 91.5}
-    rows = results.rows("short")
+    rows = tables.rows("short")
     for name, accuracy in runs.items():
         recipe = replace(rows[name[:-6]], seed=int(name[-1]), precision="float32")
-        assert results.record("short", [finished_run(tmp_path / name, recipe, accuracy, results.CIFAR10)])
+        assert results.record("short", [finished_run(tmp_path / name, recipe, accuracy, tables.CIFAR10)])
     kept = (records / "short" / "student-kd-resnet18-seed0.json").read_text()
     assert (json.loads(kept)["teacher_digest"], json.loads(kept)["last_epoch"]) == ("abc", {"epoch": 2})
     assert "secret" not in kept
-    lines = results.accuracies("short")
+    lines = tables.accuracies("short")
     assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) | | | 91.50, n = 1 | 20 | 12 | 2 |"
     taught = "| resnet18 | 95.00 | 92.50 +- 0.50 | +2.00 | +2.50 | - | 12, 20 | 12, 12 | 3 |"
     assert lines[3:5] == ["| airbench94 | - | - | - | - | - | -, - | -, - | - |", taught]
     assert lines[-1] == "Measured on: cpu, 2 threads; commits 0123456-dirty."
-    assert results.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
+    assert tables.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
     begin, end = results.MARKERS
     (tmp_path / "checkpoints").mkdir()
     told = "| `resnet18-ce.pt` | CE | cifar10 |\n| `efficientnet_b0-kd.pt` | KD from resnet18 | cifar10 |\n"
@@ -333,12 +335,33 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == front
     (records / "short" / "student-seed7.json").write_text("{}")
     with pytest.raises(UserError, match=r"student-seed7.json is no record of a run"):
-        results.accuracies("short")
+        tables.accuracies("short")
+
+
+@pytest.mark.usefixtures("records")
+def test_weights_are_chosen_on_held_out_images(tmp_path: Path) -> None:
+    """The best weight on them gets a row of its own in the table of methods, once all have been tried."""
+    rows = tables.rows("tuning")
+    assert {name.rpartition("-x")[0] for name in rows} == {"kd", *METHODS, *FEATURES} - {"none"}
+    assert all(recipe.val_split == 1000 for recipe in rows.values())
+    assert [rows[f"at-x{factor}"].features.feature_weight for factor in ("0.1", "1", "10")] == [100, 1000, 10000]
+    assert [rows[f"dist-x{factor}"].method.kd_weight for factor in ("0.1", "1", "10")] == [0.2, 2, 20]
+    for factor, accuracy in (("0.1", 70.0), ("1", 69.0), ("10", 71.0)):
+        assert not any(name.endswith("-tuned") for name in tables.rows("methods"))
+        name = f"at-x{factor}-seed0"
+        run = finished_run(tmp_path / name, replace(rows[name[:-6]], precision="float32"), 60.0, tables.SUBSET)
+        (run / "metrics.jsonl").write_text(json.dumps({"epoch": 10, "val_accuracy": accuracy}) + "\n")
+        assert results.record("tuning", [run])
+    chosen = {name: recipe for name, recipe in tables.rows("methods").items() if name.endswith("-tuned")}
+    assert list(chosen) == ["at-tuned"]
+    assert chosen["at-tuned"].features.feature_weight == 10000
+    assert chosen["at-tuned"].val_split == 0
+    assert "| `at` | 70.00 | 69.00 | **71.00** |" in tables.tuning()
 
 
 def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    student = results.rows("short")["student"]
-    make = partial(finished_run, accuracy=90.0, content=results.CIFAR10)
+    student = tables.rows("short")["student"]
+    make = partial(finished_run, accuracy=90.0, content=tables.CIFAR10)
     for name, run in (
         (
             "is not finished",
@@ -350,14 +373,14 @@ def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.Capt
             "--epochs of student-seed0 is 1, the table's 20",
             make(tmp_path / "c" / "student-seed0", replace(student, epochs=1)),
         ),
-        ("other data", finished_run(tmp_path / "d" / "student-seed0", student, 90.0, results.SUBSET)),
+        ("other data", finished_run(tmp_path / "d" / "student-seed0", student, 90.0, tables.SUBSET)),
         ("weights that were given", make(tmp_path / "e" / "student-seed0", student, init_digest="def")),
         ("batches in 4 parts", make(tmp_path / "f" / "student-seed0", student, world_size=4)),
     ):
         assert not results.record("short", [run])
         assert name in capsys.readouterr().out
     assert not records.exists()
-    taught = results.rows("short")["student-kd-resnet18"]
+    taught = tables.rows("short")["student-kd-resnet18"]
     assert results.record("short", [make(tmp_path / "student-kd-resnet18-seed0", taught)])
     assert not results.record(
         "short", [make(tmp_path / "student-kd-resnet18-seed1", replace(taught, seed=1), teacher_digest="other")]
@@ -377,7 +400,7 @@ def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.usefixtures("records")
 def test_the_table_of_methods(tmp_path: Path) -> None:
-    rows = results.rows("methods")
+    rows = tables.rows("methods")
     assert results.methods()[2:] == [
         *(f"| `{name}` |  |  | - | - | - | - |" for name in rows),
         "",
@@ -385,7 +408,7 @@ def test_the_table_of_methods(tmp_path: Path) -> None:
     ]
     for name, seed, accuracy in (("ce", 0, 50.0), ("nkd", 0, 53.0), ("nkd", 1, 54.0)):
         run = tmp_path / f"{name}-seed{seed}"
-        assert results.record("methods", [finished_run(run, replace(rows[name], seed=seed), accuracy, results.SUBSET)])
+        assert results.record("methods", [finished_run(run, replace(rows[name], seed=seed), accuracy, tables.SUBSET)])
     used = "gamma = 3.5, T = 3, kd_weight = 1, ce_weight = 1"
     assert results.methods()[2:4] == [
         f"| `nkd` | NKD from densenet40 | {used} | 53.50 +- 0.71 | +3.50 | 80.12 | 2 |",
@@ -395,19 +418,19 @@ def test_the_table_of_methods(tmp_path: Path) -> None:
 
 def test_methods_differ_in_nothing_but_the_method() -> None:
     for table in ("long_student_kd", "student_kd"):
-        rows = results.by_method(RECIPES[table])
+        rows = tables.by_method(RECIPES[table])
         kept = [
             {**recipe.to_dict(), **dict.fromkeys(("method", "features", "teacher_arch"))} for recipe in rows.values()
         ]
         assert all(recipe == kept[0] for recipe in kept)
         assert len({recipe.formula for name, recipe in rows.items() if name != "ce"}) == len(rows) - 1
-    assert results.by_method(RECIPES["short_student_kd"])["ce"] == RECIPES["short_student"]
+    assert tables.by_method(RECIPES["short_student_kd"])["ce"] == RECIPES["short_student"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("cifar100",), "--table must be one of cifar10, methods, got 'cifar100'"),
+        (("cifar100",), "--table must be one of cifar10, methods, tuning, got 'cifar100'"),
         (("cifar10", "--budget=huge"), "--budget must be one of full, short, got 'huge'"),
         (("cifar10", "--seeds", "0"), "--seeds must be an integer, at least 1, got 0"),
         (("cifar10", "--only", "teacher-vgg"), "--only must be of teacher-resnet152, teacher-densenet40"),

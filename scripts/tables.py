@@ -1,0 +1,303 @@
+"""What the tables of results are: their rows, and their lines as the records have them. results.py writes them."""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from cifar10.recipes import RECIPES  # noqa: E402
+from distill.config.recipe import Recipe  # noqa: E402
+from distill.errors import UserError  # noqa: E402
+from distill.losses import FEATURES, METHODS  # noqa: E402
+from distill.losses.kd_loss import KD  # noqa: E402
+
+RECORDS = ROOT / "checkpoints" / "records"
+ORIGINAL = {  # accuracies of the original repository in percent: teacher, student; best epoch on the test set
+    "resnet152": (92.41, 92.12),
+    "densenet40": (92.26, 91.63),
+    "resnext29_32x8d": (92.66, 92.20),
+}
+ORIGINAL_ALONE = 90.67  # its student by cross-entropy
+TEACHERS = {"full": tuple(ORIGINAL), "short": ("airbench94", "resnet18", "densenet40")}
+LEADING = "short"  # the table of CIFAR-10 that README leads with
+# ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
+CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
+SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
+DATA = {"full": CIFAR10, "short": CIFAR10, "methods": SUBSET, "tuning": SUBSET}
+HELD_OUT = 1000  # training images that the weights of methods are chosen on
+FACTORS = (0.1, 1.0, 10.0)  # of the authors' weight: what is tried
+FREE = ("seed", "precision", "teacher_precision", "compile", "sync_bn")  # in which runs of a row may differ
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+def rows(table: str) -> dict[str, Recipe]:
+    """The recipe of each row of a table, by its name."""
+    taught = replace(RECIPES["short_student_kd"], teacher_arch="densenet40", epochs=10)
+    if table == "methods":
+        chosen = {name: best_factor(name) for name in weighed(taught, 1.0)}
+        better = {f"{name}-tuned": weighed(taught, factor)[name] for name, factor in chosen.items() if factor != 1}
+        return by_method(taught) | better
+    if table == "tuning":
+        found = {
+            f"{name}-x{factor:g}": recipe for factor in FACTORS for name, recipe in weighed(taught, factor).items()
+        }
+        return {name: replace(found[name], val_split=HELD_OUT) for name in sorted(found)}
+    teacher, student = ("teacher", "long_student") if table == "full" else ("short_teacher", "short_student")
+    found = {  # by a recipe of its own, if there is one
+        f"teacher-{arch}": RECIPES.get(f"{arch}_teacher", replace(RECIPES[teacher], arch=arch))
+        for arch in TEACHERS[table]
+    }
+    found |= {"student": RECIPES[student], "student-finetuned": RECIPES[f"{student}_finetune"]}
+    for arch in TEACHERS[table]:
+        found[f"student-kd-{arch}"] = replace(RECIPES[f"{student}_kd"], teacher_arch=arch)
+        found[f"student-kd-{arch}-finetuned"] = replace(RECIPES[f"{student}_finetune_kd"], teacher_arch=arch)
+    return found
+
+
+def by_method(taught: Recipe) -> dict[str, Recipe]:
+    """Returns the student of `taught` alone and by every method, else alike.
+
+    Their flags are the authors' for CIFAR, but for the warm-up of dkd and reviewkd: theirs takes 20 epochs of 240.
+    """
+    flags: dict[str, dict[str, Any]] = {
+        "kd": {"T": 4.0, "w": 0.9},
+        "kd-T1": {"T": 1.0, "kd_weight": 3.0},
+        "kd-standardized": {"standardize": True, "kd_weight": 9.0, "ce_weight": 0.1},
+        "dkd": {"method": "dkd", "kd_warmup": 2.0},
+        **{name: {"features": name} for name in FEATURES},
+        "reviewkd": {"features": "reviewkd", "feature_warmup": 2.0},
+        "overhaul-kd": {"overhaul": True, "T": 4.0, "w": 0.9},
+    }
+    flags |= {name: {"method": name} for name in METHODS if name not in (*flags, "none")}
+    alone = replace(taught, teacher_arch=None, method=None, features=None)
+    plain = replace(taught, method=KD(), features=None)
+    return {"ce": alone, **{name: plain.with_flags(given) for name, given in flags.items()}}
+
+
+def weighed(taught: Recipe, factor: float) -> dict[str, Recipe]:
+    """Returns the student by each method whose weight is chosen, at `factor` times the weight of its authors."""
+    found = {}
+    for name, recipe in by_method(taught).items():
+        method = recipe.method
+        if recipe.features and name in FEATURES:
+            found[name] = recipe.with_flags({"feature_weight": factor * recipe.features.feature_weight})
+        elif name == "kd":  # w and 1 - w, one by one
+            found[name] = replace(taught, method=KD(T=4.0, w=None, kd_weight=factor * 0.9, ce_weight=0.1))
+        elif name in METHODS and method is not None:
+            found[name] = recipe.with_flags({"kd_weight": factor * method.numbers["kd_weight"]})
+    return found
+
+
+def best_factor(name: str) -> float:
+    """Returns the factor on the authors' weight that is best on held-out images, 1 while not all have been tried."""
+    tried = {factor: seeds("tuning", f"{name}-x{factor:g}") for factor in FACTORS}
+    if not all(tried.values()):
+        return 1.0
+    return max(FACTORS, key=lambda factor: held_out(tried[factor]))
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+def lines() -> dict[str, list[str]]:
+    """Returns the lines of every table, as the records have them."""
+    command = "`bash scripts/reproduce.sh {}`:"
+    found = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in TEACHERS}
+    found["methods"] = [command.format("methods --data SUBSET"), "", *methods()]
+    found["tuning"] = [command.format("tuning --data SUBSET"), "", *tuning()]
+    return found | {"results": results(), "losses": losses(), "features": features()}
+
+
+def results(budget: str = LEADING) -> list[str]:
+    """Returns the lines of README's table: the student alone, and taught by each teacher that has taught it."""
+
+    def weights(trained_by: str) -> str:
+        line = rf"^\| `({arch}-\S+)` \| {re.escape(trained_by)} \| cifar10 \|"
+        found = re.search(line, published, flags=re.MULTILINE)
+        return f"[{found[1]}](checkpoints/published/{found[1]})" if found else ""
+
+    def hours(runs: Sequence[dict[str, Any]]) -> str:
+        return f"{statistics.median(run['wall_seconds'] for run in runs) / 3600:.1f}" if runs else "-"
+
+    published = (ROOT / "checkpoints" / "README.md").read_text()
+    alone = seeds(budget, "student")
+    arch, epochs = (alone[0]["arch"], alone[0]["epochs"]) if alone else ("the student", "-")
+    lines = [
+        "| trained by | accuracy | gain over CE | the teacher's accuracy | n | epochs | hours | weights |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| CE | {mean_and_deviation(alone)} | | | {len(alone)} | {epochs} | {hours(alone)} | {weights('CE')} |",
+    ]
+    for teacher in TEACHERS[budget]:
+        if taught := seeds(budget, f"student-kd-{teacher}"):
+            own = f"{taught[0]['teacher_accuracy']:.2f}"
+            cells = [mean_and_deviation(taught), difference(taught, alone), own, str(len(taught))]
+            cells += [str(taught[0]["epochs"]), hours(taught), weights(f"KD from {teacher}")]
+            lines.append(f"| KD from {teacher} | {' | '.join(cells)} |")
+    return lines
+
+
+def accuracies(budget: str) -> list[str]:
+    """The lines of the table of CIFAR-10 for one budget: each teacher, and the student alone and taught by it."""
+
+    def finetuned(name: str) -> str:
+        runs = seeds(budget, f"{name}-finetuned")
+        return f"{mean_and_deviation(runs)}, n = {len(runs)}" if runs else "-"
+
+    alone = seeds(budget, "student")
+    lines = [
+        "| teacher | accuracy (original's) | student by KD (original's) | gain over CE | gap to the teacher | "
+        "finetuned from CE | epochs: teacher, student | seconds: teacher, student | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| none: CE | | {mean_and_deviation(alone)} ({ORIGINAL_ALONE}) | | | {finetuned('student')} | "
+        f"{only(alone, 'epochs')} | {only(alone, 'wall_seconds')} | {len(alone) or '-'} |",
+    ]
+    for arch in TEACHERS[budget]:
+        teacher, taught = seeds(budget, f"teacher-{arch}"), seeds(budget, f"student-kd-{arch}")
+        theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
+        cells = [f"{mean_and_deviation(teacher)}{theirs[0]}", f"{mean_and_deviation(taught)}{theirs[1]}"]
+        cells += [difference(taught, alone), difference(teacher, taught)]
+        cells += [finetuned(f"student-kd-{arch}")]
+        cells += [f"{only(teacher, key)}, {only(taught, key)}" for key in ("epochs", "wall_seconds")]
+        lines.append(f"| {arch} | {' | '.join(cells)} | {len(taught) or '-'} |")
+    return [*lines, "", made(seeds(budget, name) for name in rows(budget))]
+
+
+def methods() -> list[str]:
+    """The lines of the table of methods: a student alone, and taught by each of them; the best first."""
+    found = {name: seeds("methods", name) for name in rows("methods")}
+    lines = [
+        "| run | trained by | with | test accuracy | gain over CE | agreement with the teacher | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in sorted(found.items(), key=lambda row: mean(row[1]) if row[1] else 0.0, reverse=True):
+        if not runs:
+            lines.append(f"| `{name}` |  |  | - | - | - | - |")
+            continue
+        used = re.search(r"  with (.*?)(;|$)", runs[0]["formula"] or "")
+        gain = "" if name == "ce" else difference(runs, found["ce"])
+        agreement = "" if name == "ce" else only(runs, "agreement", 2)
+        cells = [
+            runs[0]["trained_by"],
+            used[1] if used else "",
+            mean_and_deviation(runs),
+            gain,
+            agreement,
+            str(len(runs)),
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return [*lines, "", made(found.values())]
+
+
+def tuning() -> list[str]:
+    """Returns the lines of the table of weights: the accuracy of each method on held-out images, the best one bold."""
+    names = list(dict.fromkeys(name.rpartition("-x")[0] for name in rows("tuning")))
+    found = {name: [seeds("tuning", f"{name}-x{factor:g}") for factor in FACTORS] for name in names}
+    lines = ["| method | " + " | ".join(f"{factor:g} times" for factor in FACTORS) + " |", "|---" * 4 + "|"]
+    for name, tried in found.items():
+        accuracies = [held_out(runs) if runs else 0.0 for runs in tried]
+        cells = [f"{accuracy:.2f}" if accuracy else "-" for accuracy in accuracies]
+        best = accuracies.index(max(accuracies))
+        cells[best] = f"**{cells[best]}**" if all(tried) else cells[best]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return [*lines, "", made(runs for tried in found.values() for runs in tried)]
+
+
+def held_out(runs: Sequence[dict[str, Any]]) -> float:
+    """Returns the mean accuracy of the last epoch on the images that were held out, in percent."""
+    return statistics.fmean(run["last_epoch"]["val_accuracy"] for run in runs)
+
+
+def draw(path: Path, budget: str = LEADING) -> None:
+    """Writes README's table as a figure: the student alone, taught, and the teacher. Raises UserError."""
+    from distill.report import figures
+
+    figures.check_matplotlib()
+    points: dict[str, list[tuple[str, float, float]]] = {"student, CE": [], "student, KD": [], "teacher": []}
+    alone = seeds(budget, "student")
+    for teacher in TEACHERS[budget]:
+        if taught := seeds(budget, f"student-kd-{teacher}"):
+            for name, runs in (("student, CE", alone), ("student, KD", taught)):
+                points[name] += [(teacher, mean(runs), deviation(runs))] if runs else []
+            points["teacher"].append((teacher, taught[0]["teacher_accuracy"], 0.0))
+    lines = {figures.Line(name, place): of_line for place, (name, of_line) in enumerate(points.items())}
+    figures.write_svg(figures.gains(lines, "EfficientNet-B0 on CIFAR-10, alone and taught"), path)
+
+
+def losses() -> list[str]:
+    """Returns the lines of the table of methods on logits."""
+    lines = ["| method | its term of the loss | flags (on photos) | source |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        if method.formula:
+            term = method.formula.replace("|", "\\|") + (f"; {method.note}" if method.note else "")
+            lines.append(f"| {linked(name, method)} | {term} | {method.flags()} | {method.source} |")
+    return lines
+
+
+def features() -> list[str]:
+    """Returns the lines of the table of methods on features."""
+    lines = ["| features | their term of the loss | learned beside the student | flags (on photos) | source |"]
+    lines.append("|---|---|---|---|---|")
+    for name, method in FEATURES.items():
+        cells = [linked(name, method), method.formula.replace("|", "\\|"), method.learns or "nothing"]
+        lines.append(f"| {' | '.join([*cells, method.flags(), method.source])} |")
+    return lines
+
+
+def linked(name: str, method: type) -> str:
+    """Returns the name of a method as a link from the page of distill to its file."""
+    return f"[`{name}`]({'/'.join(method.__module__.split('.')[1:])}.py)"
+
+
+def made(rows_of_runs: Iterable[Sequence[dict[str, Any]]]) -> str:
+    """What the runs of a table were made on, and by which commits."""
+    runs = [run for row_of_runs in rows_of_runs for run in row_of_runs]
+    devices = sorted({run["device"] for run in runs})
+    commits = sorted({re.sub(r"(?<=^\w{7})\w*", "", str(run["commit"])) for run in runs})
+    return f"Measured on: {'; '.join(devices)}; commits {', '.join(commits)}." if runs else "Measured on: nothing yet."
+
+
+def seeds(budget: str, name: str) -> list[dict[str, Any]]:
+    """The records of a row, one for each seed."""
+    paths = (RECORDS / budget).glob(f"{name}-seed*.json")
+    return [load(path) for path in sorted(paths) if re.fullmatch(rf"{name}-seed\d+", path.stem)]
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        for key in ("test_accuracy", "epochs", "wall_seconds", "device", "commit"):
+            found[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no record of a run ({error!r})") from None
+    return found
+
+
+def mean(runs: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(run["test_accuracy"] for run in runs)
+
+
+def deviation(runs: Sequence[dict[str, Any]]) -> float:
+    """The standard deviation of one run, 0 where there are no two."""
+    return statistics.stdev(run["test_accuracy"] for run in runs) if len(runs) > 1 else 0.0
+
+
+def mean_and_deviation(runs: Sequence[dict[str, Any]]) -> str:
+    """`92.12`, of several `92.12 +- 0.10` (the deviation of one), of none `-`."""
+    if not runs:
+        return "-"
+    spread = f" +- {deviation(runs):.2f}" if len(runs) > 1 else ""
+    return f"{mean(runs):.2f}{spread}"
+
+
+def difference(high: Sequence[dict[str, Any]], low: Sequence[dict[str, Any]]) -> str:
+    return f"{mean(high) - mean(low):+.2f}" if high and low else "-"
+
+
+def only(runs: Sequence[dict[str, Any]], key: str, places: int = 0) -> str:
+    """The median of a figure."""
+    return f"{statistics.median(run[key] for run in runs):.{places}f}" if runs else "-"
