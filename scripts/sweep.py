@@ -53,12 +53,21 @@ def main(argv: Sequence[str]) -> None:
     for (T, w), each in zip(pairs, recipes, strict=True):
         print(f"== T {T:g}, w {w:g}")
         rows.append((T, w, train(each, options) or {}))
-    print("\n| T | w | test accuracy | agreement with the teacher | seconds |")
-    print("|---|---|---|---|---|")
-    for T, w, summary in rows:
+    held_out = [(summary.get("best_epoch") or {}).get("val_accuracy") for _, _, summary in rows]
+    columns = ("T", "w", *(("held-out accuracy",) if recipe.val_split else ()), "test accuracy")
+    print("\n| " + " | ".join((*columns, "agreement with the teacher", "seconds")) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    for (T, w, summary), accuracy in zip(rows, held_out, strict=True):
+        cells = [f"{T:g}", f"{w:g}", *([f"{accuracy:.2f} %"] if recipe.val_split else [])]
+        cells += [
+            f"{summary['test_accuracy']:.2f} %",
+            f"{summary['agreement']:.2f} %",
+            f"{summary['wall_seconds']:.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+    if not recipe.val_split:
         print(
-            f"| {T:g} | {w:g} | {summary['test_accuracy']:.2f} % | {summary['agreement']:.2f} % "
-            f"| {summary['wall_seconds']:.0f} |"
+            "\nto choose among them, hold out training images: --val-split N; the test images are for the choice made"
         )
     print(f"\n{len(rows)} runs, {time.perf_counter() - start:.0f} s in this call")
 

@@ -136,8 +136,14 @@ def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "40 views computed" in said
     assert "0 views computed" in said
     assert len(re.findall(r"^\| [14] \| 0.5 \| [\d.]+ % \| [\d.]+ % \| \d+ \|$", said, flags=re.MULTILINE)) == 2
+    assert "to choose among them, hold out training images" in said
     sweep.main([*flags, *more])
     assert capsys.readouterr().out.count("finished before") == 2
+    sweep.main([*flags, *more, "--T-list", "2", "--val-split", "8"])
+    said = capsys.readouterr().out
+    assert "| T | w | held-out accuracy | test accuracy |" in said
+    assert re.search(r"^\| 2 \| 0.5 \| [\d.]+ % \| [\d.]+ % \| [\d.]+ % \| \d+ \|$", said, flags=re.MULTILINE)
+    assert "to choose" not in said
 
 
 @pytest.mark.parametrize(
