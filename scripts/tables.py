@@ -127,18 +127,17 @@ def results(budget: str = LEADING) -> list[str]:
     published = (ROOT / "checkpoints" / "README.md").read_text()
     alone = seeds(budget, "student")
     arch, epochs = (alone[0]["arch"], alone[0]["epochs"]) if alone else ("the student", "-")
-    lines = [
-        "| trained by | accuracy | gain over CE | the teacher's accuracy | n | epochs | hours | weights |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| CE | {mean_and_deviation(alone)} | | | {len(alone)} | {epochs} | {hours(alone)} | {weights('CE')} |",
-    ]
+    head = ["trained by", "accuracy", "gain over CE", "the teacher's accuracy", "n", "epochs", "hours", "weights"]
+    found = [["CE", mean_and_deviation(alone), "", "", f"{len(alone)}", f"{epochs}", hours(alone), weights("CE")]]
     for teacher in TEACHERS[budget]:
         if taught := seeds(budget, f"student-kd-{teacher}"):
             own = f"{taught[0]['teacher_accuracy']:.2f}"
-            cells = [mean_and_deviation(taught), difference(taught, alone), own, str(len(taught))]
-            cells += [str(taught[0]["epochs"]), hours(taught), weights(f"KD from {teacher}")]
-            lines.append(f"| KD from {teacher} | {' | '.join(cells)} |")
-    return lines
+            cells = [mean_and_deviation(taught), difference(taught, alone), own, f"{len(taught)}"]
+            cells += [f"{taught[0]['epochs']}", hours(taught), weights(f"KD from {teacher}")]
+            found.append([f"KD from {teacher}", *cells])
+    if not any(cells[-1] for cells in found):  # no weights of these runs are published
+        head, found = head[:-1], [cells[:-1] for cells in found]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *found)]
 
 
 def accuracies(budget: str) -> list[str]:

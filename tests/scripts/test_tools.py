@@ -322,7 +322,7 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     assert taught in text
     assert (text.startswith("before\n"), text.endswith("\nafter\n"), "old" in text) == (True, True, False)
     front = (tmp_path / "README.md").read_text()
-    assert "| CE | 90.50 +- 0.71 | | | 2 | 20 | 0.0 |  |" in front
+    assert "| CE | 90.50 +- 0.71 |  |  | 2 | 20 | 0.0 |  |" in front
     assert (
         "| +2.00 | 95.00 | 3 | 20 | 0.0 | [efficientnet_b0-kd.pt](checkpoints/published/efficientnet_b0-kd.pt) |"
         in front
