@@ -254,7 +254,8 @@ def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path,
 
 def announce_training(recipe: Recipe, student: str, data: ImageData, device: torch.device) -> None:
     """Prints that the teacher is trained first, how long that may take here, and what would be cheaper."""
-    times = {arch: training_seconds(replace(recipe, arch=arch), data, device) for arch in {recipe.arch, *CHEAP}}
+    others = {arch: replace(recipe, arch=arch, image_size=None, weights=None) for arch in CHEAP}
+    times = {each.arch: training_seconds(each, data, device) for each in (others | {recipe.arch: recipe}).values()}
     cheap = min(CHEAP, key=times.__getitem__)
     advice = "fewer --epochs"
     if times[cheap] < 0.7 * times[recipe.arch]:
@@ -270,7 +271,7 @@ def announce_training(recipe: Recipe, student: str, data: ImageData, device: tor
 def training_seconds(recipe: Recipe, data: ImageData, device: torch.device) -> float:
     """Returns about how long all epochs of a recipe take here, without a teacher: some images are tried."""
     with torch.random.fork_rng(devices=[]):
-        network = models.find(recipe.arch)
+        network = models.find(recipe.arch, recipe.image_size, theirs(recipe.weights))
         built = network.build(len(data.classes))
     classifier = Classifier(built, network.spec, choose_precision(recipe.precision, device)).to(device)
     count = 32 if device.type == "cpu" else 512  # a GPU has to be filled

@@ -89,7 +89,9 @@ def main(argv: Sequence[str]) -> None:
     rows = chosen(options)
     missing = sorted({PEERS[row] for row in rows if row in PEERS and importlib.util.find_spec(PEERS[row]) is None})
     if missing:
-        raise UserError(f"--peers needs {', '.join(missing)}: pip install {' '.join(missing)}, or '.[peers]' for both")
+        raise UserError(
+            f"the rows of peers need {', '.join(missing)}: pip install {' '.join(missing)}, or '.[peers]' for both"
+        )
     print(f"{options.teacher_arch} -> {options.arch}, batch {options.batch_size}, {describe_device(device)}")
     seconds, memory, profile = measure(rows, options)
     found = summarise(seconds, memory, options.batch_size)
@@ -105,6 +107,8 @@ def chosen(options: Benchmark) -> tuple[str, ...]:
         asked = ((options.contiguous, ("ce_contiguous",)), (options.peers, PEERS), (options.methods, METHODS))
         return (*ROWS, *(row for wanted, more in asked if wanted for row in more))
     every = (*ROWS, "ce_contiguous", *PEERS, *METHODS)
+    if options.contiguous or options.peers or options.methods:
+        raise UserError("--only names all rows: leave out --contiguous, --peers and --methods")
     names = options.only.split(",")
     if wrong := [name for name in names if name not in every]:
         raise UserError(f"--only must be of {', '.join(every)}, got {wrong[0]!r}")
@@ -267,7 +271,7 @@ def summarise(
     """Of each row: seconds a step and images_per_second (median), to_original and to_ce (how many times faster, median
     of the rounds' ratios, and their range), with --peers to_fastest_peer (the one of the smallest median), peak_memory
     in bytes; with --only no ratio to a row that is not measured."""
-    compared: dict[str, str] = {row: row for row in ("original", "ce") if row in seconds}
+    compared = {"original": "original", "ce": "ce"} if "original" in seconds else {"ce": "ce"}
     fastest = fastest_peer({row: statistics.median(times) for row, times in seconds.items()})
     if fastest:
         compared["fastest_peer"] = fastest

@@ -31,7 +31,7 @@ from distill.options import flag, option  # noqa: E402
 from scripts import results, tables  # noqa: E402
 
 ELSEWHERE = ("output", "fresh", "extend", "resume", "evaluate", "show_features")  # they are for one run
-FIXED = ("arch", "teacher_arch", "init", "recipe")  # by the table of CIFAR-10
+FIXED = {"cifar10": ("arch", "teacher_arch", "init", "recipe"), "tuning": ("recipe",)}  # by the table
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def main(argv: Sequence[str]) -> None:
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
         planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
     recorded = False
-    start(planned[0].options.device)  # from here on one of several processes prints
-    announce(planned)
+    announce(planned, start(planned[0].options.device))  # from here on one of several processes prints
     for run in planned:
         print(f"== {run.name}")
         (train_kd if run.recipe.teacher_arch else train_ce).train(run.recipe, run.options)
@@ -97,30 +96,36 @@ def main(argv: Sequence[str]) -> None:
     leave()
 
 
-def announce(planned: Sequence[Run]) -> None:
-    """Prints how long each run still takes here, about: its own steps alone, as if the teacher's logits were stored."""
+def announce(planned: Sequence[Run], device: Any) -> None:
+    """Prints how long each run still takes here, about, without the teacher's forward passes, and all together."""
     from cifar10.data import load_data
     from cifar10.task import training_seconds
     from distill.config.output import format_duration
-    from distill.parallel.devices import devices
-    from distill.run.directory import RunDirectory
+    from distill.parallel.processes import on_main, world_size
 
-    left = {
-        run.name: run.recipe.epochs - len(RunDirectory(Path(run.options.output or "")).records()) for run in planned
-    }
-    if not any(epochs > 0 for epochs in left.values()):
+    left = on_main(epochs_left)(planned)  # one answer for all processes
+    if not any(left):
         return
-    data, device = load_data(planned[0].options.data), devices(planned[0].options.device)[0]
+    options = planned[0].options
+    data = load_data(options.data, workers=options.workers, skip_bad_images=options.skip_bad_images)
     seconds: dict[str, float] = {}
     total = 0.0
-    for run in planned:
-        an_epoch = replace(run.recipe, epochs=1)
-        if run.recipe.arch not in seconds:
-            seconds[run.recipe.arch] = training_seconds(an_epoch, data, device)
-        own = max(left[run.name], 0) * seconds[run.recipe.arch]
+    for run, epochs in zip(planned, left, strict=True):
+        arch = run.recipe.arch
+        if epochs and arch not in seconds:
+            seconds[arch] = training_seconds(replace(run.recipe, epochs=1), data, device) / world_size()
+        own = epochs * seconds.get(arch, 0.0)
         total += own
-        print(f"{run.name}: epochs left {max(left[run.name], 0)}, about {format_duration(own)}")
-    print(f"together about {format_duration(total)}")
+        print(f"{run.name}: epochs left {epochs}, about {format_duration(own)}")
+    print(f"together about {format_duration(total)}, without the teachers' forward passes")
+
+
+def epochs_left(planned: Sequence[Run]) -> list[int]:
+    """Returns how many epochs each run has still to train."""
+    from distill.run.directory import RunDirectory
+
+    done = [len(RunDirectory(Path(run.options.output or "")).records()) for run in planned]
+    return [max(run.recipe.epochs - count, 0) for run, count in zip(planned, done, strict=True)]
 
 
 def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
@@ -130,7 +135,7 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     from distill.teacher.ensemble import member_files
 
     usual = Options()
-    for name in ELSEWHERE + (FIXED if options.table == "cifar10" else ()):
+    for name in (*ELSEWHERE, *FIXED.get(options.table, ())):
         if name in given or getattr(options, name, None) != getattr(usual, name, None):
             raise UserError(f"{flag(name)} is for one run, not for this table")
     if "seed" in given:

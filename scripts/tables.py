@@ -3,21 +3,18 @@
 import json
 import re
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cifar10.recipes import RECIPES
+from distill.config.recipe import Recipe
+from distill.errors import UserError
+from distill.losses import FEATURES, METHODS
+from distill.losses.kd_loss import KD
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
-
-from cifar10.recipes import RECIPES  # noqa: E402
-from distill.config.recipe import Recipe  # noqa: E402
-from distill.errors import UserError  # noqa: E402
-from distill.losses import FEATURES, METHODS  # noqa: E402
-from distill.losses.kd_loss import KD  # noqa: E402
-
 RECORDS = ROOT / "checkpoints" / "records"
 ORIGINAL = {  # accuracies of the original repository in percent: teacher, student; best epoch on the test set
     "resnet152": (92.41, 92.12),
@@ -32,7 +29,7 @@ CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
 SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
 DATA = {"full": CIFAR10, "short": CIFAR10, "methods": SUBSET, "tuning": SUBSET}
 HELD_OUT = 1000  # training images that the weights of methods are chosen on
-FACTORS = (0.1, 1.0, 10.0)  # of the authors' weight: what is tried
+FACTORS = (0.1, 1.0, 10.0)  # of the weight in the table of methods: what is tried
 FREE = ("seed", "precision", "teacher_precision", "compile", "sync_bn")  # in which runs of a row may differ
 
 
@@ -42,7 +39,9 @@ def rows(table: str) -> dict[str, Recipe]:
     taught = replace(RECIPES["short_student_kd"], teacher_arch="densenet40", epochs=10)
     if table == "methods":
         chosen = {name: best_factor(name) for name in weighed(taught, 1.0)}
-        better = {f"{name}-tuned": weighed(taught, factor)[name] for name, factor in chosen.items() if factor != 1}
+        better = {
+            f"{name}-x{factor:g}": weighed(taught, factor)[name] for name, factor in chosen.items() if factor != 1
+        }
         return by_method(taught) | better
     if table == "tuning":
         found = {
@@ -64,7 +63,8 @@ def rows(table: str) -> dict[str, Recipe]:
 def by_method(taught: Recipe) -> dict[str, Recipe]:
     """Returns the student of `taught` alone and by every method, else alike.
 
-    Their flags are the authors' for CIFAR, but for the warm-up of dkd and reviewkd: theirs takes 20 epochs of 240.
+    Their flags are the authors' for CIFAR, but for the warm-up of dkd and reviewkd, which takes 20 of their 240 epochs,
+    and for kd, kd-T1 and overhaul-kd, whose T and weights are ours.
     """
     flags: dict[str, dict[str, Any]] = {
         "kd": {"T": 4.0, "w": 0.9},
@@ -82,7 +82,7 @@ def by_method(taught: Recipe) -> dict[str, Recipe]:
 
 
 def weighed(taught: Recipe, factor: float) -> dict[str, Recipe]:
-    """Returns the student by each method whose weight is chosen, at `factor` times the weight of its authors."""
+    """Returns the student by each method whose weight is chosen, at `factor` times the weight that `by_method` has."""
     found = {}
     for name, recipe in by_method(taught).items():
         method = recipe.method
@@ -96,11 +96,11 @@ def weighed(taught: Recipe, factor: float) -> dict[str, Recipe]:
 
 
 def best_factor(name: str) -> float:
-    """Returns the factor on the authors' weight that is best on held-out images, 1 while not all have been tried."""
+    """Returns the factor that is best on held-out images; 1 where it is as good, or not all have the same seeds."""
     tried = {factor: seeds("tuning", f"{name}-x{factor:g}") for factor in FACTORS}
-    if not all(tried.values()):
+    if not all(tried.values()) or len({len(runs) for runs in tried.values()}) > 1:
         return 1.0
-    return max(FACTORS, key=lambda factor: held_out(tried[factor]))
+    return max(FACTORS, key=lambda factor: (held_out(tried[factor]), factor == 1))
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
@@ -117,7 +117,7 @@ def results(budget: str = LEADING) -> list[str]:
     """Returns the lines of README's table: the student alone, and taught by each teacher that has taught it."""
 
     def weights(trained_by: str) -> str:
-        line = rf"^\| `({arch}-\S+)` \| {re.escape(trained_by)} \| cifar10 \|"
+        line = rf"^\| `({arch}-\S+)` \| {re.escape(trained_by)} \| cifar10 \| [\d.]+ % \| {epochs} \|"
         found = re.search(line, published, flags=re.MULTILINE)
         return f"[{found[1]}](checkpoints/published/{found[1]})" if found else ""
 
@@ -196,19 +196,25 @@ def tuning() -> list[str]:
     """Returns the lines of the table of weights: the accuracy of each method on held-out images, the best one bold."""
     names = list(dict.fromkeys(name.rpartition("-x")[0] for name in rows("tuning")))
     found = {name: [seeds("tuning", f"{name}-x{factor:g}") for factor in FACTORS] for name in names}
-    lines = ["| method | " + " | ".join(f"{factor:g} times" for factor in FACTORS) + " |", "|---" * 4 + "|"]
+    lines = [
+        "| method | " + " | ".join(f"{factor:g} times" for factor in FACTORS) + " |",
+        "|---" * (1 + len(FACTORS)) + "|",
+    ]
     for name, tried in found.items():
         accuracies = [held_out(runs) if runs else 0.0 for runs in tried]
         cells = [f"{accuracy:.2f}" if accuracy else "-" for accuracy in accuracies]
-        best = accuracies.index(max(accuracies))
+        best = FACTORS.index(best_factor(name))
         cells[best] = f"**{cells[best]}**" if all(tried) else cells[best]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return [*lines, "", made(runs for tried in found.values() for runs in tried)]
 
 
 def held_out(runs: Sequence[dict[str, Any]]) -> float:
-    """Returns the mean accuracy of the last epoch on the images that were held out, in percent."""
-    return statistics.fmean(run["last_epoch"]["val_accuracy"] for run in runs)
+    """Returns the mean accuracy of the last epoch on held-out images, in percent. Raises UserError."""
+    try:
+        return statistics.fmean(run["last_epoch"]["val_accuracy"] for run in runs)
+    except (KeyError, TypeError):
+        raise UserError(f"a record in {RECORDS / 'tuning'} has no accuracy on held-out images") from None
 
 
 def draw(path: Path, budget: str = LEADING) -> None:
@@ -223,8 +229,11 @@ def draw(path: Path, budget: str = LEADING) -> None:
             for name, runs in (("student, CE", alone), ("student, KD", taught)):
                 points[name] += [(teacher, mean(runs), deviation(runs))] if runs else []
             points["teacher"].append((teacher, taught[0]["teacher_accuracy"], 0.0))
+    if not points["teacher"]:
+        raise UserError(f"no student of the table {budget} has been taught: there is nothing to draw")
     lines = {figures.Line(name, place): of_line for place, (name, of_line) in enumerate(points.items())}
-    figures.write_svg(figures.gains(lines, "EfficientNet-B0 on CIFAR-10, alone and taught"), path)
+    arch = RECIPES["student"].arch
+    figures.write_svg(figures.accuracies(lines, f"{arch} on CIFAR-10, alone and taught"), path)
 
 
 def losses() -> list[str]:

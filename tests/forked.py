@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -32,9 +33,14 @@ class Command:
         self.ask("poll")
         return self.returncode
 
-    def wait(self) -> str:
-        """Wait for its end. Returns what it wrote to stderr."""
-        self.ask("wait")
+    def wait(self, seconds: float = 120) -> str:
+        """Wait for its end, no longer than `seconds`. Returns what it wrote to stderr."""
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.send_signal(signal.SIGKILL)
+                raise TimeoutError(f"a command has not ended in {seconds:g} s")
+            time.sleep(0.01)
         return self._errors.read_text()
 
     def send_signal(self, number: int) -> None:
@@ -49,7 +55,7 @@ class Command:
 
 
 class Server:
-    """Loads what the commands for small images want, then forks."""
+    """A process that has loaded torch, and forks a command when it is asked to."""
 
     def __init__(self) -> None:
         words = [sys.executable, __file__]
@@ -86,7 +92,9 @@ def fork(words: list[str], errors: str) -> int:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()

@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
         return
     npz, photos, directory = argv[1], argv[2], Path(argv[3])
     for case in ("gradient", "overhaul", "features", "photos"):
-        torch.manual_seed(0)  # as at the start of a process: each case is of itself alone
+        torch.manual_seed(0)  # so that no case depends on the one before: each case is of itself alone
         place = directory / case
         place.mkdir(parents=True, exist_ok=True)
         if case == "features":

@@ -166,7 +166,7 @@ def confidences(found: Mapping[Line, Calibration]) -> "Figure":
     return _figure("how confident the answers are", draw, height=3.2)
 
 
-def gains(points: Mapping[Line, Sequence[tuple[str, float, float]]], title: str) -> "Figure":
+def accuracies(points: Mapping[Line, Sequence[tuple[str, float, float]]], title: str) -> "Figure":
     """Returns accuracies as dots on one axis in percent, a row for each name.
 
     points: of each line (row, accuracy, deviation over seeds); rows come in the order of their first point.
@@ -176,10 +176,10 @@ def gains(points: Mapping[Line, Sequence[tuple[str, float, float]]], title: str)
     def draw(axes: "Axes") -> None:
         for line, of_line in points.items():
             places = [rows.index(row) for row, _, _ in of_line]
-            accuracies, deviations = [value for _, value, _ in of_line], [spread for _, _, spread in of_line]
+            values, deviations = [value for _, value, _ in of_line], [spread for _, _, spread in of_line]
             marks: dict[str, Any] = {"fmt": "osD^"[line.place % 4], "markersize": 5, "capsize": 2}
-            axes.errorbar(accuracies, places, xerr=deviations, color=line.colour, label=line.name, **marks)
-            for place, accuracy in zip(places, accuracies, strict=True):
+            axes.errorbar(values, places, xerr=deviations, color=line.colour, label=line.name, **marks)
+            for place, accuracy in zip(places, values, strict=True):
                 above = (0, 5)  # points over the mark
                 axes.annotate(f"{accuracy:.2f}", (accuracy, place), above, textcoords="offset points", ha="center")
         axes.set_yticks(range(len(rows)), rows)

@@ -221,6 +221,12 @@ def test_a_cheaper_pair_is_suggested(
     assert advice in capsys.readouterr().out
 
 
+def test_training_seconds(small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "seconds_per_image", lambda *_: 0.5)
+    recipe = replace(CE, arch="densenet_cifar", epochs=3)
+    assert task.training_seconds(recipe, load_data(str(small_npz)), torch.device("cpu")) == 3 * 40 * 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_a_teacher_of_another_recipe_is_told(small_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
