@@ -1,5 +1,6 @@
 """The scripts beside training: filling and keeping stores, a sweep, the benchmark."""
 
+import copy
 import hashlib
 import io
 import json
@@ -208,6 +209,25 @@ def test_some_rows_of_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 def network_of_a_test() -> nn.Module:
     convolution = nn.Conv2d(3, 4, 3, 2, bias=False)  # BatchNorm takes a bias away again: it would not learn
     return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize("row", ["torchdistill", "timm"])
+def test_a_step_of_a_library_is_ours(row: str) -> None:
+    """From the same weights, on 8 equal images so that their order plays no part, the same student comes out."""
+    pytest.importorskip(benchmark.PEERS[row])
+    from scripts import benchmark_peers
+
+    torch.manual_seed(0)
+    student, teacher, image = network_of_a_test(), network_of_a_test().eval(), torch.randn(3, 32, 32)
+    images = [(image, 3)] * 8
+    learned = []
+    for name in ("original_eval", row):
+        own = copy.deepcopy(student)
+        steps = benchmark_peers.LOOPS[name](own, copy.deepcopy(teacher), images, 8, torch.device("cpu"))
+        next(steps)
+        learned.append(torch.cat([parameter.detach().flatten() for parameter in own.parameters()]))
+    assert not torch.equal(learned[0], torch.cat([parameter.flatten() for parameter in student.parameters()]))
+    assert (learned[0] - learned[1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("row", ["original", "original_eval", "usual", *benchmark.PEERS])
