@@ -251,11 +251,12 @@ def test_a_step_of_other_programs(row: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_benchmark_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.PEERS, "timm", "timm_that_is_absent")
+    for row in benchmark.PEERS:
+        monkeypatch.setitem(benchmark.PEERS, row, "peer_that_is_absent")
     for wrong, message in (
         (["--arch", "vgg"], "unknown architecture"),
         (["--json", "/nowhere/x"], "no such directory"),
-        (["--peers"], "the rows of peers need timm_that_is_absent: pip install timm_that_is_absent"),
+        (["--peers"], "the rows of peers need peer_that_is_absent: pip install peer_that_is_absent"),
         (["--json", "x" * 300], "no such directory"),
     ):
         with pytest.raises(UserError, match=message):
