@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import Field, field, fields
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from distill.errors import UserError
@@ -36,9 +37,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_hints = cache(get_type_hints)  # evaluates every annotation of a class: each check would take a millisecond
+
+
 def value_type(owner: type, name: str) -> type:
     """Returns the type of a field's values: `int` for `int` and for `int | None`."""
-    hint = get_type_hints(owner)[name]
+    hint = _hints(owner)[name]
     kind: type = next((a for a in get_args(hint) if a is not type(None)), hint)
     return kind
 
@@ -70,7 +74,7 @@ def validate(settings: Any) -> None:
 def check(owner: type, option_field: "Field[Any]", value: Any) -> None:
     """Raises UserError `--flag must be ..., got ...` unless `value` is allowed for the field."""
     kind = value_type(owner, option_field.name)
-    if value is None and type(None) in get_args(get_type_hints(owner)[option_field.name]):
+    if value is None and type(None) in get_args(_hints(owner)[option_field.name]):
         return
     fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if isinstance(value, bool) and kind is not bool:

@@ -1,7 +1,7 @@
 """Train what a table of results lacks, and write the table into cifar10/README.md.
 
     bash scripts/reproduce.sh cifar10                                        the table of results: for a GPU
-    bash scripts/reproduce.sh cifar10 --budget short --only student          a row of what 2 CPU cores train in hours
+    bash scripts/reproduce.sh cifar10 --budget cpu --only student            a row of what 2 CPU cores train in hours
     bash scripts/reproduce.sh tuning --data SUBSET                           weights of methods, on held-out images
     bash scripts/reproduce.sh methods --teacher-arch resnet18 --data ~/pets  every method with one budget, on your data
 
@@ -40,11 +40,14 @@ class Reproduce(Options):
 
     table: str = option("cifar10", "the table", group="table", choices=("cifar10", "methods", "tuning"))
     budget: str = option(
-        "full", "of cifar10: full is for a GPU, short for 2 CPU cores", group="table", choices=("full", "short")
+        "full",
+        "of cifar10: full is for a GPU; cpu for 2 CPU cores, 2 to 6 hours a run; short for them, an hour or two a run",
+        group="table",
+        choices=tuple(tables.TEACHERS),
     )
     seeds: int | None = option(
         None,
-        "students have the seeds 0 to N - 1, teachers 0 (default: 3; short, methods, tuning: 1)",
+        "students have the seeds 0 to N - 1, teachers 0 (default: 3 of full and cpu, else 1)",
         group="table",
         least=1,
     )
@@ -167,7 +170,7 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
             where["init"] = str(directory / f"student-seed{seed}" / "last.pt")
         return Run(f"{name}-seed{seed}", ours.with_flags({**mine, "seed": seed}), replace(options, **where))
 
-    count = options.seeds or (3 if table == "full" else 1)
+    count = options.seeds or (3 if table in ("full", "cpu") else 1)
     teachers = [name for name in only if name.startswith("teacher-")]
     students = [name for name in only if name not in teachers]
     runs = [run(name, 0) for name in teachers] + [run(name, seed) for seed in range(count) for name in students]
@@ -190,8 +193,8 @@ def _wanted(only: str | None, rows: dict[str, Recipe], teachers: bool) -> list[s
         if name not in rows:
             raise UserError(f"--only must be of {', '.join(rows)}, got {name!r}")
     for name in list(names):
-        if name.startswith("student-kd-") and teachers:
-            names.append(f"teacher-{rows[name].teacher_arch}")
+        if teachers and (teacher := f"teacher-{rows[name].teacher_arch}") in rows:
+            names.append(teacher)
         if name.endswith("-finetuned"):
             names.append("student")
     return [name for name in rows if name in names]

@@ -22,12 +22,28 @@ ORIGINAL = {  # accuracies of the original repository in percent: teacher, stude
     "resnext29_32x8d": (92.66, 92.20),
 }
 ORIGINAL_ALONE = 90.67  # its student by cross-entropy
-TEACHERS = {"full": tuple(ORIGINAL), "short": ("airbench94", "resnet18", "densenet40")}
-LEADING = "short"  # the table of CIFAR-10 that README leads with
+_ON_CPU = RECIPES["short_teacher"]
+TEACHERS = {  # of each budget of CIFAR-10, with their recipes
+    "full": {arch: replace(RECIPES["teacher"], arch=arch) for arch in ORIGINAL},
+    "cpu": {
+        "airbench94": RECIPES["airbench94_teacher"],
+        "efficientnet-lite0": RECIPES["pretrained_teacher"],
+        "densenet40": replace(_ON_CPU, arch="densenet40", epochs=40),
+        "resnet152": replace(_ON_CPU, arch="resnet152"),
+        "resnext29_32x8d": replace(_ON_CPU, arch="resnext29_32x8d"),
+    },
+    "short": {
+        "airbench94": RECIPES["airbench94_teacher"],
+        **{arch: replace(_ON_CPU, arch=arch) for arch in ("resnet18", "densenet40")},
+    },
+}
+STUDENTS = {"full": "long_student", "cpu": "cpu_student", "short": "short_student"}  # recipes: NAME, NAME_kd, ...
+LONGER = {"cpu": 150}  # epochs of a second student, alone and taught by the first of the teachers
+LEADING = "short"  # the budget that README leads with
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
 SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
-DATA = {"full": CIFAR10, "short": CIFAR10, "methods": SUBSET, "tuning": SUBSET}
+DATA = {**dict.fromkeys(TEACHERS, CIFAR10), "methods": SUBSET, "tuning": SUBSET}
 HELD_OUT = 1000  # training images that the weights of methods are chosen on
 FACTORS = (0.1, 1.0, 10.0)  # of the weight in the table of methods: what is tried
 FREE = ("seed", "precision", "teacher_precision", "compile", "sync_bn")  # in which runs of a row may differ
@@ -48,16 +64,20 @@ def rows(table: str) -> dict[str, Recipe]:
             f"{name}-x{factor:g}": recipe for factor in FACTORS for name, recipe in weighed(taught, factor).items()
         }
         return {name: replace(found[name], val_split=HELD_OUT) for name in sorted(found)}
-    teacher, student = ("teacher", "long_student") if table == "full" else ("short_teacher", "short_student")
-    found = {  # by a recipe of its own, if there is one
-        f"teacher-{arch}": RECIPES.get(f"{arch}_teacher", replace(RECIPES[teacher], arch=arch))
-        for arch in TEACHERS[table]
-    }
+    student = STUDENTS[table]
+    found = {f"teacher-{arch}": recipe for arch, recipe in TEACHERS[table].items()}
     found |= {"student": RECIPES[student], "student-finetuned": RECIPES[f"{student}_finetune"]}
     for arch in TEACHERS[table]:
         found[f"student-kd-{arch}"] = replace(RECIPES[f"{student}_kd"], teacher_arch=arch)
         found[f"student-kd-{arch}-finetuned"] = replace(RECIPES[f"{student}_finetune_kd"], teacher_arch=arch)
+    for name in ("student", f"student-kd-{next(iter(TEACHERS[table]))}") if table in LONGER else ():
+        found[longer(table, name)] = replace(found[name], epochs=LONGER[table])
     return found
+
+
+def longer(budget: str, name: str) -> str:
+    """Returns the name of the row of a student that trains longer: student-150-kd-resnet18 of student-kd-resnet18."""
+    return name.replace("student", f"student-{LONGER[budget]}", 1)
 
 
 def by_method(taught: Recipe) -> dict[str, Recipe]:
@@ -125,19 +145,32 @@ def results(budget: str = LEADING) -> list[str]:
         return f"{statistics.median(run['wall_seconds'] for run in runs) / 3600:.1f}" if runs else "-"
 
     published = (ROOT / "checkpoints" / "README.md").read_text()
-    alone = seeds(budget, "student")
-    arch, epochs = (alone[0]["arch"], alone[0]["epochs"]) if alone else ("the student", "-")
     head = ["trained by", "accuracy", "gain over CE", "the teacher's accuracy", "n", "epochs", "hours", "weights"]
-    found = [["CE", mean_and_deviation(alone), "", "", f"{len(alone)}", f"{epochs}", hours(alone), weights("CE")]]
-    for teacher in TEACHERS[budget]:
-        if taught := seeds(budget, f"student-kd-{teacher}"):
-            own = f"{taught[0]['teacher_accuracy']:.2f}"
-            cells = [mean_and_deviation(taught), difference(taught, alone), own, f"{len(taught)}"]
-            cells += [f"{taught[0]['epochs']}", hours(taught), weights(f"KD from {teacher}")]
-            found.append([f"KD from {teacher}", *cells])
+    found = []
+    for name, taught_by in students(budget).items():
+        alone = seeds(budget, name)
+        arch, epochs = (alone[0]["arch"], alone[0]["epochs"]) if alone else ("the student", "-")
+        if alone or name == "student":
+            cells = ["CE", mean_and_deviation(alone), "", "", f"{len(alone)}", f"{epochs}", hours(alone), weights("CE")]
+            found.append(cells)
+        for teacher, row in taught_by.items():
+            if taught := seeds(budget, row):
+                epochs, own = taught[0]["epochs"], f"{taught[0]['teacher_accuracy']:.2f}"
+                cells = [mean_and_deviation(taught), difference(taught, alone), own, f"{len(taught)}"]
+                cells += [f"{epochs}", hours(taught), weights(f"KD from {teacher}")]
+                found.append([f"KD from {teacher}", *cells])
     if not any(cells[-1] for cells in found):  # no weights of these runs are published
         head, found = head[:-1], [cells[:-1] for cells in found]
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *found)]
+
+
+def students(budget: str) -> dict[str, dict[str, str]]:
+    """Returns by the row of each student alone those of the same student taught, by their teachers' architectures."""
+    found = {"student": {arch: f"student-kd-{arch}" for arch in TEACHERS[budget]}}
+    if budget in LONGER:
+        first = next(iter(TEACHERS[budget]))
+        found[longer(budget, "student")] = {first: longer(budget, f"student-kd-{first}")}
+    return found
 
 
 def accuracies(budget: str) -> list[str]:
@@ -147,23 +180,29 @@ def accuracies(budget: str) -> list[str]:
         runs = seeds(budget, f"{name}-finetuned")
         return f"{mean_and_deviation(runs)}, n = {len(runs)}" if runs else "-"
 
-    alone = seeds(budget, "student")
+    def epochs(name: str, runs: Sequence[dict[str, Any]]) -> str:
+        return only(runs, "epochs") if runs else f"{recipes[name].epochs}"
+
+    recipes = rows(budget)
     lines = [
         "| teacher | accuracy (original's) | student by KD (original's) | gain over CE | gap to the teacher | "
         "finetuned from CE | epochs: teacher, student | seconds: teacher, student | n |",
         "|---|---|---|---|---|---|---|---|---|",
-        f"| none: CE | | {mean_and_deviation(alone)} ({ORIGINAL_ALONE}) | | | {finetuned('student')} | "
-        f"{only(alone, 'epochs')} | {only(alone, 'wall_seconds')} | {len(alone) or '-'} |",
     ]
-    for arch in TEACHERS[budget]:
-        teacher, taught = seeds(budget, f"teacher-{arch}"), seeds(budget, f"student-kd-{arch}")
-        theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
-        cells = [f"{mean_and_deviation(teacher)}{theirs[0]}", f"{mean_and_deviation(taught)}{theirs[1]}"]
-        cells += [difference(taught, alone), difference(teacher, taught)]
-        cells += [finetuned(f"student-kd-{arch}")]
-        cells += [f"{only(teacher, key)}, {only(taught, key)}" for key in ("epochs", "wall_seconds")]
-        lines.append(f"| {arch} | {' | '.join(cells)} | {len(taught) or '-'} |")
-    return [*lines, "", made(seeds(budget, name) for name in rows(budget))]
+    for name, taught_by in students(budget).items():
+        alone = seeds(budget, name)
+        original = f" ({ORIGINAL_ALONE})" if name == "student" else ""
+        cells = [f"{mean_and_deviation(alone)}{original}", "", "", finetuned(name), epochs(name, alone)]
+        lines.append(f"| none: CE | | {' | '.join(cells)} | {only(alone, 'wall_seconds')} | {len(alone) or '-'} |")
+        for arch, row in taught_by.items():
+            teacher, taught = seeds(budget, f"teacher-{arch}"), seeds(budget, row)
+            theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
+            cells = [f"{mean_and_deviation(teacher)}{theirs[0]}", f"{mean_and_deviation(taught)}{theirs[1]}"]
+            cells += [difference(taught, alone), difference(teacher, taught)]
+            cells += [finetuned(row), f"{epochs(f'teacher-{arch}', teacher)}, {epochs(row, taught)}"]
+            cells += [f"{only(teacher, 'wall_seconds')}, {only(taught, 'wall_seconds')}"]
+            lines.append(f"| {arch} | {' | '.join(cells)} | {len(taught) or '-'} |")
+    return [*lines, "", made(seeds(budget, name) for name in recipes)]
 
 
 def methods() -> list[str]:

@@ -323,11 +323,11 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     assert (json.loads(kept)["teacher_digest"], json.loads(kept)["last_epoch"]) == ("abc", {"epoch": 2})
     assert "secret" not in kept
     lines = tables.accuracies("short")
-    assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) | | | 91.50, n = 1 | 20 | 12 | 2 |"
+    assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) |  |  | 91.50, n = 1 | 20 | 12 | 2 |"
     taught = "| resnet18 | 95.00 | 92.50 +- 0.50 | +2.00 | +2.50 | - | 12, 20 | 12, 12 | 3 |"
-    assert lines[3:5] == ["| airbench94 | - | - | - | - | - | -, - | -, - | - |", taught]
+    assert lines[3:5] == ["| airbench94 | - | - | - | - | - | 30, 20 | -, - | - |", taught]
     assert lines[-1] == "Measured on: cpu, 2 threads; commits 0123456-dirty."
-    assert tables.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | -, - | -, - | - |"
+    assert tables.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | 60, 300 | -, - | - |"
     begin, end = results.MARKERS
     (tmp_path / "checkpoints").mkdir()
     told = "| `efficientnet_b0-ce.pt` | CE | cifar10 | 93.00 % | 300 |\n"  # of another budget
@@ -362,6 +362,30 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     (records / "short" / "student-seed7.json").write_text("{}")
     with pytest.raises(UserError, match=r"student-seed7.json is no record of a run"):
         tables.accuracies("short")
+
+
+@pytest.mark.usefixtures("records")
+def test_a_student_that_trains_longer(tmp_path: Path) -> None:
+    """Its rows are compared with each other, below those of the others, and it needs the same teacher."""
+    rows = tables.rows("cpu")
+    names = ["student", "student-kd-airbench94", "student-150", "student-150-kd-airbench94"]
+    assert [rows[name].epochs for name in names] == [60, 60, 150, 150]
+    assert replace(rows["student-150-kd-airbench94"], epochs=60) == rows["student-kd-airbench94"]
+    for name, accuracy in zip(names, (90.0, 92.0, 91.0, 94.0), strict=True):
+        assert results.record("cpu", [finished_run(tmp_path / f"{name}-seed0", rows[name], accuracy, tables.CIFAR10)])
+    lines = tables.accuracies("cpu")
+    assert lines[3] == "| airbench94 | - | 92.00 | +2.00 | - | - | 30, 60 | -, 12 | 1 |"
+    assert lines[-4:-2] == [
+        "| none: CE | | 91.00 |  |  | - | 150 | 12 | 1 |",
+        "| airbench94 | - | 94.00 | +3.00 | - | - | 30, 150 | -, 12 | 1 |",
+    ]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "README.md").write_text("no weights")
+    assert [line.split(" | ")[1] for line in tables.results("cpu")[2:]] == ["90.00", "92.00", "91.00", "94.00"]
+    assert reproduce._wanted("student-150-kd-airbench94", rows, teachers=True) == [
+        "teacher-airbench94",
+        "student-150-kd-airbench94",
+    ]
 
 
 @pytest.mark.usefixtures("records")
@@ -436,7 +460,7 @@ def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(UserError, match="is not what a run leaves"):
         results.record("short", [cut])
     for wrong, message in (
-        ("huge", "--record must be one of full, short, methods, tuning"),
+        ("huge", "--record must be one of full, cpu, short, methods, tuning"),
         ("short", "is no directory of a run"),
     ):
         with pytest.raises(UserError, match=message):
@@ -476,7 +500,7 @@ def test_methods_differ_in_nothing_but_the_method() -> None:
     ("flags", "message"),
     [
         (("cifar100",), "--table must be one of cifar10, methods, tuning, got 'cifar100'"),
-        (("cifar10", "--budget=huge"), "--budget must be one of full, short, got 'huge'"),
+        (("cifar10", "--budget=huge"), "--budget must be one of full, cpu, short, got 'huge'"),
         (("cifar10", "--seeds", "0"), "--seeds must be an integer, at least 1, got 0"),
         (("cifar10", "--only", "teacher-vgg"), "--only must be of teacher-resnet152, teacher-densenet40"),
         (("methods", "--only", ""), "--only must be text, got ''"),
