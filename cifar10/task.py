@@ -276,4 +276,5 @@ def training_seconds(recipe: Recipe, data: ImageData, device: torch.device) -> f
     classifier = Classifier(built, network.spec, choose_precision(recipe.precision, device)).to(device)
     count = 32 if device.type == "cpu" else 512  # a GPU has to be filled
     tried = data.test_images[:count].to(device)
-    return recipe.epochs * len(data.train_images) * seconds_per_image(classifier, tried)
+    epochs = recipe.whole_epochs(network.spec.size)
+    return epochs * len(data.train_images) * seconds_per_image(classifier, tried)

@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> None:
 
 def announce(planned: Sequence[Run], device: Any) -> None:
     """Prints how long each run still takes here, about, without the teacher's forward passes, and all together."""
+    from cifar10 import models
     from cifar10.data import load_data
     from cifar10.task import training_seconds
     from distill.config.output import format_duration
@@ -114,10 +115,11 @@ def announce(planned: Sequence[Run], device: Any) -> None:
     seconds: dict[str, float] = {}
     total = 0.0
     for run, epochs in zip(planned, left, strict=True):
-        arch = run.recipe.arch
+        recipe, arch = run.recipe, run.recipe.arch
         if epochs and arch not in seconds:
-            seconds[arch] = training_seconds(replace(run.recipe, epochs=1), data, device) / world_size()
-        own = epochs * seconds.get(arch, 0.0)
+            seconds[arch] = training_seconds(replace(recipe, epochs=1, sizes=None), data, device) / world_size()
+        size = models.find(arch, recipe.image_size).spec.size
+        own = recipe.whole_epochs(size, recipe.epochs - epochs) * seconds.get(arch, 0.0)
         total += own
         print(f"{run.name}: epochs left {epochs}, about {format_duration(own)}")
     print(f"together about {format_duration(total)}, without the teachers' forward passes")

@@ -38,7 +38,9 @@ TEACHERS = {  # of each budget of CIFAR-10, with their recipes
     },
 }
 STUDENTS = {"full": "long_student", "cpu": "cpu_student", "short": "short_student"}  # recipes: NAME, NAME_kd, ...
-LONGER = {"cpu": 150}  # epochs of a second student, alone and taught by the first of the teachers
+LONGER: dict[str, dict[str, Any]] = {  # a second student, alone and taught by the first of the teachers
+    "cpu": {"epochs": 150, "sizes": "24:90"},
+}
 LEADING = "short"  # the budget that README leads with
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
@@ -71,13 +73,13 @@ def rows(table: str) -> dict[str, Recipe]:
         found[f"student-kd-{arch}"] = replace(RECIPES[f"{student}_kd"], teacher_arch=arch)
         found[f"student-kd-{arch}-finetuned"] = replace(RECIPES[f"{student}_finetune_kd"], teacher_arch=arch)
     for name in ("student", f"student-kd-{next(iter(TEACHERS[table]))}") if table in LONGER else ():
-        found[longer(table, name)] = replace(found[name], epochs=LONGER[table])
+        found[longer(table, name)] = replace(found[name], **LONGER[table])
     return found
 
 
 def longer(budget: str, name: str) -> str:
     """Returns the name of the row of a student that trains longer: student-150-kd-resnet18 of student-kd-resnet18."""
-    return name.replace("student", f"student-{LONGER[budget]}", 1)
+    return name.replace("student", f"student-{LONGER[budget]['epochs']}", 1)
 
 
 def by_method(taught: Recipe) -> dict[str, Recipe]:

@@ -276,6 +276,13 @@ class Recipe:
             epoch -= int(epochs)
         return None
 
+    def whole_epochs(self, size: int, first: int = 0) -> float:
+        """Returns how many epochs of `size` pixels, the student's own, take as long as those from `first` on.
+
+        An epoch of smaller images (--sizes) takes as much less as it has fewer pixels.
+        """
+        return sum(((self.size_at(epoch) or size) / size) ** 2 for epoch in range(first, self.epochs))
+
     @property
     def objective(self) -> str:
         """`kd` with a teacher, else `ce`."""

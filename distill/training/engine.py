@@ -241,14 +241,10 @@ class Trainer:
         return state.step == steps
 
     def seconds_left(self, step_seconds: float) -> float:
-        """Returns about how long the run will still take, where a step of the last epoch begun takes `step_seconds`.
-
-        An epoch of smaller images (--sizes) takes as much less as it has fewer pixels.
-        """
+        """Returns about how long the run will still take, where a step of the last epoch begun takes `step_seconds`."""
         state, whole = self.state, self.model.student.spec.size
-        sizes = [self.recipe.size_at(epoch) or whole for epoch in range(self.recipe.epochs)]
-        begun = max(0, state.epoch - (state.step == 0))
-        epochs = sum((size / sizes[begun]) ** 2 for size in sizes[state.epoch :])
+        begun = self.recipe.size_at(max(0, state.epoch - (state.step == 0))) or whole
+        epochs = self.recipe.whole_epochs(whole, state.epoch) * (whole / begun) ** 2
         training = step_seconds * (epochs * self.data.steps_per_epoch - state.step)
         return training + self.evaluation_seconds * (self.recipe.epochs - state.epoch)
 

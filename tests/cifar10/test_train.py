@@ -224,7 +224,9 @@ def test_a_cheaper_pair_is_suggested(
 def test_training_seconds(small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task, "seconds_per_image", lambda *_: 0.5)
     recipe = replace(CE, arch="densenet_cifar", epochs=3)
-    assert task.training_seconds(recipe, load_data(str(small_npz)), torch.device("cpu")) == 3 * 40 * 0.5
+    data, cpu = load_data(str(small_npz)), torch.device("cpu")
+    assert task.training_seconds(recipe, data, cpu) == 3 * 40 * 0.5
+    assert task.training_seconds(replace(recipe, sizes="16:2"), data, cpu) == (2 / 4 + 1) * 40 * 0.5
 
 
 @pytest.mark.slow
