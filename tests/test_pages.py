@@ -119,7 +119,8 @@ def test_commands_are_known() -> None:
 
 @pytest.mark.slow
 def test_commands_on_the_sample_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training commands on the embedded images take a step; the others on them do all their work."""
+    """The training commands on the embedded images take a step, those that train several runs show them; the others on
+    them do all their work."""
     monkeypatch.setenv("DISTILL_CHECKPOINTS", str(tmp_path))
     monkeypatch.setenv("PYTHON", sys.executable)
     found = [words for words in commands() if "--data sample" in " ".join(words)]
@@ -127,6 +128,8 @@ def test_commands_on_the_sample_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for program, script, *rest in found:
         if "train" in script:
             rest += ["--steps", "1", "--batch-size", "32"]
+        elif script.endswith(("sweep.py", "reproduce.sh")):
+            rest.append("--show-recipe")
         if "-o" in rest:
             rest[rest.index("-o") + 1] = str(tmp_path / rest[rest.index("-o") + 1])
         command = [{"python": sys.executable}.get(program, program), script, *rest]
