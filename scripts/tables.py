@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,51 @@ ORIGINAL = {  # accuracies of the original repository in percent: teacher, stude
     "resnext29_32x8d": (92.66, 92.20),
 }
 ORIGINAL_ALONE = 90.67  # its student by cross-entropy
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a machine trains of CIFAR-10.
+
+    student: its recipes, by CE NAME, taught NAME_kd, NAME_finetune, NAME_finetune_kd. teachers: their recipes by
+    architecture. seeds: how many students, where reproduce.sh is not told. longer: in what a second student differs,
+    which is trained alone and by the first of the teachers.
+    """
+
+    student: str
+    teachers: dict[str, Recipe]
+    seeds: int = 3
+    longer: dict[str, Any] = field(default_factory=dict)
+
+
 _ON_CPU = RECIPES["short_teacher"]
-TEACHERS = {  # of each budget of CIFAR-10, with their recipes
-    "full": {arch: replace(RECIPES["teacher"], arch=arch) for arch in ORIGINAL},
-    "cpu": {
-        "airbench94": RECIPES["airbench94_teacher"],
-        "efficientnet-lite0": RECIPES["pretrained_teacher"],
-        "densenet40": replace(_ON_CPU, arch="densenet40", epochs=40),
-        "resnet152": replace(_ON_CPU, arch="resnet152"),
-        "resnext29_32x8d": replace(_ON_CPU, arch="resnext29_32x8d"),
-    },
-    "short": {
-        "airbench94": RECIPES["airbench94_teacher"],
-        **{arch: replace(_ON_CPU, arch=arch) for arch in ("resnet18", "densenet40")},
-    },
-}
-STUDENTS = {"full": "long_student", "cpu": "cpu_student", "short": "short_student"}  # recipes: NAME, NAME_kd, ...
-LONGER: dict[str, dict[str, Any]] = {  # a second student, alone and taught by the first of the teachers
-    "cpu": {"epochs": 150, "sizes": "24:90"},
+BUDGETS = {
+    "full": Budget("long_student", {arch: replace(RECIPES["teacher"], arch=arch) for arch in ORIGINAL}),
+    "cpu": Budget(
+        "cpu_student",
+        {
+            "airbench94": RECIPES["airbench94_teacher"],
+            "efficientnet-lite0": RECIPES["pretrained_teacher"],
+            "densenet40": replace(_ON_CPU, arch="densenet40", epochs=40),
+            "resnet152": replace(_ON_CPU, arch="resnet152"),
+            "resnext29_32x8d": replace(_ON_CPU, arch="resnext29_32x8d"),
+        },
+        longer={"epochs": 150, "sizes": "24:90"},
+    ),
+    "short": Budget(
+        "short_student",
+        {
+            "airbench94": RECIPES["airbench94_teacher"],
+            **{arch: replace(_ON_CPU, arch=arch) for arch in ("resnet18", "densenet40")},
+        },
+        seeds=1,
+    ),
 }
 LEADING = "short"  # the budget that README leads with
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
 SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
-DATA = {**dict.fromkeys(TEACHERS, CIFAR10), "methods": SUBSET, "tuning": SUBSET}
+DATA = {**dict.fromkeys(BUDGETS, CIFAR10), "methods": SUBSET, "tuning": SUBSET}
 HELD_OUT = 1000  # training images that the weights of methods are chosen on
 FACTORS = (0.1, 1.0, 10.0)  # of the weight in the table of methods: what is tried
 FREE = ("seed", "precision", "teacher_precision", "compile", "sync_bn")  # in which runs of a row may differ
@@ -66,20 +87,31 @@ def rows(table: str) -> dict[str, Recipe]:
             f"{name}-x{factor:g}": recipe for factor in FACTORS for name, recipe in weighed(taught, factor).items()
         }
         return {name: replace(found[name], val_split=HELD_OUT) for name in sorted(found)}
-    student = STUDENTS[table]
-    found = {f"teacher-{arch}": recipe for arch, recipe in TEACHERS[table].items()}
+    budget = BUDGETS[table]
+    student = budget.student
+    found = {f"teacher-{arch}": recipe for arch, recipe in budget.teachers.items()}
     found |= {"student": RECIPES[student], "student-finetuned": RECIPES[f"{student}_finetune"]}
-    for arch in TEACHERS[table]:
+    for arch in budget.teachers:
         found[f"student-kd-{arch}"] = replace(RECIPES[f"{student}_kd"], teacher_arch=arch)
         found[f"student-kd-{arch}-finetuned"] = replace(RECIPES[f"{student}_finetune_kd"], teacher_arch=arch)
-    for name in ("student", f"student-kd-{next(iter(TEACHERS[table]))}") if table in LONGER else ():
-        found[longer(table, name)] = replace(found[name], **LONGER[table])
+    for name, taught_by in students(table).items():
+        if name not in found:
+            found[name] = replace(found["student"], **budget.longer)
+            found |= {row: replace(found[f"student-kd-{arch}"], **budget.longer) for arch, row in taught_by.items()}
     return found
 
 
-def longer(budget: str, name: str) -> str:
-    """Returns the name of the row of a student that trains longer: student-150-kd-resnet18 of student-kd-resnet18."""
-    return name.replace("student", f"student-{LONGER[budget]['epochs']}", 1)
+def students(budget: str) -> dict[str, dict[str, str]]:
+    """Returns by the row of each student alone those of the same student taught, by their teachers' architectures.
+
+    The student that trains longer is student-150 alone, taught student-150-kd-resnet18.
+    """
+    teachers, longer = BUDGETS[budget].teachers, BUDGETS[budget].longer
+    found = {"student": {arch: f"student-kd-{arch}" for arch in teachers}}
+    if longer:
+        name, first = f"student-{longer['epochs']}", next(iter(teachers))
+        found[name] = {first: f"{name}-kd-{first}"}
+    return found
 
 
 def by_method(taught: Recipe) -> dict[str, Recipe]:
@@ -129,7 +161,7 @@ def best_factor(name: str) -> float:
 def lines() -> dict[str, list[str]]:
     """Returns the lines of every table, as the records have them."""
     command = "`bash scripts/reproduce.sh {}`:"
-    found = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in TEACHERS}
+    found = {budget: [command.format(f"cifar10 --budget {budget}"), "", *accuracies(budget)] for budget in BUDGETS}
     found["methods"] = [command.format("methods --data SUBSET"), "", *methods()]
     found["tuning"] = [command.format("tuning --data SUBSET"), "", *tuning()]
     return found | {"results": results(), "losses": losses(), "features": features()}
@@ -164,15 +196,6 @@ def results(budget: str = LEADING) -> list[str]:
     if not any(cells[-1] for cells in found):  # no weights of these runs are published
         head, found = head[:-1], [cells[:-1] for cells in found]
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *found)]
-
-
-def students(budget: str) -> dict[str, dict[str, str]]:
-    """Returns by the row of each student alone those of the same student taught, by their teachers' architectures."""
-    found = {"student": {arch: f"student-kd-{arch}" for arch in TEACHERS[budget]}}
-    if budget in LONGER:
-        first = next(iter(TEACHERS[budget]))
-        found[longer(budget, "student")] = {first: longer(budget, f"student-kd-{first}")}
-    return found
 
 
 def accuracies(budget: str) -> list[str]:
@@ -264,12 +287,14 @@ def draw(path: Path, budget: str = LEADING) -> None:
 
     figures.check_matplotlib()
     points: dict[str, list[tuple[str, float, float]]] = {"student, CE": [], "student, KD": [], "teacher": []}
-    alone = seeds(budget, "student")
-    for teacher in TEACHERS[budget]:
-        if taught := seeds(budget, f"student-kd-{teacher}"):
-            for name, runs in (("student, CE", alone), ("student, KD", taught)):
-                points[name] += [(teacher, mean(runs), deviation(runs))] if runs else []
-            points["teacher"].append((teacher, taught[0]["teacher_accuracy"], 0.0))
+    for name, taught_by in students(budget).items():
+        alone, epochs = seeds(budget, name), "" if name == "student" else f", {name.removeprefix('student-')} epochs"
+        for teacher, row in taught_by.items():
+            if taught := seeds(budget, row):
+                place = f"{teacher}{epochs}"
+                for line, runs in (("student, CE", alone), ("student, KD", taught)):
+                    points[line] += [(place, mean(runs), deviation(runs))] if runs else []
+                points["teacher"].append((place, taught[0]["teacher_accuracy"], 0.0))
     if not points["teacher"]:
         raise UserError(f"no student of the table {budget} has been taught: there is nothing to draw")
     lines = {figures.Line(name, place): of_line for place, (name, of_line) in enumerate(points.items())}

@@ -135,6 +135,11 @@ def test_a_student_that_trains_longer(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "README.md").write_text("no weights")
     assert [line.split(" | ")[1] for line in tables.results("cpu")[2:]] == ["90.00", "92.00", "91.00", "94.00"]
+    pytest.importorskip("matplotlib")
+    tables.draw(tmp_path / "figure.svg", "cpu")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert all(f">{figure}<" in drawn for figure in ("90.00", "92.00", "91.00", "94.00"))
+    assert "airbench94, 150 epochs" in drawn
     assert reproduce._wanted("student-150-kd-airbench94", rows, teachers=True) == [
         "teacher-airbench94",
         "student-150-kd-airbench94",
