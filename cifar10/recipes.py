@@ -188,7 +188,7 @@ CPU_STUDENT_KD = replace(CPU_STUDENT, teacher_arch="airbench94", method=KD(T=4.0
 """The same with a teacher.
 
 bash scripts/reproduce.sh cifar10 --budget cpu --only student-kd-airbench94 --teacher-checkpoint published
-Accuracy: not measured yet. Time: a fifth more than `cpu_student`, with the teacher's logits stored as long.
+Accuracy: not measured yet. Time: that of `cpu_student`; a fifth more where the teacher's logits are not stored yet.
 """
 
 CPU_STUDENT_FINETUNE = replace(CPU_STUDENT, epochs=20, lr=0.02, warmup=2.0, sizes=None)

@@ -119,8 +119,7 @@ def test_commands_are_known() -> None:
 
 @pytest.mark.slow
 def test_commands_on_the_sample_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training commands on the embedded images take a step, those that train several runs show them; the others on
-    them do all their work."""
+    """On the embedded images training commands take a step, those of several runs show these; others do all their work."""
     monkeypatch.setenv("DISTILL_CHECKPOINTS", str(tmp_path))
     monkeypatch.setenv("PYTHON", sys.executable)
     found = [words for words in commands() if "--data sample" in " ".join(words)]
