@@ -119,7 +119,7 @@ def test_commands_are_known() -> None:
 
 @pytest.mark.slow
 def test_commands_on_the_sample_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the embedded images training commands take a step, those of several runs show these; others do all their work."""
+    """On the embedded images a training command takes a step, one of several runs shows them, others do all."""
     monkeypatch.setenv("DISTILL_CHECKPOINTS", str(tmp_path))
     monkeypatch.setenv("PYTHON", sys.executable)
     found = [words for words in commands() if "--data sample" in " ".join(words)]
