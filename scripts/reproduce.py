@@ -28,6 +28,7 @@ from distill.config.environment import is_joined  # noqa: E402
 from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import flag, option  # noqa: E402
+from distill.training.stop import Diverged  # noqa: E402
 from scripts import results, tables  # noqa: E402
 
 ELSEWHERE = ("output", "fresh", "extend", "resume", "evaluate", "show_features")  # they are for one run
@@ -90,7 +91,12 @@ def main(argv: Sequence[str]) -> None:
     announce(planned, start(planned[0].options.device))  # from here on one of several processes prints
     for run in planned:
         print(f"== {run.name}")
-        (train_kd if run.recipe.teacher_arch else train_ce).train(run.recipe, run.options)
+        try:
+            (train_kd if run.recipe.teacher_arch else train_ce).train(run.recipe, run.options)
+        except Diverged as error:
+            if table in tables.BUDGETS:
+                raise
+            print(error)  # the others can be compared all the same
         recorded |= on_main(results.record)(table, [Path(run.options.output or "")])
     on_main(results.main)([str(run.options.output) for run in planned])
     if recorded:

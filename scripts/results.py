@@ -69,7 +69,9 @@ def row(path: Path) -> tuple[str, ...]:
     """A line of the table, with dashes for a run that is not finished. Raises UserError where there is no run."""
     summary = read(path)
     if summary is None:
-        return (path.name, "not finished", "", "-", "-", "-", "-", "-")
+        astray = diverged(path)
+        state = f"diverged at step {astray['diverged']['step']}" if astray else "not finished"
+        return (path.name, state, "", "-", "-", "-", "-", "-")
     try:
         taught = f"KD from {summary['teacher_arch']}" if summary["teacher_arch"] else "CE"
         trained_by = summary.get("trained_by") or taught  # of a run before there were other methods
@@ -103,6 +105,11 @@ def read(path: Path) -> dict[str, Any] | None:
     return summary
 
 
+def diverged(path: Path) -> dict[str, Any] | None:
+    """What is known of the run in `path` if its loss was not finite, else None."""
+    return _json(path / "diverged.json")
+
+
 def _json(path: Path) -> dict[str, Any] | None:
     """What is in the file, None if there is none. Raises UserError."""
     try:
@@ -118,12 +125,14 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def record(table: str, runs: Sequence[Path]) -> bool:
     """Keep what a reviewer asks of the finished runs that belong to a table in checkpoints/records/TABLE/RUN.json, and
-    say why of those that do not. Whether any was kept. Raises UserError."""
+    say why of those that do not. That a run has diverged is a result too, where methods or weights are compared.
+    Whether any was kept. Raises UserError."""
     if table not in tables.DATA:
         raise UserError(f"--record must be one of {', '.join(tables.DATA)}, got {table!r}")
     kept = False
     for path in (run.resolve() for run in runs):
-        summary = read(path)
+        finished = read(path)
+        summary = finished or (None if table in tables.BUDGETS else diverged(path))  # accuracies are of finished runs
         if summary is None:
             print(f"{path} is not finished: not recorded")
             continue
@@ -135,7 +144,7 @@ def record(table: str, runs: Sequence[Path]) -> bool:
                 continue
             facts = {key: value for key, value in config["facts"].items() if key.endswith("digest")}
             starts = [{"time": start["time"], "commit": start["commit"]} for start in config["starts"]]
-            last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+            last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1]) if finished else None
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not what a run leaves ({error!r})") from None
         content = {**summary, **facts, "starts": starts, "last_epoch": last, "recipe": recipe.to_dict()}

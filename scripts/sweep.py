@@ -18,6 +18,7 @@ from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.losses.kd_loss import KD  # noqa: E402
 from distill.options import option  # noqa: E402
+from distill.training.stop import Diverged  # noqa: E402
 from scripts.dataset import take_dataset  # noqa: E402
 
 
@@ -52,7 +53,11 @@ def main(argv: Sequence[str]) -> None:
     start, rows = time.perf_counter(), []
     for (T, w), each in zip(pairs, recipes, strict=True):
         print(f"== T {T:g}, w {w:g}")
-        rows.append((T, w, train(each, options) or {}))
+        try:
+            rows.append((T, w, train(each, options)))
+        except Diverged as error:
+            print(error)
+            rows.append((T, w, None))
     measured = {"test accuracy": "test_accuracy"}
     if recipe.val_split:
         measured = {"held-out accuracy, best epoch": "val_accuracy", "test accuracy, best epoch": "test_accuracy"}
@@ -60,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
     print("\n| " + " | ".join((*columns, "agreement with the teacher", "seconds")) + " |")
     print("|---" * (len(columns) + 2) + "|")
     for T, w, summary in rows:
+        if not summary:
+            print(f"| {T:g} | {w:g} | {' | '.join(['diverged'] * len(measured))} | - | - |")
+            continue
         accuracies = summary["best_epoch"] if recipe.val_split else summary
         cells = [f"{T:g}", f"{w:g}", *(f"{accuracies[key]:.2f} %" for key in measured.values())]
         cells += [f"{summary['agreement']:.2f} %", f"{summary['wall_seconds']:.0f}"]

@@ -237,9 +237,11 @@ def methods() -> list[str]:
         "| run | trained by | with | test accuracy | gain over CE | agreement with the teacher | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, runs in sorted(found.items(), key=lambda row: mean(row[1]) if row[1] else 0.0, reverse=True):
-        if not runs:
-            lines.append(f"| `{name}` |  |  | - | - | - | - |")
+    for name, runs in sorted(
+        found.items(), key=lambda row: mean(row[1]) if row[1] and not diverged(row[1]) else 0.0, reverse=True
+    ):
+        if not runs or diverged(runs):
+            lines.append(f"| `{name}` |  |  | {'diverged' if runs else '-'} | - | - | {len(runs) or '-'} |")
             continue
         used = re.search(r"  with (.*?)(;|$)", runs[0]["formula"] or "")
         gain = "" if name == "ce" else difference(runs, found["ce"])
@@ -265,8 +267,7 @@ def tuning() -> list[str]:
         "|---" * (1 + len(FACTORS)) + "|",
     ]
     for name, tried in found.items():
-        accuracies = [held_out(runs) if runs else 0.0 for runs in tried]
-        cells = [f"{accuracy:.2f}" if accuracy else "-" for accuracy in accuracies]
+        cells = ["diverged" if diverged(runs) else f"{held_out(runs):.2f}" if runs else "-" for runs in tried]
         best = FACTORS.index(best_factor(name))
         cells[best] = f"**{cells[best]}**" if all(tried) else cells[best]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
@@ -274,7 +275,12 @@ def tuning() -> list[str]:
 
 
 def held_out(runs: Sequence[dict[str, Any]]) -> float:
-    """Returns the mean accuracy of the last epoch on held-out images, in percent. Raises UserError."""
+    """Returns the mean accuracy of the last epoch on held-out images, in percent; 0 where a run has diverged.
+
+    Raises UserError.
+    """
+    if diverged(runs):
+        return 0.0
     try:
         return statistics.fmean(run["last_epoch"]["val_accuracy"] for run in runs)
     except (KeyError, TypeError):
@@ -351,6 +357,11 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
+def diverged(runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether one of the runs has ended without a result, its loss not being finite."""
+    return any(run["test_accuracy"] is None for run in runs)
+
+
 def mean(runs: Sequence[dict[str, Any]]) -> float:
     return statistics.fmean(run["test_accuracy"] for run in runs)
 
@@ -369,7 +380,8 @@ def mean_and_deviation(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def difference(high: Sequence[dict[str, Any]], low: Sequence[dict[str, Any]]) -> str:
-    return f"{mean(high) - mean(low):+.2f}" if high and low else "-"
+    lacking = not (high and low) or diverged([*high, *low])
+    return "-" if lacking else f"{mean(high) - mean(low):+.2f}"
 
 
 def only(runs: Sequence[dict[str, Any]], key: str, places: int = 0) -> str:

@@ -16,7 +16,7 @@ from distill.run.tensorboard import TensorBoardWriter
 
 ROOT = provenance.ROOT
 CHECKPOINTS = Path(os.environ.get("DISTILL_CHECKPOINTS") or ROOT / "checkpoints")  # e.g. a cluster's scratch disk
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY, DIVERGED = "config.json", "metrics.jsonl", "summary.json", "diverged.json"
 
 
 Held = TypeVar("Held", bound="RunDirectory")

@@ -12,23 +12,29 @@ import torch
 from distill.parallel.devices import describe_device
 
 ROOT = Path(__file__).resolve().parents[2]
+WRITTEN = (":(exclude)*.md", ":(exclude)checkpoints/records")  # by results.py, and so by each run of reproduce.sh
 
 
 def commit() -> str | None:
-    """Returns the commit of this repository, with `-dirty` where tracked files differ from it.
+    """Returns the commit of this repository, with `-dirty` where tracked files other than pages and records differ.
 
-    None for a tree that is no checkout, be it inside another repository.
+    (Those are what results.py writes.) None for a tree that is no checkout, be it inside another repository.
     """
     if not (ROOT / ".git").exists():  # a directory, in a worktree a file; git itself would look further up
         return None
-    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # as hooks of git set them
     try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
-        completed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=environment)
-        return completed.stdout.strip()
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
+        return _git("rev-parse", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # as hooks of git set them
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, env=environment)
+    return completed.stdout.strip()
 
 
 def versions() -> dict[str, str]:

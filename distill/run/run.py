@@ -13,8 +13,8 @@ from distill.errors import UserError
 from distill.files import checkpoint
 from distill.models.classifier import Classifier, count_parameters
 from distill.parallel.devices import describe_device
-from distill.parallel.processes import on_main
-from distill.run.directory import CONFIG, SUMMARY, RunDirectory, to_json
+from distill.parallel.processes import on_main, rank
+from distill.run.directory import CONFIG, DIVERGED, SUMMARY, RunDirectory, to_json
 from distill.run.identity import differing, format_counts, format_diff
 from distill.run.outcome import BEST, describe
 from distill.run.provenance import commit, machine, versions
@@ -107,10 +107,30 @@ class Run(RunDirectory):
 
         results: percent, nats, seconds.
         """
-        recipe, best_kept = self.recipe, self.best()
+        best_kept = self.best()
         if best := results.get("best_epoch"):
             best["weights"] = BEST if best_kept == best["epoch"] else None
-        summary: dict[str, Any] = {
+        summary = self._summary(student, **results)
+        starts = (self.read_config() or {"starts": []})["starts"]
+        changes = [start["data_change"] for start in starts if "data_change" in start]
+        summary |= {"data_changes": changes} if changes else {}
+        checkpoint.write_atomically(self.path / SUMMARY, to_json(summary))
+        (self.path / DIVERGED).unlink(missing_ok=True)  # of an earlier attempt, which ended otherwise
+        print(describe(summary, best_kept))
+        return summary
+
+    def record_divergence(self, student: Classifier, step: int, **results: Any) -> None:
+        """Writes diverged.json: what summary.json would say, without a result, and the step that was not finite.
+
+        Only the first process writes, and no process waits for another.
+        """
+        if rank() == 0:
+            summary = self._summary(student, test_accuracy=None, wall_seconds=None, diverged={"step": step}, **results)
+            checkpoint.write_atomically(self.path / DIVERGED, to_json(summary))
+
+    def _summary(self, student: Classifier, **results: Any) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
             "arch": recipe.arch,
             "teacher_arch": recipe.teacher_arch,
             "objective": recipe.objective,
@@ -133,9 +153,3 @@ class Run(RunDirectory):
             "torch": str(torch.__version__),
             "commit": commit(),
         }
-        starts = (self.read_config() or {"starts": []})["starts"]
-        changes = [start["data_change"] for start in starts if "data_change" in start]
-        summary |= {"data_changes": changes} if changes else {}
-        checkpoint.write_atomically(self.path / SUMMARY, to_json(summary))
-        print(describe(summary, best_kept))
-        return summary

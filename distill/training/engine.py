@@ -26,7 +26,7 @@ from distill.training.evaluation import Evaluation, EvaluationStopped, evaluate,
 from distill.training.metrics import Tally
 from distill.training.objectives import Objective
 from distill.training.optim import build_optimizer, learning_rate
-from distill.training.stop import Stopped, StopRequest, memory_advice
+from distill.training.stop import Diverged, Stopped, StopRequest, memory_advice
 from distill.training.wrap import TrainedModel
 
 FORMAT = 2  # of a run's checkpoint
@@ -96,7 +96,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ save and restore
     def save(self) -> None:
-        """Writes last.pt. Raises Stopped instead if the state is not finite: the last good checkpoint stays."""
+        """Writes last.pt. Raises Diverged instead if the state is not finite: the last good checkpoint stays."""
         self.check_state()
         state = self.state
         of_rank = {"generators": generator_states(self.options.device), "tally": state.tally.sums.cpu()}
@@ -118,7 +118,7 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def check_state(self) -> None:
-        """Raises Stopped if a loss was not finite, or a weight or running statistic is not."""
+        """Raises Diverged if a loss was not finite, or a weight or running statistic is not."""
         self._check_finite()
         if not self.model.is_finite():
             raise self._not_finite("a weight")
@@ -301,14 +301,14 @@ class Trainer:
         if self.first_bad_step.item() >= 0:
             raise self._not_finite("the loss or its gradient")
 
-    def _not_finite(self, what: str) -> Stopped:
+    def _not_finite(self, what: str) -> Diverged:
         step = int(self.first_bad_step.item())
         step = step if step >= 0 else self.state.epoch * self.data.steps_per_epoch + self.state.step
         rate = learning_rate(step, self.recipe, self.data.steps_per_epoch)
         last = self.run.path / checkpoint.LAST
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         message = f"{what} is not finite at step {step} (lr {rate:.4g}); {kept}; try a lower --lr"
-        return Stopped(message, 1, already_reported=rank() > 0)
+        return Diverged(message, step, already_reported=rank() > 0)
 
     # -------------------------------------------------------------------------------------------- the end of an epoch
     def evaluate(self, tests: Mapping[str, TestData], stop: StopRequest) -> dict[str, Evaluation] | None:
@@ -383,8 +383,8 @@ def fit(
     an average of the weights (recipe.ema) it is the average that is evaluated and counts; the raw weights stand beside
     it as `raw_test`. Continuing gives bit for bit what an uninterrupted run gives, on the same machine and torch (on
     CUDA with --deterministic).
-    Raises Stopped after a signal (exit code 128 + N), after --steps (0), when the loss is not finite (1), or when an
-    image file cannot be decoded (2).
+    Raises Diverged when the loss is not finite (exit code 1), and Stopped after a signal (128 + N), after --steps (0),
+    or when an image file cannot be decoded (2).
     """
     recipe = run.recipe
     if any(differing(run.facts, other) for other in gather(run.facts)):

@@ -22,6 +22,14 @@ class Stopped(UserError):
         self.exit_code, self.already_reported = exit_code, already_reported
 
 
+class Diverged(Stopped):
+    """The loss, its gradient or a weight is not finite at `step`, counted from the run's first."""
+
+    def __init__(self, message: str, step: int, *, already_reported: bool = False) -> None:
+        super().__init__(message, 1, already_reported=already_reported)
+        self.step = step
+
+
 class StopRequest:
     """While entered: a signal only sets a flag, read at the next step boundary; a second signal ends at once.
 

@@ -34,6 +34,7 @@ from distill.teacher.report import TeacherReport, agreement, introduce
 from distill.teacher.teacher import Teacher
 from distill.training.engine import Fitted
 from distill.training.evaluation import to_evaluate
+from distill.training.stop import Diverged
 from distill.training.wrap import check_batch_norm
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -246,7 +247,11 @@ def open_run(
             run.report()
         if not run.summary:
             run.record_start(task.device)
-        yield run, teachers
+        try:
+            yield run, teachers
+        except Diverged as error:
+            run.record_divergence(student, error.step, **_content(task))
+            raise
 
 
 def results(
@@ -260,8 +265,7 @@ def results(
 
     Raises RuntimeError if a teacher has changed.
     """
-    content = getattr(task.data, "content", None)  # digest of small images whatever their order
-    named = {**fitted.to_dict(), **({"data_content": content} if content else {})}
+    named = {**fitted.to_dict(), **_content(task)}
     named["views"] = data.plan.order.view_count or task.recipe.epochs
     if not teachers:
         return named
@@ -269,3 +273,8 @@ def results(
     report = teachers.report
     named |= {"teacher_accuracy": report.accuracy, "teacher_precision": report.precision, "top_k_error": top_k_error}
     return {**named, "agreement": agreement(fitted.test.predictions, report.logits.argmax(1))}
+
+
+def _content(task: Task[Any, Any]) -> dict[str, str]:
+    content = getattr(task.data, "content", None)  # digest of small images whatever their order
+    return {"data_content": content} if content else {}

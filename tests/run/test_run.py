@@ -92,6 +92,17 @@ def test_the_commit_is_that_of_this_tree(tmp_path: Path, monkeypatch: pytest.Mon
     git("commit", "--quiet", "--allow-empty", "--message", "x")
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.commit() == git("rev-parse", "HEAD")
+    records = tmp_path / "checkpoints" / "records"
+    records.mkdir(parents=True)
+    files = [records / "x.json", tmp_path / "page.md", tmp_path / "code.py"]
+    for file in files:
+        file.write_text("before")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "x")
+    for file in files:
+        assert provenance.commit() == git("rev-parse", "HEAD")
+        file.write_text("after")
+    assert provenance.commit() == git("rev-parse", "HEAD") + "-dirty"  # by the code, not by a page or a record
     for unpacked in (tmp_path / "unpacked", tmp_path / "deeper" / "unpacked"):
         unpacked.mkdir(parents=True)
         monkeypatch.setattr(provenance, "ROOT", unpacked)

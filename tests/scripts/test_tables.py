@@ -163,6 +163,18 @@ def test_weights_are_chosen_on_held_out_images(tmp_path: Path) -> None:
         run = finished_run(tmp_path / name, replace(rows[name[:-6]], precision="float32"), 60.0, tables.SUBSET)
         (run / "metrics.jsonl").write_text(json.dumps({"epoch": 10, "val_accuracy": accuracy}) + "\n")
         assert results.record("tuning", [run])
+    for factor, diverges in (("0.1", False), ("1", False), ("10", True)):  # it would have been the best
+        name = f"nst-x{factor}-seed0"
+        run = finished_run(tmp_path / name, rows[name[:-6]], 60.0 + float(factor), tables.SUBSET)
+        (run / "metrics.jsonl").write_text(json.dumps({"epoch": 10, "val_accuracy": 60.0 + float(factor)}) + "\n")
+        if diverges:
+            summary = json.loads((run / "summary.json").read_text()) | {"test_accuracy": None, "diverged": {"step": 7}}
+            (run / "diverged.json").write_text(json.dumps(summary))
+            for name in ("summary.json", "metrics.jsonl"):
+                (run / name).unlink()
+        assert results.record("tuning", [run])
+    assert results.row(run)[1] == "diverged at step 7"
+    assert "| `nst` | 60.10 | **61.00** | diverged |" in tables.tuning()
     chosen = {name: recipe for name, recipe in tables.rows("methods").items() if "-x" in name}
     assert list(chosen) == ["at-x10"]
     assert chosen["at-x10"].features.feature_weight == 10000
@@ -237,10 +249,12 @@ def test_the_table_of_methods(tmp_path: Path) -> None:
         run = tmp_path / f"{name}-seed{seed}"
         assert results.record("methods", [finished_run(run, replace(rows[name], seed=seed), accuracy, tables.SUBSET)])
     used = "gamma = 3.5, T = 3, kd_weight = 1, ce_weight = 1"
-    assert tables.methods()[2:4] == [
-        f"| `nkd` | NKD from densenet40 | {used} | 53.50 +- 0.71 | +3.50 | 80.12 | 2 |",
-        "| `ce` | CE |  | 50.00 |  |  | 1 |",
-    ]
+    nkd = f"| `nkd` | NKD from densenet40 | {used} | 53.50 +- 0.71 | +3.50 | 80.12 | 2 |"
+    assert tables.methods()[2:4] == [nkd, "| `ce` | CE |  | 50.00 |  |  | 1 |"]
+    record = tables.RECORDS / "methods" / "ce-seed0.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"test_accuracy": None}))
+    assert tables.methods()[2] == nkd.replace("+3.50", "-")
+    assert "| `ce` |  |  | diverged | - | - | 1 |" in tables.methods()
 
 
 def test_methods_differ_in_nothing_but_the_method() -> None:
@@ -325,3 +339,9 @@ def test_reproduce_trains_each_method(flags: list[str], home: Path, capsys: pyte
         (None, None, 1),
         ("airbench94", 3.0, 1),
     ]
+    reproduce.main(["methods", *flags, "--lr", "1e30", "--runs", str(home / "far")])
+    said = capsys.readouterr().out
+    assert said.count("the loss or its gradient is not finite at step") == 4
+    assert len(re.findall(r"^\S+-seed[01] +diverged at step \d", said, flags=re.MULTILINE)) == 4
+    summary = json.loads((home / "far" / "ce-seed0" / "diverged.json").read_text())
+    assert (summary["arch"], summary["test_accuracy"], set(summary["diverged"])) == ("airbench94", None, {"step"})

@@ -127,6 +127,8 @@ def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "to choose among them, hold out training images" in said
     sweep.main([*flags, *more])
     assert capsys.readouterr().out.count("finished before") == 2
+    sweep.main([*flags, *more, "--T-list", "5,6", "--lr", "1e30"])
+    assert capsys.readouterr().out.count("| 0.5 | diverged | - | - |") == 2
     sweep.main([*flags, *more, "--T-list", "2", "--val-split", "8"])
     said = capsys.readouterr().out
     assert "| T | w | held-out accuracy, best epoch | test accuracy, best epoch |" in said

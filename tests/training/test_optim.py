@@ -20,7 +20,7 @@ from distill.training.evaluation import evaluate
 from distill.training.metrics import Tally
 from distill.training.objectives import CrossEntropy, Step, distillation
 from distill.training.optim import WeightAverage, build_optimizer, learning_rate
-from distill.training.stop import Stopped
+from distill.training.stop import Diverged, Stopped
 from tests.runs import CPU, RECIPE, small_network, taught, teaching, train
 
 
@@ -169,8 +169,9 @@ def test_a_gradient_that_is_not_finite(small_npz: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="the loss or its gradient is not finite at step 0"):
         train(tmp_path / "clip", small_npz, replace(RECIPE, clip_norm=1.0), loss=BadGradient(), student=student)
     assert all(torch.isfinite(p).all() for p in student.parameters())
-    with pytest.raises(Stopped, match="not finite"):
+    with pytest.raises(Diverged, match="not finite") as error:
         train(tmp_path / "run", small_npz, loss=BadGradient())
+    assert error.value.step == 1  # the gradient of step 0 has made weights of it
     assert not list(tmp_path.rglob("*.pt"))
 
 
