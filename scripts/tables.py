@@ -237,12 +237,9 @@ def methods() -> list[str]:
         "| run | trained by | with | test accuracy | gain over CE | agreement with the teacher | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, runs in sorted(
-        found.items(), key=lambda row: mean(row[1]) if row[1] and not diverged(row[1]) else 0.0, reverse=True
-    ):
-        if not runs or diverged(runs):
-            lines.append(f"| `{name}` |  |  | {'diverged' if runs else '-'} | - | - | {len(runs) or '-'} |")
-            continue
+    finished = {name: runs for name, runs in found.items() if runs and not diverged(runs)}
+    for name in sorted(finished, key=lambda name: mean(finished[name]), reverse=True):
+        runs = finished[name]
         used = re.search(r"  with (.*?)(;|$)", runs[0]["formula"] or "")
         gain = "" if name == "ce" else difference(runs, found["ce"])
         agreement = "" if name == "ce" else only(runs, "agreement", 2)
@@ -255,6 +252,9 @@ def methods() -> list[str]:
             str(len(runs)),
         ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    for name in [name for name in found if name not in finished]:
+        runs = found[name]
+        lines.append(f"| `{name}` |  |  | {'diverged' if runs else '-'} | - | - | {len(runs) or '-'} |")
     return [*lines, "", made(found.values())]
 
 
@@ -269,7 +269,7 @@ def tuning() -> list[str]:
     for name, tried in found.items():
         cells = ["diverged" if diverged(runs) else f"{held_out(runs):.2f}" if runs else "-" for runs in tried]
         best = FACTORS.index(best_factor(name))
-        cells[best] = f"**{cells[best]}**" if all(tried) else cells[best]
+        cells[best] = f"**{cells[best]}**" if all(tried) and not diverged(tried[best]) else cells[best]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return [*lines, "", made(runs for tried in found.values() for runs in tried)]
 

@@ -91,6 +91,7 @@ class Run(RunDirectory):
         if config and starts and not self._data_change(start, config["facts"]):
             updated["broken"] = config.get("broken", {})
         checkpoint.write_atomically(self.path / CONFIG, to_json(updated))
+        (self.path / DIVERGED).unlink(missing_ok=True)  # this start may end otherwise
 
     def _data_change(self, start: dict[str, Any], before: dict[str, Any]) -> bool:
         """Returns whether the images are others than before; if so notes it in `start` and prints a line."""
@@ -115,7 +116,6 @@ class Run(RunDirectory):
         changes = [start["data_change"] for start in starts if "data_change" in start]
         summary |= {"data_changes": changes} if changes else {}
         checkpoint.write_atomically(self.path / SUMMARY, to_json(summary))
-        (self.path / DIVERGED).unlink(missing_ok=True)  # of an earlier attempt, which ended otherwise
         print(describe(summary, best_kept))
         return summary
 

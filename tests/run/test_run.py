@@ -71,7 +71,9 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
 def test_a_start_records_what_the_run_is(tmp_path: Path) -> None:
     begin(tmp_path / "run", Recipe())
     (tmp_path / "run" / "last.pt").touch()
+    (tmp_path / "run" / "diverged.json").touch()
     begin(tmp_path / "run", Recipe())
+    assert not (tmp_path / "run" / "diverged.json").exists()  # this start may end otherwise
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert Recipe.from_dict(config["recipe"]) == Recipe()
     assert config["facts"] == FACTS

@@ -163,8 +163,10 @@ def test_weights_are_chosen_on_held_out_images(tmp_path: Path) -> None:
         run = finished_run(tmp_path / name, replace(rows[name[:-6]], precision="float32"), 60.0, tables.SUBSET)
         (run / "metrics.jsonl").write_text(json.dumps({"epoch": 10, "val_accuracy": accuracy}) + "\n")
         assert results.record("tuning", [run])
-    for factor, diverges in (("0.1", False), ("1", False), ("10", True)):  # it would have been the best
-        name = f"nst-x{factor}-seed0"
+    diverging = [("nst", "0.1", False), ("nst", "1", False), ("nst", "10", True)]  # it would have been the best
+    diverging += [("pkt", factor, True) for factor in ("0.1", "1", "10")]
+    for method, factor, diverges in diverging:
+        name = f"{method}-x{factor}-seed0"
         run = finished_run(tmp_path / name, rows[name[:-6]], 60.0 + float(factor), tables.SUBSET)
         (run / "metrics.jsonl").write_text(json.dumps({"epoch": 10, "val_accuracy": 60.0 + float(factor)}) + "\n")
         if diverges:
@@ -175,6 +177,7 @@ def test_weights_are_chosen_on_held_out_images(tmp_path: Path) -> None:
         assert results.record("tuning", [run])
     assert results.row(run)[1] == "diverged at step 7"
     assert "| `nst` | 60.10 | **61.00** | diverged |" in tables.tuning()
+    assert "| `pkt` | diverged | diverged | diverged |" in tables.tuning()
     chosen = {name: recipe for name, recipe in tables.rows("methods").items() if "-x" in name}
     assert list(chosen) == ["at-x10"]
     assert chosen["at-x10"].features.feature_weight == 10000
