@@ -89,7 +89,10 @@ def main(argv: Sequence[str]) -> None:
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
         planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
     recorded = False
-    announce(planned, start(planned[0].options.device))  # from here on one of several processes prints
+    device = start(planned[0].options.device)  # from here on one of several processes prints
+    if differs := next(filter(None, (results.differs(table, run.name, run.recipe) for run in planned)), None):
+        print(f"note: {differs}: not the table's, so it is not recorded")
+    announce(planned, device)
     for run in planned:
         print(f"== {run.name}")
         try:
@@ -187,10 +190,6 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
         files = member_files(other.recipe, other.options)
         for arch, file in zip(other.recipe.teacher_archs, files, strict=True):
             find_file(arch, replace(other.options, teacher_checkpoint=file))  # a published one that there is not
-    for other in runs:
-        if differs := results.differs(table, other.name, other.recipe):
-            print(f"note: {differs}: not the table's, so it is not recorded", file=sys.stderr)
-            break
     return runs
 
 

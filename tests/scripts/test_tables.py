@@ -303,11 +303,10 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
     flags = ["cifar10", "--budget", "short", "--only", "student-kd-resnet18-finetuned", "--data", str(small_npz)]
     flags += ["--batch-size=20", "--epochs", "1", "--precision", "float32"]
     reproduce.main(flags)
-    shown = capsys.readouterr()
-    said = shown.out
+    said = capsys.readouterr().out
     names = ["teacher-resnet18-seed0", "student-seed0", "student-kd-resnet18-finetuned-seed0"]
     assert [line.removeprefix("== ") for line in said.splitlines() if line.startswith("==")] == names
-    assert shown.err.count("note: --epochs of teacher-resnet18-seed0 is 1, the table's 12") == 1
+    assert said.count("note: --epochs of teacher-resnet18-seed0 is 1, the table's 12") == 1
     assert said.count("not recorded: ") == 3
     assert said.count(": epochs left 1, about ") == 3
     assert said.count("together about ") == 1
