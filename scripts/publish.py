@@ -1,6 +1,6 @@
 """Makes small files of finished runs, to keep in git: weights in float16, and a line on each in checkpoints/README.md.
 
-    python scripts/publish.py checkpoints/cifar10-short/student-seed0 --data DIR
+    python scripts/publish.py checkpoints/cifar10-cpu/student-seed0 --data DIR
 
 A file is checkpoints/published/ARCH-ce.pt or ARCH-kd.pt, with weights, recipe, data and commit; its accuracy is that of
 the very file. `--teacher-checkpoint published` takes the one of the teacher's architecture. A file of that name, if

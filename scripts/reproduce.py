@@ -43,13 +43,13 @@ class Reproduce(Options):
     table: str = option("cifar10", "the table", group="table", choices=("cifar10", "methods", "tuning"))
     budget: str = option(
         "full",
-        "of cifar10: full is for a GPU; cpu for 2 CPU cores, 2 to 6 hours a run; short for them, an hour or two a run",
+        "of cifar10: full is for a GPU; cpu for 2 CPU cores, 2 to 6 hours a run",
         group="table",
         choices=tuple(tables.BUDGETS),
     )
     seeds: int | None = option(
         None,
-        "students have the seeds 0 to N - 1, teachers 0 (default: 3; short, methods, tuning: 1)",
+        "students have the seeds 0 to N - 1, teachers 0 (default: 3; methods, tuning: 1)",
         group="table",
         least=1,
     )
@@ -182,7 +182,7 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
             where["init"] = str(directory / f"student-seed{seed}" / "last.pt")
         return Run(f"{name}-seed{seed}", ours.with_flags({**mine, "seed": seed}), replace(options, **where))
 
-    count = options.seeds or (tables.BUDGETS[table].seeds if table in tables.BUDGETS else 1)
+    count = options.seeds or (3 if table in tables.BUDGETS else 1)
     teachers = [name for name in only if name.startswith("teacher-")]
     students = [name for name in only if name not in teachers]
     runs = [run(name, 0) for name in teachers] + [run(name, seed) for seed in range(count) for name in students]

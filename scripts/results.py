@@ -5,8 +5,7 @@ python scripts/results.py                              write the tables of check
 python scripts/results.py --check                      exit code 1 if those in the pages are not what would be written
 python scripts/results.py --figure docs/results.svg    draw README's table (pip install matplotlib)
 python scripts/results.py --record TABLE RUN...        keep the summaries of finished runs in checkpoints/records/TABLE:
-                                                       full, cpu, short, methods or tuning, as reproduce.sh
-                                                       trains
+                                                       full, cpu, methods or tuning, as reproduce.sh trains
 """
 
 import json

@@ -29,13 +29,11 @@ class Budget:
     """What a machine trains of CIFAR-10.
 
     student: its recipes, by CE NAME, taught NAME_kd, NAME_finetune, NAME_finetune_kd. teachers: their recipes by
-    architecture. seeds: how many students, where reproduce.sh is not told. longer: in what a second student differs,
-    which is trained alone and by the first of the teachers.
+    architecture. longer: in what a second student differs, which is trained alone and by the first of the teachers.
     """
 
     student: str
     teachers: dict[str, Recipe]
-    seeds: int = 3
     longer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,16 +51,8 @@ BUDGETS = {
         },
         longer={"epochs": 150, "sizes": "24:90"},
     ),
-    "short": Budget(
-        "short_student",
-        {
-            "airbench94": RECIPES["airbench94_teacher"],
-            **{arch: replace(_ON_CPU, arch=arch) for arch in ("resnet18", "densenet40")},
-        },
-        seeds=1,
-    ),
 }
-LEADING = "short"  # the budget that README leads with
+LEADING = "cpu"  # the budget that README leads with
 # ImageData.content, whatever the order of the images: of CIFAR-10, and with every fifth training image of each class.
 CIFAR10 = "afe191a15c2c2067d065351c5259598b7e6061be354b5576d99c406e012dd83d"
 SUBSET = "af666bdf02bb302af5dec7f8f1c3bd8ae98bff9236f81eea205590db7a7333b5"
@@ -104,7 +94,7 @@ def rows(table: str) -> dict[str, Recipe]:
 def students(budget: str) -> dict[str, dict[str, str]]:
     """Returns by the row of each student alone those of the same student taught, by their teachers' architectures.
 
-    The student that trains longer is student-150 alone, taught student-150-kd-resnet18.
+    The student that trains longer is student-150 alone, taught student-150-kd-airbench94.
     """
     teachers, longer = BUDGETS[budget].teachers, BUDGETS[budget].longer
     found = {"student": {arch: f"student-kd-{arch}" for arch in teachers}}

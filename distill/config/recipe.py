@@ -247,7 +247,7 @@ class Recipe:
         if (self.padding != 4 or self.reflect or self.alternate_flip) and self.augment != "crop_flip":
             raise UserError("--padding, --reflect and --alternate-flip belong to --augment crop_flip of small images")
         if self.size_at(self.epochs - 1):
-            raise UserError(f"--sizes {self.sizes} leaves none of {self.epochs} epochs at the student's own size")
+            raise UserError(f"--sizes {self.sizes} leaves none of {self.epochs} epochs at full size: give others")
 
     def with_flags(self: Self, given: Mapping[str, Any]) -> Self:
         """Returns the recipe with the values of the flags `given`, by name.

@@ -65,26 +65,27 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     """Means and deviations over seeds, differences, dashes for what is missing; a stale table is told."""
-    runs = {"teacher-resnet18-seed0": 95.0, "student-seed0": 90.0, "student-seed1": 91.0}
-    runs |= {f"student-kd-resnet18-seed{k}": 92 + 0.5 * k for k in range(3)}
+    runs = {"teacher-densenet40-seed0": 95.0, "student-seed0": 90.0, "student-seed1": 91.0}
+    runs |= {f"student-kd-densenet40-seed{k}": 92 + 0.5 * k for k in range(3)}
     runs |= {"student-finetuned-seed0": 91.5}
-    rows = tables.rows("short")
+    rows = tables.rows("cpu")
     for name, accuracy in runs.items():
         recipe = replace(rows[name[:-6]], seed=int(name[-1]), precision="float32")
-        assert results.record("short", [finished_run(tmp_path / name, recipe, accuracy, tables.CIFAR10)])
-    kept = (records / "short" / "student-kd-resnet18-seed0.json").read_text()
+        assert results.record("cpu", [finished_run(tmp_path / name, recipe, accuracy, tables.CIFAR10)])
+    kept = (records / "cpu" / "student-kd-densenet40-seed0.json").read_text()
     assert (json.loads(kept)["teacher_digest"], json.loads(kept)["last_epoch"]) == ("abc", {"epoch": 2})
     assert "secret" not in kept
-    lines = tables.accuracies("short")
-    assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) |  |  | 91.50, n = 1 | 20 | 12 | 2 |"
-    taught = "| resnet18 | 95.00 | 92.50 +- 0.50 | +2.00 | +2.50 | - | 12, 20 | 12, 12 | 3 |"
-    assert lines[3:5] == ["| airbench94 | - | - | - | - | - | 30, 20 | -, - | - |", taught]
+    lines = tables.accuracies("cpu")
+    assert lines[2] == "| none: CE | | 90.50 +- 0.71 (90.67) |  |  | 91.50, n = 1 | 60 | 12 | 2 |"
+    assert lines[3] == "| airbench94 | - | - | - | - | - | 30, 60 | -, - | - |"
+    taught = "| densenet40 | 95.00 (92.26) | 92.50 +- 0.50 (91.63) | +2.00 | +2.50 | - | 40, 60 | 12, 12 | 3 |"
+    assert lines[5] == taught
     assert lines[-1] == "Measured on: cpu, 2 threads; commits 0123456-dirty."
     assert tables.accuracies("full")[3] == "| resnet152 | - (92.41) | - (92.12) | - | - | - | 60, 300 | -, - | - |"
     begin, end = results.MARKERS
     (tmp_path / "checkpoints").mkdir()
     told = "| `efficientnet_b0-ce.pt` | CE | cifar10 | 93.00 % | 300 |\n"  # of another budget
-    told += "| `efficientnet_b0-kd.pt` | KD from resnet18 | cifar10 | 92.50 % | 20 |\n"
+    told += "| `efficientnet_b0-kd.pt` | KD from densenet40 | cifar10 | 92.50 % | 60 |\n"
     (tmp_path / "checkpoints" / "README.md").write_text(told)
     for page, names in results.PAGES.items():
         places = "".join(f"{begin.format(name)}\nold\n{end}\n" for name in names)
@@ -97,9 +98,9 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
     assert taught in text
     assert (text.startswith("before\n"), text.endswith("\nafter\n"), "old" in text) == (True, True, False)
     front = (tmp_path / "README.md").read_text()
-    assert "| CE | 90.50 +- 0.71 |  |  | 2 | 20 | 0.0 |  |" in front
+    assert "| CE | 90.50 +- 0.71 |  |  | 2 | 60 | 0.0 |  |" in front
     assert (
-        "| +2.00 | 95.00 | 3 | 20 | 0.0 | [efficientnet_b0-kd.pt](checkpoints/published/efficientnet_b0-kd.pt) |"
+        "| +2.00 | 95.00 | 3 | 60 | 0.0 | [efficientnet_b0-kd.pt](checkpoints/published/efficientnet_b0-kd.pt) |"
         in front
     )
     assert "airbench94" not in front  # nobody was taught by it
@@ -112,9 +113,9 @@ def test_tables_from_records(records: Path, tmp_path: Path) -> None:
             results.main([])
         assert page.read_text() == wrong
     assert (tmp_path / "README.md").read_text() == front
-    (records / "short" / "student-seed7.json").write_text("{}")
+    (records / "cpu" / "student-seed7.json").write_text("{}")
     with pytest.raises(UserError, match=r"student-seed7.json is no record of a run"):
-        tables.accuracies("short")
+        tables.accuracies("cpu")
 
 
 @pytest.mark.usefixtures("records")
@@ -197,44 +198,44 @@ def test_the_figure_has_the_numbers_of_the_table() -> None:
 @pytest.mark.usefixtures("records")
 def test_a_figure_of_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match="no student of the table short has been taught"):
+    with pytest.raises(UserError, match="no student of the table cpu has been taught"):
         results.main(["--figure", str(tmp_path / "figure.svg")])
 
 
 def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    student = tables.rows("short")["student"]
+    student = tables.rows("cpu")["student"]
     make = partial(finished_run, accuracy=90.0, content=tables.CIFAR10)
     for name, run in (
         (
             "is not finished",
-            make(tmp_path / "a" / "student-seed0", student, epochs=40),
+            make(tmp_path / "a" / "student-seed0", student, epochs=120),
         ),
-        ("ce-seed0 is no row of the table short", make(tmp_path / "ce-seed0", student)),
+        ("ce-seed0 is no row of the table cpu", make(tmp_path / "ce-seed0", student)),
         ("student-seed0 has --seed 1", make(tmp_path / "b" / "student-seed0", replace(student, seed=1))),
         (
-            "--epochs of student-seed0 is 1, the table's 20",
-            make(tmp_path / "c" / "student-seed0", replace(student, epochs=1)),
+            "--epochs of student-seed0 is 37, the table's 60",
+            make(tmp_path / "c" / "student-seed0", replace(student, epochs=37)),
         ),
         ("other data", finished_run(tmp_path / "d" / "student-seed0", student, 90.0, tables.SUBSET)),
         ("weights that were given", make(tmp_path / "e" / "student-seed0", student, init_digest="def")),
         ("batches in 4 parts", make(tmp_path / "f" / "student-seed0", student, world_size=4)),
     ):
-        assert not results.record("short", [run])
+        assert not results.record("cpu", [run])
         assert name in capsys.readouterr().out
     assert not records.exists()
-    taught = tables.rows("short")["student-kd-resnet18"]
-    assert results.record("short", [make(tmp_path / "student-kd-resnet18-seed0", taught)])
+    taught = tables.rows("cpu")["student-kd-densenet40"]
+    assert results.record("cpu", [make(tmp_path / "student-kd-densenet40-seed0", taught)])
     assert not results.record(
-        "short", [make(tmp_path / "student-kd-resnet18-seed1", replace(taught, seed=1), teacher_digest="other")]
+        "cpu", [make(tmp_path / "student-kd-densenet40-seed1", replace(taught, seed=1), teacher_digest="other")]
     )
-    assert "student-kd-resnet18-seed1 was taught by another resnet18 than the runs in" in capsys.readouterr().out
+    assert "student-kd-densenet40-seed1 was taught by another densenet40 than the runs in" in capsys.readouterr().out
     cut = make(tmp_path / "g" / "student-seed0", student)
     (cut / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="is not what a run leaves"):
-        results.record("short", [cut])
+        results.record("cpu", [cut])
     for wrong, message in (
-        ("huge", "--record must be one of full, cpu, short, methods, tuning"),
-        ("short", "is no directory of a run"),
+        ("huge", "--record must be one of full, cpu, methods, tuning"),
+        ("cpu", "is no directory of a run"),
     ):
         with pytest.raises(UserError, match=message):
             results.main(["--record", wrong, str(tmp_path)])
@@ -275,7 +276,7 @@ def test_methods_differ_in_nothing_but_the_method() -> None:
     ("flags", "message"),
     [
         (("cifar100",), "--table must be one of cifar10, methods, tuning, got 'cifar100'"),
-        (("cifar10", "--budget=huge"), "--budget must be one of full, cpu, short, got 'huge'"),
+        (("cifar10", "--budget=huge"), "--budget must be one of full, cpu, got 'huge'"),
         (("cifar10", "--seeds", "0"), "--seeds must be an integer, at least 1, got 0"),
         (("cifar10", "--only", "teacher-vgg"), "--only must be of teacher-resnet152, teacher-densenet40"),
         (("methods", "--only", ""), "--only must be text, got ''"),
@@ -300,20 +301,20 @@ def test_mistakes_of_reproduce(flags: tuple[str, ...], message: str) -> None:
 
 @pytest.mark.slow
 def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["cifar10", "--budget", "short", "--only", "student-kd-resnet18-finetuned", "--data", str(small_npz)]
-    flags += ["--batch-size=20", "--epochs", "1", "--precision", "float32"]
+    flags = ["cifar10", "--budget", "cpu", "--only", "student-kd-airbench94-finetuned", "--data", str(small_npz)]
+    flags += ["--batch-size=20", "--epochs", "2", "--sizes", "28:1", "--seeds", "1", "--precision", "float32"]
     reproduce.main(flags)
     said = capsys.readouterr().out
-    names = ["teacher-resnet18-seed0", "student-seed0", "student-kd-resnet18-finetuned-seed0"]
+    names = ["teacher-airbench94-seed0", "student-seed0", "student-kd-airbench94-finetuned-seed0"]
     assert [line.removeprefix("== ") for line in said.splitlines() if line.startswith("==")] == names
-    assert said.count("note: --epochs of teacher-resnet18-seed0 is 1, the table's 12") == 1
+    assert said.count("note: --epochs of teacher-airbench94-seed0 is 2, the table's 30") == 1
     assert said.count("not recorded: ") == 3
-    assert said.count(": epochs left 1, about ") == 3
+    assert said.count(": epochs left 2, about ") == 3
     assert said.count("together about ") == 1
-    assert sorted(path.name for path in (home / "cifar10-short").iterdir()) == sorted(names)
-    configs = [json.loads((home / "cifar10-short" / name / "config.json").read_text()) for name in names]
+    assert sorted(path.name for path in (home / "cifar10-cpu").iterdir()) == sorted(names)
+    configs = [json.loads((home / "cifar10-cpu" / name / "config.json").read_text()) for name in names]
     assert [(c["recipe"]["arch"], c["recipe"]["lr"]) for c in configs] == [
-        ("resnet18", 0.1),
+        ("airbench94", 0.2),
         ("efficientnet_b0", 0.1),
         ("efficientnet_b0", 0.02),
     ]
@@ -322,7 +323,7 @@ def test_reproduce_trains_what_a_row_needs(small_npz: Path, home: Path, capsys: 
     assert (said.count("finished before"), said.count("epochs left")) == (3, 0)
     reproduce.main([*flags, "--show-recipe"])
     assert [run["run"] for run in json.loads(capsys.readouterr().out)] == names
-    flags[flags.index("student-kd-resnet18-finetuned")] = "student-kd-densenet40"
+    flags[flags.index("student-kd-airbench94-finetuned")] = "student-kd-densenet40"
     reproduce.main([*flags, "--show-recipe", "--teacher-checkpoint", "published"])
     assert [run["run"] for run in json.loads(capsys.readouterr().out)] == ["student-kd-densenet40-seed0"]
 
