@@ -157,7 +157,7 @@ SHORT_STUDENT_KD = replace(SHORT_STUDENT, teacher_arch=SHORT_TEACHER.arch, metho
 """The same with a teacher.
 
 bash scripts/trainKD.sh --recipe short_student_kd --teacher-arch airbench94 --teacher-checkpoint published
-Accuracy (one seed): 90.92 from airbench94, 89.90 from resnet18. Time: 2 hours on 1 CPU core.
+Accuracy (one seed): 90.92 from an airbench94 of 91.94, 89.90 from a resnet18 of 91.19. Time: 2 hours on 1 CPU core.
 """
 
 CPU_STUDENT = replace(STUDENT, dropout=0.0, sizes="24:36")
