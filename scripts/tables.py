@@ -242,9 +242,9 @@ def methods() -> list[str]:
             str(len(runs)),
         ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    for name in [name for name in found if name not in finished]:
-        runs = found[name]
-        lines.append(f"| `{name}` |  |  | {'diverged' if runs else '-'} | - | - | {len(runs) or '-'} |")
+    for name, runs in found.items():
+        if name not in finished:
+            lines.append(f"| `{name}` |  |  | {'diverged' if runs else '-'} | - | - | {len(runs) or '-'} |")
     return [*lines, "", made(found.values())]
 
 
