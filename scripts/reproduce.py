@@ -79,8 +79,10 @@ def main(argv: Sequence[str]) -> None:
     )
     table = options.budget if options.table == "cifar10" else options.table
     planned = plan(table, given, options)
+    differing = filter(None, (results.differs(table, run.name, run.recipe) for run in planned))
+    if not is_joined() and (differs := next(differing, None)):  # for several processes launch.sh's check has said it
+        print(f"note: {differs}: not the table's, so it is not recorded", file=sys.stderr)
     if options.show_recipe:
-        note(table, planned)
         print(json.dumps([{"run": run.name, **run.recipe.to_dict()} for run in planned], indent=2))
         return
     from distill.parallel.devices import devices, start
@@ -90,9 +92,7 @@ def main(argv: Sequence[str]) -> None:
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
         planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
     recorded = False
-    device = start(planned[0].options.device)  # from here on one of several processes prints
-    on_main(note)(table, planned)
-    announce(planned, device)
+    announce(planned, start(planned[0].options.device))  # from here on one of several processes prints
     for run in planned:
         print(f"== {run.name}")
         try:
@@ -107,14 +107,6 @@ def main(argv: Sequence[str]) -> None:
         on_main(results.main)([])
         print("README.md and cifar10/README.md have the tables of checkpoints/records/")
     leave()
-
-
-def note(table: str, planned: Sequence[Run]) -> None:
-    """Prints on stderr, if a run is not as the table has it, in what the first such run differs."""
-    for run in planned:
-        if differs := results.differs(table, run.name, run.recipe):
-            print(f"note: {differs}: not the table's, so it is not recorded", file=sys.stderr)
-            break
 
 
 def announce(planned: Sequence[Run], device: Any) -> None:
