@@ -11,7 +11,7 @@ from torch import Tensor
 from cifar10 import models
 from cifar10.classes import class_names
 from cifar10.data import ImageData, load_data, prepare
-from cifar10.folder import decode_files
+from cifar10.folder import SIZE, decode_files
 from cifar10.models import CIFAR_INPUT, MODELS
 from cifar10.recipes import PRETRAINED_TEACHER, TEACHER
 from distill.config.output import format_duration
@@ -122,6 +122,16 @@ class SmallImages(Task[Recipe, Options]):
         """Returns `, at 96 pixels` where a network sees the images enlarged."""
         return f", at {spec.size} pixels" if spec.size != self.data.test_images.shape[1] else ""
 
+    def preparation(self, spec: InputSpec) -> dict[str, Any]:
+        """Returns how an image file becomes what a network of `spec` sees: a square of 32 pixels, then it is enlarged.
+
+        The whole image is, also where the network's own photos are cut.
+        """
+        how = {"size": spec.size, "resized": spec.size}
+        if spec.size == SIZE:
+            return {**how, "interpolation": "bicubic"}
+        return {**how, "interpolation": spec.interpolation, "first_resized": SIZE}
+
     # ------------------------------------------------------------------------------------------------------ the teacher
     def teacher_network(self) -> Network:
         """Returns the network of the first teacher, whatever its weights are."""
@@ -137,7 +147,7 @@ class SmallImages(Task[Recipe, Options]):
         arch = recipe.teacher_arch or ""
         if kind_of(recipe.teacher_weights) and not options.teacher_checkpoint:
             raise UserError("--teacher-weights raw and ema are of a file: give --teacher-checkpoint FILE")
-        if arch in MODELS and len(self.recipe.teacher_archs) > 1:
+        if arch in MODELS and any(other not in MODELS for other in self.recipe.teacher_archs):
             recipe = replace(recipe, teacher_image_size=None)  # it is that of the others
         path = find_file(arch, options) or self._trained(recipe, run)
         weights = on_main(files.load)(path, kind_of(recipe.teacher_weights), "--teacher-weights") if path else None

@@ -92,8 +92,8 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         return models.find(arch, theirs(self.recipe.weights)).at(self.recipe.image_size)
 
     def find_trained(self, arch: str, weights: Weights | None) -> Network:
-        """Returns a network as its weights were trained, with the normalisation of the recipe's flags."""
-        network = models.find_trained(arch, self.recipe.weights, weights)
+        """Returns a network as its weights were trained, with the size and normalisation of the recipe's flags."""
+        network = models.find_trained(arch, self.recipe.weights, weights).at(self.recipe.image_size)
         return network.shown(None, self.recipe.mean, self.recipe.std)
 
     def class_names(self, weights: Weights) -> ClassNames:

@@ -92,20 +92,20 @@ def write(opened: Opened, form: "Format", path: Path, options: Export) -> None:
 def describe(opened: Opened, answers: "Answers") -> "Source":
     """Returns what is written, with all that a file says of it."""
     from distill.export.formats import Source
-    from distill.export.portable import Description, describe_input
+    from distill.export.portable import Description
     from distill.run.provenance import commit
 
     trained, classifier, task = opened.trained, opened.classifier, opened.task
     description = Description(
         arch=opened.arch,
         classes=classifier.classes,
-        # Small images are resized as a whole, also where the network's own photos are cut.
-        resized=classifier.spec.resized if opened.dataset.name == "imagenet" else classifier.spec.size,
+        mean=classifier.spec.mean,
+        std=classifier.spec.std,
         accuracy=answers.accuracy,
         accuracy_images=len(answers.labels),
         data=task.data.name,
-        commit=(trained.summary or trained.last_start).get("commit") or commit(),
-        **describe_input(classifier.spec),
+        commit=(trained.summary or trained.last_start).get("commit") or trained.weights.commit or commit(),
+        **task.preparation(classifier.spec),
     )
     network = task.find_trained(opened.arch, trained.weights)
     return Source(classifier, description, lambda: network.build(num_classes=len(classifier.classes)))

@@ -35,7 +35,9 @@ class Sizes:
     dataset: str = option("cifar10", "which networks", group="what", choices=tuple(DATASETS))
     arch: str = option("resnet152", "the network", group="what", flags=("-a",))
     vs: str | None = option(
-        "efficientnet_b0", "the one beside it (imagenet: efficientnet-b0); the same name: none", group="what"
+        None,
+        "the one beside it (default: efficientnet_b0, of imagenet efficientnet-b0); the same name: none",
+        group="what",
     )
     classes: int = option(0, "outputs; 0: 10, of imagenet 1000", group="what", least=0)
     batch_size: int = option(64, "images of a batch", group="how", flags=("-b",), least=1)
@@ -70,9 +72,9 @@ def main(argv: Sequence[str]) -> None:
     device = devices(options.device)[0]
     choose_precision("float32", device)  # the times are of float32, not of TF32
     dataset = DATASETS[options.dataset]
-    other = dataset.recipe_type().arch if options.vs == "efficientnet_b0" else options.vs
+    other = options.vs or dataset.recipe_type().arch
     classes = options.classes or dataset.num_classes
-    networks = {arch: build(arch, dataset, classes, device) for arch in (options.arch, other) if arch}
+    networks = {arch: build(arch, dataset, classes, device) for arch in (options.arch, other)}
     found = measure(networks, options.batch_size, options.rounds)
     print(f"{options.dataset}, {classes} classes, {describe_device(device)}, batch {options.batch_size}")
     show(found)
@@ -115,6 +117,8 @@ def count(network: Any) -> tuple[int, int, int]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    from distill.models.classifier import count_parameters
+
     outputs: list[int] = []
     kinds = (nn.Conv2d, nn.BatchNorm2d)
     handles = [
@@ -131,8 +135,7 @@ def count(network: Any) -> tuple[int, int, int]:
         torch.backends.mha.set_fastpath_enabled(fast)
     for handle in handles:
         handle.remove()
-    parameters = sum(p.numel() for p in network.network.parameters())
-    return parameters, sum(outputs), counter.get_total_flops() // 2
+    return count_parameters(network.network), sum(outputs), counter.get_total_flops() // 2
 
 
 def images(network: Any, count: int) -> Any:

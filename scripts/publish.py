@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
     finally:
         new.unlink(missing_ok=True)
     config = json.loads((run / "config.json").read_text())
-    started_from = "from ImageNet weights" if config["recipe"].get("pretrained") else "finetuned"
+    theirs = config["recipe"].get("pretrained") and not config["starts"][0].get("init")
+    started_from = "from ImageNet weights" if theirs else "finetuned"
     line = describe(path, summary, accuracy, started_from if config["facts"]["init_digest"] else "")
     README.write_text(with_line(README.read_text(), line))
     print(line)

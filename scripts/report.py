@@ -20,9 +20,11 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option  # noqa: E402
+from scripts.dataset import Dataset  # noqa: E402
 from scripts.trained import NetworkFlags, Opened, open_trained  # noqa: E402
 
 if TYPE_CHECKING:
+    from distill.data.datasets import Images
     from distill.inference.trained import Trained
     from distill.report.networks import Reported
     from distill.report.page import Report
@@ -73,56 +75,44 @@ def make_directory(path: Path) -> None:
 def measure(found: Sequence["Trained"], options: ReportFlags) -> "Report":
     """Returns everything that the page says of the networks. Raises UserError where their images are not the same."""
     from distill.report.facts import unique_names
-    from distill.report.networks import Reported, as_student
+    from distill.report.networks import Reported, Student, as_student, find_teacher
     from distill.report.page import Report
 
     names, data = unique_names(found), next(filter(None, (trained.started_with("data") for trained in found)), None)
     taught = [k for k, trained in enumerate(found) if trained.recipe.get("teacher_arch")]
-    shown, reported, teachers = (taught or [0])[0], dict[int, Reported](), dict[int, Reported]()
-    first, pictures, notes = None, tuple[str, ...](), list[str]()
-    for k in sorted(range(len(found)), key=lambda k: k in taught):  # teachers first
-        with open_trained(found[k], flags_for(found[k], options, data, k, len(found)), images=True) as opened:
+    shown, networks = (taught or [0])[0], list[Reported]()
+    first, pictures, sources = None, tuple[str, ...](), list[tuple[Dataset, str | None]]()
+    for k, trained in enumerate(found):
+        with open_trained(trained, flags_for(trained, options, data, k, len(found)), images=True) as opened:
             first = first or opened.task.data
             if opened.task.data.digest != first.digest:
                 raise UserError(
-                    f"{found[k].path} is of {opened.task.data.name}, {opened.task.data.counts}, not of {first.name}, "
+                    f"{trained.path} is of {opened.task.data.name}, {opened.task.data.counts}, not of {first.name}, "
                     f"{first.counts}: a report is of one data set, make two"
                 )
-            reported[k] = examine(opened, names[k])
-            others = [*(reported[other] for other in reported if other != k), *teachers.values()]
-            if k in taught and (teacher := teacher_of(opened, others, options, notes)):
-                teachers[k] = replace(teacher, name=teacher.name or f"teacher of {names[k]}")
+            networks.append(examine(opened, names[k]))
+            sources.append((opened.dataset, opened.data))
             if k == shown:
-                pictures = mistakes(opened, reported[k])
+                pictures = mistakes(opened, networks[k])
     assert first
-    networks = [reported[k] for k in range(len(found))]
-    students = [as_student(reported[k], teachers.get(k), networks) for k in taught]
-    known = {network.digest for network in networks}
-    further = {teacher.digest: teacher for teacher in teachers.values() if teacher.digest not in known}
+    students, further, notes = list[Student](), list[Reported](), list[str]()
+    for k in taught:
+        others = [other for other in networks if other is not networks[k]] + further
+        teacher = find_teacher(found[k], others) or recorded_teacher(found[k], *sources[k], first, options, notes)
+        if teacher and teacher.digest not in {other.digest for other in others}:
+            teacher = replace(teacher, name=teacher.name or f"teacher of {names[k]}")
+            further.append(teacher)
+        students.append(as_student(networks[k], teacher, networks))
     count = f"{len(networks[0].predictions.labels):,} test images of {len(first.classes):,} classes"
     return Report(
         data=f"{first.name}, {first.counts}; measured on {count}",
         classes=first.classes,
-        networks=(*networks, *further.values()),
+        networks=(*networks, *further),
         students=tuple(students),
         shown=students[0] if students else as_student(networks[0], None, ()),
         pictures=pictures,
         notes=tuple(notes),
     )
-
-
-def teacher_of(
-    opened: Opened, others: "Sequence[Reported]", options: ReportFlags, notes: list[str]
-) -> "Reported | None":
-    """Returns who taught a network: of `others`, else from where its run found it; else None, and notes why."""
-    from distill.report.networks import find_teacher
-
-    try:
-        return find_teacher(opened.trained, others) or recorded_teacher(opened, options)
-    except UserError as error:
-        notes.append(f"the teacher of {opened.trained.path} is left out: {error}")
-        print(f"note: {notes[-1]}")
-        return None
 
 
 def flags_for(trained: "Trained", options: ReportFlags, data: str | None, place: int, count: int) -> ReportFlags:
@@ -133,7 +123,9 @@ def flags_for(trained: "Trained", options: ReportFlags, data: str | None, place:
     archs = options.arch.split(",") if options.arch else []
     if len(archs) not in (0, count):
         raise UserError(f"--arch names {len(archs)} networks, here are {count}: `--arch ,A` is of the second alone")
-    ours: dict[str, Any] = dict.fromkeys(("mean", "std", "image_size")) if trained.weights.spec and count > 1 else {}
+    told = ["mean", "std", "image_size"] if trained.weights.spec else []
+    told += ["classes"] if trained.weights.classes else []
+    ours: dict[str, Any] = dict.fromkeys(told if count > 1 else [])
     data = options.data or (None if trained.in_run else data)
     return replace(options, **ours, data=data, arch=(archs[place].strip() or None) if archs else None)
 
@@ -142,6 +134,7 @@ def examine(opened: Opened, name: str) -> "Reported":
     """Returns the network with what it says to the test images, which is kept beside its run."""
     from distill.files import checkpoint
     from distill.inference.predictions import predictions_of
+    from distill.models.classifier import count_parameters
     from distill.report.networks import Reported
     from distill.run.directory import CHECKPOINTS
 
@@ -151,29 +144,46 @@ def examine(opened: Opened, name: str) -> "Reported":
     predictions = predictions_of(classifier, test, digest, directory)
     print(f"{name}: {opened.arch}, test accuracy {predictions.accuracy:.2f} %")
     notes = tuple(note for note in opened.notes if note != trained.unfinished)
-    parameters = sum(parameter.numel() for parameter in classifier.network.parameters())
+    parameters = count_parameters(classifier.network)
     precision = str(classifier.precision).removeprefix("torch.")
     weights = checkpoint.digest(classifier.network.state_dict())
     return Reported(name, opened.arch, predictions, weights, parameters, precision, trained, notes)
 
 
-def recorded_teacher(opened: Opened, options: ReportFlags) -> "Reported":
-    """Returns the teacher of a run from where that found it, without a name. It is not trained. Raises UserError."""
+def recorded_teacher(
+    trained: "Trained", dataset: Dataset, data: str | None, images: "Images", options: ReportFlags, notes: list[str]
+) -> "Reported | None":
+    """Returns the teacher of a run from where that found it, without a name; None if it is not there, and notes why.
+
+    images: those of `data`, as the run was given it.
+    """
+    try:
+        return load_teacher(trained, dataset, data, images, options)
+    except UserError as error:
+        notes.append(f"the teacher of {trained.path} is left out: {error}")
+        print(f"note: {notes[-1]}")
+        return None
+
+
+def load_teacher(
+    trained: "Trained", dataset: Dataset, data: str | None, images: "Images", options: ReportFlags
+) -> "Reported":
+    """Returns the teacher of a run: see recorded_teacher. It is not trained. Raises UserError."""
     from distill.inference.predictions import Predictions
     from distill.report.networks import Reported, teacher_digest
     from distill.teacher.ensemble import joint_digest, one_by_one
 
-    trained, wanted = opened.trained, teacher_digest(opened.trained)
+    wanted = teacher_digest(trained)
     if not wanted:
         raise UserError("its file does not tell which weights taught it, and none of its architecture is given")
-    facts, options_type = trained.config["facts"], opened.dataset.options_type
-    recipe = opened.dataset.recipe_type.from_dict(dict(trained.recipe))
+    facts, options_type = trained.config["facts"], dataset.options_type
+    recipe = dataset.recipe_type.from_dict(dict(trained.recipe))
     recipe = replace(recipe, teacher_precision=facts.get("teacher_precision") or "auto")
     named = {name: getattr(options, name) for name in ("workers", "class_order", "device")}
     named |= {"kd": True} if hasattr(options_type, "kd") else {}
     file = trained.started_with("teacher_checkpoint")
-    settings = options_type(data=opened.data, teacher_checkpoint=file, **named)
-    with opened.dataset.open(recipe, settings, opened.task.data) as task:
+    settings = options_type(data=data, teacher_checkpoint=file, **named)
+    with dataset.open(recipe, settings, images) as task:
         networks = [
             (task.find_teacher(*one, None), one[0].teacher_precision) for one in one_by_one(task.recipe, settings)
         ]
@@ -183,7 +193,7 @@ def recorded_teacher(opened: Opened, options: ReportFlags) -> "Reported":
         teachers = task.load_teachers(None)
     logits = teachers.report.logits
     predictions = Predictions(logits, task.test_data(built[0].network.spec).labels.cpu(), logits.argmax(1))
-    parameters = sum(parameter.numel() for one in built for parameter in one.network.network.parameters())
+    parameters = sum(one.parameters for one in built)
     arch, precision = " + ".join(teachers.archs), teachers.report.precision["precision"]
     return Reported("", arch, predictions, wanted, parameters, precision)
 

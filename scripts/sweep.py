@@ -17,9 +17,11 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from distill.config import cli  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.losses.kd_loss import KD  # noqa: E402
-from distill.options import option  # noqa: E402
+from distill.options import flag, option  # noqa: E402
 from distill.training.stop import Diverged  # noqa: E402
 from scripts.dataset import take_dataset  # noqa: E402
+
+OF_ONE_RUN = ("output", "resume", "evaluate", "show_features")  # flags
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ def main(argv: Sequence[str]) -> None:
         examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
         options=dataset.with_flags(Sweep)(),
     )
-    if options.output:
-        raise UserError("--output names one run: a sweep's runs lie side by side in checkpoints/")
+    if given := [name for name in OF_ONE_RUN if getattr(options, name)]:
+        raise UserError(f"{flag(given[0])} is for one run: a sweep's runs lie side by side in checkpoints/")
     method = recipe.method
     if not isinstance(method, KD) or method.w is None:
         raise UserError("a sweep goes through --T and --w of --method kd: leave out --method, --kd-weight, --ce-weight")

@@ -1,8 +1,9 @@
 """What the scripts on a finished network share: the flags that name it, and the network with its images. No torch."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,11 @@ class InputFlags:
     )
     std: str | None = option(None, "that it divides by then", group="network")
     image_size: int | None = option(
-        None, "pixels that one of ImageNet's networks sees of small images", group="network", least=16, most=2048
+        None,
+        "pixels that one of ImageNet's networks sees (default: as it was trained)",
+        group="network",
+        least=16,
+        most=2048,
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
     workers: int = option(2, "that decode images", group="how", flags=("-j",), least=0, most=256)
@@ -105,11 +110,13 @@ def open_trained(
     """Loads a network that was found: see open_network."""
     from distill.parallel.devices import choose_precision
 
+    names = _classes(flags.classes)
+    trained = _with_classes(trained, names, images=images)
     named, arch = trained.path, flags.arch or trained.arch
     if not arch:
         raise UserError(f"--arch is needed: {named} does not say what network it is of")
     dataset = DATASETS[flags.dataset or kind_of(trained.recipe)]
-    data, classes = flags.data or trained.started_with("data"), _classes(flags.classes) or trained.weights.classes
+    data, classes = flags.data or trained.started_with("data"), names or trained.weights.classes
     if images and not data and "data" not in trained.last_start:
         raise UserError(f"--data is needed: {named} does not say where its images are")
     if not images and not classes and not flags.data:
@@ -120,6 +127,21 @@ def open_trained(
         network = task.find_trained(arch, trained.weights)
         classifier = task.build_classifier(network, trained.weights, choose_precision(precision, task.device))
         yield Opened(trained, dataset, task, classifier, arch, data, _notes(trained, task))
+
+
+def _with_classes(trained: "Trained", classes: tuple[str, ...], *, images: bool) -> "Trained":
+    """Returns `trained` with the names of --classes for its outputs, where its file has none.
+
+    Raises UserError where the file names others, and the images have names of their own.
+    """
+    theirs = trained.weights.classes
+    if not classes or classes == theirs:
+        return trained
+    if not theirs:
+        return replace(trained, weights=replace(trained.weights, classes=classes))
+    if images:
+        raise UserError(f"--classes: {trained.path} names its outputs itself, otherwise")
+    return trained  # what they are called is compared with what the file calls them
 
 
 def kind_of(recipe: Any) -> str:
@@ -151,9 +173,17 @@ def _classes(named: str | None) -> tuple[str, ...]:
     """Returns the names of --classes. Raises UserError where they are not different names, two at least."""
     if not named:
         return ()
-    path = Path(named)
-    names = path.read_text().splitlines() if path.is_file() else named.split(",")
-    names = [name.strip() for name in names if name.strip()]
+    names = [name.strip() for name in _listed(named) if name.strip()]
     if len(set(names)) < max(2, len(names)):
         raise UserError(f"--classes must be different names, two at least, got {', '.join(names[:5]) or 'none'}")
     return tuple(names)
+
+
+def _listed(named: str) -> list[str]:
+    """Returns the parts of a text with commas, or the lines of the file that it names. Raises UserError."""
+    if not os.path.isfile(named):
+        return named.split(",")
+    try:
+        return Path(named).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--classes: {named} cannot be read as text in UTF-8 ({error})") from None

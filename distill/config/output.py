@@ -74,6 +74,8 @@ def prepare() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the name of a file may be any bytes
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
         if before is None or isinstance(before, io.TextIOWrapper):

@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.models.classifier import Classifier, InputSpec
+from distill.models.classifier import Classifier
 
 
 class Portable(nn.Module):
@@ -35,7 +34,8 @@ class Description:
 
     accuracy: percent of `accuracy_images` test images, in float32; accuracy_int8: of all of them after quantisation.
     resized: pixels of the short side before the centre of `size` pixels is cut out; `size` itself where a whole image
-    is resized to a square. commit: of the run where that is known, else of what wrote the file.
+    is resized to a square. first_resized: pixels of the square that a whole image is resized to before that, bicubic;
+    None where it is not. commit: of the run where that is known, else of what wrote the file.
     """
 
     arch: str
@@ -50,6 +50,7 @@ class Description:
     data: str
     commit: str | None
     accuracy_int8: float | None = None
+    first_resized: int | None = None
 
     def texts(self) -> dict[str, str]:
         """Returns the fields as text: numbers and names as they are, lists as JSON."""
@@ -59,8 +60,3 @@ class Description:
     def json(self) -> str:
         """Returns the fields as JSON."""
         return json.dumps({key: value for key, value in asdict(self).items() if value is not None}, indent=2)
-
-
-def describe_input(spec: InputSpec) -> dict[str, Any]:
-    """Returns the fields of `spec` that a file repeats."""
-    return {key: getattr(spec, key) for key in ("size", "interpolation", "mean", "std")}

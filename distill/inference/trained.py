@@ -75,10 +75,10 @@ class Trained:
         """
         start = self.last_start
         value: str | None = start.get(name)
-        if not value or value in WORDS:
-            return value
-        paths = value.split(",") if name == "teacher_checkpoint" else [value]
-        return ",".join(os.path.join(start["cwd"], path) for path in paths)
+        several = name == "teacher_checkpoint" and "," in (self.recipe.get("teacher_arch") or "")
+        parts = (value or "").split(",") if several else [value or ""]
+        found = [part if part in WORDS or not part else os.path.join(start["cwd"], part) for part in parts]
+        return ",".join(found) if value else value
 
 
 def find_trained(named: str, which: str | None = None) -> Trained:

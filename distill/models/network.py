@@ -86,6 +86,8 @@ def build_student(
         if isinstance(module, _BatchNorm) and recipe.bn_momentum is not None:
             module.momentum = recipe.bn_momentum
     student = Classifier(built, network.spec, choose_precision(recipe.precision, device), names)
+    if loaded and recipe.pretrained and not options.evaluate:
+        print(f"note: {options.init} by --init is taken, not the published weights of --pretrained")
     if loaded or recipe.pretrained:
         loaded = loaded or fetch(network, "or name them by --init FILE")
         load_into(student, loaded, network, classes(loaded), new_head=not options.evaluate)

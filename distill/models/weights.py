@@ -33,6 +33,7 @@ class Weights:
     recipe: Mapping[str, Any] | None = None
     note: str = ""
     published: bool = False  # by the network's authors
+    commit: str | None = None  # of this repository, that trained them
 
     @property
     def title(self) -> str:
@@ -65,8 +66,17 @@ def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weigh
     recipe = fields.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else None
     arch = (recipe or fields).get("arch")
-    spec, classes = _spec(fields.get("input")), _classes(fields)
-    return Weights(str(path), state, classes, spec, arch if isinstance(arch, str) else None, recipe, note)
+    spec, classes, commit = _spec(fields.get("input")), _classes(fields), fields.get("commit")
+    return Weights(
+        str(path),
+        state,
+        classes,
+        spec,
+        arch if isinstance(arch, str) else None,
+        recipe,
+        note,
+        commit=commit if isinstance(commit, str) else None,
+    )
 
 
 def _choose(content: Any, path: Path, which: str | None, flag: str) -> tuple[str | None, str]:

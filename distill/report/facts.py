@@ -55,12 +55,12 @@ def trained_by(trained: Trained) -> str:
         return str(trained.summary["trained_by"])
     if not trained.recipe:
         return ""
+    told = {name: trained.recipe.get(name) for name in ("teacher_arch", "method", "features")}
     try:
-        return Recipe.from_dict(dict(trained.recipe)).trained_by
-    except (UserError, TypeError):  # of photos, which have fields of their own, or of another version
-        method = (trained.recipe.get("method") or {}).get("name", "KD").upper()
+        return Recipe.from_dict(told).trained_by  # what else a recipe of photos has is of no matter
+    except (UserError, TypeError):  # of another version
         archs = archs_of(trained)
-        return f"{method} from {' + '.join(archs)}" if archs else "CE"
+        return f"KD from {' + '.join(archs)}" if archs else "CE"
 
 
 def _epochs(trained: Trained) -> str:

@@ -76,6 +76,8 @@ def find_teacher(trained: Trained, others: Sequence[Reported]) -> Reported | Non
     It is known by the digest of its weights; where the run does not tell that, by its architecture.
     """
     archs, wanted = archs_of(trained), teacher_digest(trained)
+    if wanted and (known := next((other for other in others if other.digest == wanted), None)):
+        return known  # also a mean that was found for another student
     for members in permutations(others, len(archs)) if archs else ():
         digest = joint_digest([member.digest for member in members])
         if tuple(member.arch for member in members) == archs and wanted in (None, digest):
@@ -109,7 +111,8 @@ def as_student(network: Reported, teacher: Reported | None, others: Sequence[Rep
         theirs = other.trained.recipe if other.trained else {}
         return tuple(theirs.get(name) == trained.recipe.get(name) for name in ("epochs", "seed", "batch_size", "lr"))
 
-    alike = [other for other in others if other.by_itself and other.arch == network.arch and other is not teacher]
+    taken = {network.digest, teacher.digest if teacher else ""}
+    alike = [other for other in others if other.by_itself and other.arch == network.arch and other.digest not in taken]
     alone = max(alike, key=likeness, default=None)
     if alone and not likeness(alone)[0]:
         assert alone.trained

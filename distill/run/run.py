@@ -19,6 +19,8 @@ from distill.run.identity import differing, format_counts, format_diff
 from distill.run.outcome import BEST, describe
 from distill.run.provenance import commit, machine, versions
 
+STARTED_WITH = ("data", "teacher_checkpoint", "init")  # options that a start records, beside the directory it began in
+
 
 class Run(RunDirectory):
     """The directory of the run of `recipe`, with the `facts` that identify it beside the recipe.
@@ -81,7 +83,7 @@ class Run(RunDirectory):
         config = self.read_config()
         starts = config["starts"] if config and self.has_begun() else []
         start: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": sys.argv, "commit": commit()}
-        start |= {"cwd": os.getcwd(), **{name: getattr(self.options, name) for name in ("data", "teacher_checkpoint")}}
+        start |= {"cwd": os.getcwd(), **{name: getattr(self.options, name) for name in STARTED_WITH}}
         start |= {"versions": versions(), "machine": machine(device)}
         for what, value in (("versions", start["versions"]), ("device", start["machine"]["device"])):
             former = {**starts[-1], **starts[-1]["machine"]}[what] if starts else value

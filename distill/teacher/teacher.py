@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.models.classifier import Classifier
+from distill.models.classifier import Classifier, count_parameters
 from distill.models.fusion import rewrite
 from distill.parallel.devices import choose_precision, devices
 from distill.parallel.processes import world_size
@@ -28,6 +28,7 @@ class Teacher:
     """
 
     def __init__(self, network: Classifier, device_name: str | None = None, block: int | None = None) -> None:
+        self.parameters = count_parameters(network.network)  # before none is to be learned
         self.network = network.eval().requires_grad_(False)
         self.block = block or _block(network)
         self.digest = self._content()

@@ -137,6 +137,10 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         """Returns `, at 96 pixels` where a network of `spec` sees the images enlarged, else nothing."""
         return ""
 
+    def preparation(self, spec: InputSpec) -> dict[str, Any]:
+        """Returns how an image file becomes what a network of `spec` sees: fields of an exported file's Description."""
+        return {"size": spec.size, "resized": spec.resized, "interpolation": spec.interpolation}
+
     def suggest_normalisation(self, network: Classifier, accuracy: float, who: str, *flags: str) -> None:
         """Prints how a network does with other normalisations, if its file does not tell one and it does badly."""
 

@@ -37,6 +37,12 @@ def test_names_that_the_encoding_lacks(encoding: str, expected: bytes) -> None:
     assert (refused.returncode, refused.stderr) == (2, b"error: " + expected)
 
 
+def test_standard_input_may_name_any_file() -> None:
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    found = python("print(ascii(sys.stdin.readline()))", input=b"caf\xe9.png\n", env=strict)
+    assert (found.returncode, found.stdout) == (0, b"'caf\\udce9.png\\n'\n")
+
+
 def test_standard_output_on_a_full_disk() -> None:
     with open("/dev/full", "wb") as full:
         found = python("print('x'); print('never')", stdout=full)

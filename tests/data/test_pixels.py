@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
@@ -17,6 +16,7 @@ from cifar10 import folder
 from distill.data.pixels import is_dim, is_turned, open_image, say_dim, say_turned
 from distill.errors import BrokenImage
 from imagenet.decoding import Box, examine, read_box, read_centre
+from tests.conftest import ROOT
 
 GREY = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
 HIDDEN = np.full((32, 32), 200, np.uint8)  # the colour that transparent pixels have in the file

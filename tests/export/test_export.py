@@ -70,6 +70,7 @@ def test_onnx_holds_the_average_and_says_what_it_is(run: Path, written: tuple[Pa
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(told["classes"]) == ["airplane", "automobile", "bird", "cat"]
     assert (told["arch"], told["size"], told["resized"]) == ("tiny", "32", "32")
+    assert (told["interpolation"], told.get("first_resized")) == ("bicubic", None)
     assert json.loads(told["mean"]) == list(CIFAR_INPUT.mean)
     assert f"accuracy {float(told['accuracy']):.2f}" in said
     assert told["accuracy_images"] == "20"

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, Command
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -40,6 +39,7 @@ from imagenet.loader import Job, LoaderError, Workers
 from imagenet.recipes import RECIPES, STANDARD, ImageNetOptions
 from imagenet.task import PhotoTask
 from scripts import evaluate, precompute, sweep
+from tests.conftest import ROOT, Command
 
 CPU = torch.device("cpu")
 NONE = Workers(0)
@@ -487,6 +487,13 @@ def test_the_average_in_a_file_of_others(photos: Path, tmp_path: Path, capsys: p
     assert torch.equal(teacher.network.network.state_dict()["fc.bias"], state["fc.bias"] / 2)
     with pytest.raises(UserError, match="torchvision's weights of shufflenet_v2_x0_5 are IMAGENET1K_V1, not ema"):
         PhotoTask(taught, ImageNetOptions(data=str(photos)))
+
+
+def test_a_trained_network_is_shown_another_size(photos: Path) -> None:
+    for recipe, size in ((STANDARD, 224), (replace(STANDARD, image_size=288), 288)):
+        with PhotoTask(replace(recipe, arch="resnet18"), ImageNetOptions(data=str(photos), workers=0)) as task:
+            spec = task.find_trained("resnet18", None).spec
+        assert (spec.size, spec.resized) == (size, size * 256 // 224)
 
 
 def test_extras_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,12 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,15 @@ from distill.files import checkpoint
 from distill.inference.predictions import Predictions
 from distill.inference.trained import Trained
 from distill.losses.kd_loss import KD
+from distill.losses.overhaul import NoLogits, Overhaul
 from distill.models.weights import Weights
 from distill.report import facts, figures, measures
 from distill.report.networks import Reported, Student, as_student, find_teacher
 from distill.report.page import ERRORS, Report, draw, render
 from distill.report.pictures import data_uri
+from imagenet.recipes import STANDARD
 from scripts import report
+from scripts.report import ReportFlags
 from tests.conftest import teacher_file
 
 TAUGHT = Recipe(teacher_arch="resnet18", method=KD(T=4.0, w=0.9))
@@ -197,6 +203,83 @@ def test_several_teachers_are_their_mean() -> None:
     assert mean is not None
     assert mean.name == "mean of b + a"
     torch.testing.assert_close(mean.predictions.logits, (a.predictions.logits + b.predictions.logits) / 2)
+
+
+def test_a_mean_that_was_found_is_found_again() -> None:
+    mean = replace(network("mean"), arch="resnet18 + resnet18")
+    assert find_teacher(run_of(replace(TAUGHT, teacher_arch="resnet18,resnet18"), digest=mean.digest), [mean]) is mean
+
+
+def test_a_network_is_not_compared_with_itself_as_its_teacher() -> None:
+    teacher, again = (network(name, trained=run_of(Recipe(epochs=60))) for name in ("teacher", "again"))
+    taught = network("born again", trained=run_of(replace(TAUGHT, epochs=60)))
+    assert as_student(taught, replace(teacher), [teacher]).alone is None
+    assert as_student(taught, replace(teacher), [teacher, again]).alone is again
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, found: list[Trained], teacher: Reported) -> tuple[Report, int]:
+    """The report of runs, each of which says something of its own, and how often `teacher` was loaded for them."""
+    images, loaded = SimpleNamespace(digest="d", classes=tuple("abcdefghij"), name="pets", counts="some"), list[str]()
+
+    @contextmanager
+    def opened(trained: Trained, *_: Any, **__: Any) -> Iterator[Any]:
+        yield SimpleNamespace(trained=trained, task=SimpleNamespace(data=images), dataset=None, data=None)
+
+    def load(trained: Trained, *_: Any) -> Reported:
+        loaded.append(trained.name)
+        return replace(teacher, name="")
+
+    picture = data_uri(torch.zeros(32, 32, 3, dtype=torch.uint8))
+    monkeypatch.setattr(report, "open_trained", opened)
+    monkeypatch.setattr(report, "examine", lambda opened, name: network(name, trained=opened.trained))
+    monkeypatch.setattr(report, "mistakes", lambda _, n: (picture,) * len(measures.confident_errors(n.predictions, 24)))
+    monkeypatch.setattr(report, "load_teacher", load)
+    return report.measure(found, ReportFlags()), len(loaded)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_teacher_that_was_taught_itself(turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, runs = network("teacher"), []
+    for name, digest in (("student", "digest of assistant"), ("assistant", teacher.digest)):
+        (tmp_path / name).mkdir()
+        runs.append(run_of(TAUGHT, tmp_path / name, digest=digest))
+    page, _ = measured(monkeypatch, runs[::-1] if turned else runs, teacher)
+    taught_by = {student.network.name: student.teacher.name for student in page.students if student.teacher}
+    assert taught_by == {"student": "assistant", "assistant": "teacher of assistant"}
+    assert sorted(n.name for n in page.networks) == ["assistant", "student", "teacher of assistant"]
+    assert {n.name for n in page.compared} <= page.lines.keys()
+
+
+def test_two_students_of_the_same_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = replace(network("both"), arch="resnet18 + densenet40")
+    recipe = replace(TAUGHT, teacher_arch="resnet18,densenet40")
+    for name in ("seed0", "seed1"):
+        (tmp_path / name).mkdir()
+    runs = [run_of(recipe, tmp_path / f"seed{k}", digest=together.digest) for k in (0, 1)]
+    page, loaded = measured(monkeypatch, runs, together)
+    assert [n.name for n in page.networks] == ["seed0", "seed1", "teacher of seed0"]
+    assert loaded == 1
+    assert {n.name for n in page.compared} <= page.lines.keys()
+
+
+def test_where_a_run_found_its_teachers() -> None:
+    """Paths hold in another directory; published ones have none, and a comma separates several teachers alone."""
+    for arch, given, expected in (
+        ("resnet18", "a,b.pt", "/home/me/a,b.pt"),
+        ("resnet18,densenet40", "a.pt,/b.pt", "/home/me/a.pt,/b.pt"),
+        ("resnet18,densenet40", "published,b.pt", "published,/home/me/b.pt"),
+        ("resnet18,densenet40", "published", "published"),
+        ("resnet18", None, None),
+    ):
+        run = run_of(replace(TAUGHT, teacher_arch=arch))
+        run.last_start["teacher_checkpoint"] = given  # type: ignore[index]
+        assert run.started_with("teacher_checkpoint") == expected
+
+
+def test_who_trained_an_unfinished_run_on_photos() -> None:
+    recipe = replace(STANDARD, arch="resnet18", teacher_arch="resnet34", method=NoLogits(), features=Overhaul())
+    assert facts.trained_by(run_of(recipe)) == recipe.trained_by == "features from resnet34"
+    assert facts.trained_by(run_of(replace(recipe, method=KD()))) == "KD and features from resnet34"
 
 
 def test_gain_is_over_the_run_of_as_many_epochs() -> None:

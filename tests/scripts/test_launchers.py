@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import teacher_file
+
+from tests.conftest import teacher_file
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ["trainCE.sh", "trainKD.sh"]

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from distill.errors import UserError
 from distill.inference.trained import find_trained
 from distill.run.directory import RunDirectory
 from imagenet import train_ce as train_photos
-from scripts import evaluate, predict
+from scripts import evaluate, predict, trained
 from scripts.trained import NetworkFlags, open_network
 from tests.conftest import teacher_file
 
@@ -123,6 +124,54 @@ def test_a_foreign_file_needs_its_classes(folder: Path, tmp_path: Path, capsys: 
     assert len(by_data) == 20
 
 
+@pytest.mark.slow
+def test_classes_name_the_outputs_in_their_order(folder: Path, tmp_path: Path) -> None:
+    """Also where they are those of the data in another order, with and without images; a file's own names stand."""
+    file, names = teacher_file(tmp_path / "foreign.pth"), load_data(str(folder)).classes
+    turned, image = ",".join(names[::-1]), torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    flags = NetworkFlags(arch="densenet_cifar", data=str(folder))
+    with open_network(file, flags, images=True) as opened:
+        plain = opened.classifier.eval()(image)
+    with open_network(file, replace(flags, classes=turned), images=True) as opened:
+        assert opened.classifier.classes == names
+        torch.testing.assert_close(opened.classifier.eval()(image), plain.flip(1))
+    ten, usual = teacher_file(tmp_path / "ten.pth", classes=10), load_data("sample").classes
+    flags = NetworkFlags(arch="densenet_cifar", classes=",".join(usual[::-1]))
+    with open_network(ten, flags, images=False) as opened:
+        assert opened.classifier.classes == usual[::-1]
+        turned_back = opened.classifier.eval()(image)
+    with open_network(ten, replace(flags, classes=",".join(usual)), images=False) as opened:
+        torch.testing.assert_close(opened.classifier.eval()(image), turned_back)
+    own = tmp_path / "own.pth"
+    torch.save({**torch.load(file, weights_only=True), "classes": list(names)}, own)
+    flags = NetworkFlags(arch="densenet_cifar", data=str(folder), classes="a,b,c,d")
+    with pytest.raises(UserError, match="names its outputs itself"), open_network(str(own), flags, images=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("\ufeffcat\ndog\n".encode(), ("cat", "dog")),
+        ("größe\n日本\n".encode(), ("größe", "日本")),
+        ("größe\nb\n".encode("latin-1"), "cannot be read as text in UTF-8"),
+    ],
+)
+def test_a_file_of_classes(content: bytes, expected: str | tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_bytes(content)
+    if isinstance(expected, tuple):
+        assert trained._classes(str(file)) == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        trained._classes(str(file))
+
+
+def test_many_classes_may_stand_in_the_command() -> None:
+    names = tuple(f"class number {k}" for k in range(1000))  # longer than the name of a file may be
+    assert trained._classes(",".join(names)) == names
+
+
 def test_what_is_no_network(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text('{"recipe": {}, "facts": {}, "starts": []}')
@@ -144,12 +193,12 @@ def test_what_is_no_network(tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_run_knows(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained = find_trained(str(run))
-    assert trained.arch == "densenet_cifar"
-    assert trained.name == "alone"
-    assert not trained.unfinished
-    assert trained.started_with("data") == str(folder)
-    assert [record["epoch"] for record in trained.records] == [1, 2]
+    found = find_trained(str(run))
+    assert found.arch == "densenet_cifar"
+    assert found.name == "alone"
+    assert not found.unfinished
+    assert found.started_with("data") == str(folder)
+    assert [record["epoch"] for record in found.records] == [1, 2]
     assert find_trained(str(run / "last.pt")).weights.classes == load_data(str(folder)).classes
     average = find_trained(str(run)).weights.state
     raw = find_trained(str(run), "raw").weights.state
@@ -158,7 +207,7 @@ def test_what_a_run_knows(run: Path, folder: Path, tmp_path: Path, capsys: pytes
         find_trained(str(run.parent))
     with open_network(str(run), NetworkFlags(), images=True) as opened:
         assert opened.notes == []
-        assert opened.task.data.classes == trained.weights.classes
+        assert opened.task.data.classes == found.weights.classes
     with open_network(str(run), NetworkFlags(data="sample", class_order="ignore"), images=False) as opened:
         assert "trained on other images" not in capsys.readouterr().out
     with (

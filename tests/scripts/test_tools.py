@@ -141,7 +141,9 @@ def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--T-list", "1;2"], "--T-list must be numbers with commas"),
         (["--w-list", "0.5,2"], "--w must be a number, at least 0, at most 1"),
-        (["--output", "x"], "--output names one run"),
+        (["--output", "x"], "--output is for one run"),
+        (["--evaluate"], "--evaluate is for one run"),
+        (["--show-features"], "--show-features is for one run"),
     ],
 )
 def test_sweep_refuses(wrong: list[str], message: str) -> None:
@@ -156,6 +158,8 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = Classifier(nn.Sequential(*layers, nn.Linear(4, 10)), CIFAR_INPUT).eval()
     parameters, activations, macs = model_size.count(network)
     assert parameters == 3 * 4 * 9 + 2 * 4 + 4 * 10 + 10
+    network.network[0].requires_grad_(False)  # type: ignore[index]
+    assert model_size.count(network)[0] == parameters - 3 * 4 * 9
     assert activations == 2 * 4 * 32 * 32
     assert macs == 32 * 32 * 4 * 3 * 9 + 4 * 10
     file = tmp_path / "sizes.json"
@@ -225,6 +229,7 @@ def test_published_weights(
     assert accuracy
     assert f"teacher: densenet_cifar from {file}, test accuracy {accuracy[1]} %" in said
     train_ce.main([*flags, "--init", str(file), "--output", str(tmp_path / "more")])
+    assert f"note: {file} by --init is taken" not in capsys.readouterr().out
     publish.main([str(tmp_path / "more"), *data])
     assert (tmp_path / "README.md").read_text().count("| `densenet_cifar-ce.pt` | CE, finetuned | small |") == 1
     assert [path.name for path in (tmp_path / "published").iterdir()] == [file.name]

@@ -9,6 +9,7 @@ import torch
 
 from cifar10 import train_kd
 from cifar10.models import MODELS
+from cifar10.task import SmallImages
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.files import checkpoint
@@ -96,6 +97,13 @@ def test_one_teacher_is_its_own_mean(home: Path, small_npz: Path, tmp_path: Path
 def test_what_several_teachers_cannot_do(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(KD, **changes)
+
+
+def test_a_size_is_for_networks_of_photos(small_npz: Path, files: str) -> None:
+    recipe = replace(KD, teacher_image_size=64)
+    task = SmallImages(recipe, Options(data=str(small_npz), teacher_checkpoint=files))
+    with pytest.raises(UserError, match=r"--image-size and --weights .* are for ImageNet's networks: airbench94 here"):
+        task.load_teachers(None)
 
 
 def test_a_file_for_each() -> None:
