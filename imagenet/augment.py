@@ -54,6 +54,11 @@ class PhotoViews:
         how = f"-{self.resized}-{self.interpolation}" if self.policy == "none" else ""
         return f"{self.policy}{self.size}{how}{cutout}-{self.decoder}"
 
+    @property
+    def seeds_torch(self) -> bool:
+        """Returns whether views are drawn by torch's own generator, which the threads of a process share."""
+        return self.policy not in ("none", "crop")
+
     alternating = False
 
     @property
@@ -69,7 +74,7 @@ class PhotoViews:
         after = drawn[2 * TRIES :]
         pixels = read_box(file, lambda height, width: random_box(height, width, drawn), self.size, self.decoder)
         pixels = (pixels.flip(2) if after[2] >= 0.5 else pixels).permute(1, 2, 0)
-        if self.policy != "crop":
+        if self.seeds_torch:
             pixels = _recolour(pixels, self.policy, int(after[3] * 2**53))
         if self.cutout:
             pixels = pixels.contiguous()

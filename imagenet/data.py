@@ -20,6 +20,7 @@ from distill.data.views import check_cutout, mix
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
 from distill.models.classifier import InputSpec
+from distill.parallel.devices import images_at_once
 from distill.parallel.processes import first_here, rank_and_world_size
 from distill.run.directory import RunDirectory
 from imagenet.augment import PhotoViews
@@ -29,7 +30,7 @@ from imagenet.survey import without_broken
 from imagenet.val_map import classes_of
 
 TRAIN, VAL = "train", "val"
-BATCH = {"cpu": 128, "cuda": 512}  # photos that are evaluated at a time
+BATCH = {"cpu": 128, "cuda": 512}  # photos of up to 224 pixels that are evaluated at a time
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class PhotoTestData:
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields images and labels, as TestData says."""
         first, last = (len(self.files) * k // world_size for k in (rank, rank + 1))
-        size = BATCH[self._device.type]
+        size = images_at_once(BATCH[self._device.type], self._policy.size)
         starts = range(first, last, size)
         jobs = (np.arange(start, min(start + size, last)) for start in starts)
         rendered = self._workers.render(

@@ -77,7 +77,7 @@ class Workers:
         Raises BrokenImage, with all files among those in the making that cannot be decoded, LoaderError if a worker
         dies or is late.
         """
-        if not self.count:
+        if not self.count or (policy.seeds_torch and isinstance(self._started(), ThreadPoolExecutor)):
             yield from (_render_all(policy, job) for job in jobs)
             return
         waiting: deque[tuple[Any, Tensor, list[Future[None]]]] = deque()
@@ -139,7 +139,8 @@ class Workers:
                 if too_many_files(error):
                     raise
                 why = getattr(error, "strerror", None) or error
-                print(f"warning: no loader processes can be had ({why}): threads decode, on fewer cores at a time")
+                print(f"warning: no loader processes can be had ({why}): threads decode, on fewer cores at a time;")
+                print("where --augment changes colours, this process alone does")
                 self._pool = ThreadPoolExecutor(self.count)
         return self._pool
 

@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # of each process, or DistributedDataParallel's C++ tells that it found no unused parameters (training/wrap.py)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # seconds after a signal until torchrun kills: a long step and a save on a slow disk must fit (its default is 30)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))
     heard = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
     heard += ["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup has it ignored

@@ -297,10 +297,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if not line:
             raise
         _tell(line, code)
-    if code and is_joined():
-        # the end of an interpreter that is still connected to others may abort, code 134 (torch 2.15 and before);
-        # every line is out already
-        os._exit(code)
+    if is_joined():
+        # the end of an interpreter that is still connected to others may abort, code 134 (torch 2.15 and before)
+        if code:
+            os._exit(code)  # every line is out already
+        from distill.parallel.processes import leave
+
+        leave()
     sys.exit(code)
 
 
@@ -324,6 +327,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "out of memory; try a smaller --batch-size; what was saved is kept", 1
     if too_many_files(error):
         return f"too many open files ({error}): raise `ulimit -n`, or lower --workers; what was saved is kept", 1
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}", 2
     if "No usable temporary directory" in str(error):
         return f"{getattr(error, 'strerror', error)}: set TMPDIR to one that can be written to", 2
     if lost_process(error):

@@ -1,11 +1,12 @@
 """Random numbers by counter: each depends on a seed, a purpose and a counter alone, never on a process or a batch."""
 
 import hashlib
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+IDLE = 1000  # batches without a use for a table, after which it is dropped
 
 
 def raw_draws(seed: int, purpose: str, counter: int, count: int) -> NDArray[np.uint64]:
@@ -47,13 +48,27 @@ class ViewDraws:
 
     def __init__(self, view_seed: int, purpose: str, columns: int) -> None:
         self._view_seed, self._purpose, self._columns = view_seed, purpose, columns
-        self._table = lru_cache(maxsize=256)(self._draw)  # an epoch of numbered views shows all of them
+        self._tables: dict[tuple[int, int], NDArray[np.float32]] = {}  # of (view, number of rows)
+        self._used: dict[tuple[int, int], int] = {}  # in which call of rows each was used last
+        self._calls = 0
 
-    def _draw(self, view: int, image_count: int) -> NDArray[np.float32]:
-        return uniforms(self._view_seed, self._purpose, view, (image_count, self._columns)).astype(np.float32)
+    def _table(self, view: int, image_count: int) -> NDArray[np.float32]:
+        """Returns the draws of a view, kept as long as batches have use for them.
+
+        An epoch of numbered views shows all of them, one without numbers has a view of its own.
+        """
+        key = (view, image_count)
+        if key not in self._tables:
+            for idle in [known for known, call in self._used.items() if self._calls - call > IDLE]:
+                del self._tables[idle], self._used[idle]
+            drawn = uniforms(self._view_seed, self._purpose, view, (image_count, self._columns))
+            self._tables[key] = drawn.astype(np.float32)
+        self._used[key] = self._calls
+        return self._tables[key]
 
     def rows(self, indices: Tensor, views: Tensor) -> NDArray[np.float64]:
         """Returns (B, columns) in [0, 1]: row i of a table is image i's, however many rows are drawn."""
+        self._calls += 1
         images, shown = indices.numpy(), views.numpy()
         draws = np.empty((len(images), self._columns))
         image_count = 1 << int(images.max()).bit_length()  # a power of two, so that few tables are drawn

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import math
 import os
 import signal
 import sys
@@ -161,6 +162,14 @@ def _own_devices(device_name: str) -> list[torch.device]:
     """The devices whose generators this process draws from."""
     here = devices(device_name)
     return here[local_rank() : local_rank() + 1] if world_size() > 1 and len(here) > 1 else here
+
+
+def images_at_once(most: int, size: int) -> int:
+    """Returns how many images of `size` pixels are computed at once where `most` of up to 224 pixels are.
+
+    A power of two, of about as many pixels, at least 16. most: a power of two.
+    """
+    return max(16, 1 << int(math.log2(most * min(1.0, (224 / size) ** 2))))
 
 
 def generator_states(device_name: str) -> dict[str, Tensor]:

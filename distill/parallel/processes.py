@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 def leave() -> None:
-    """Leave the other processes, after good work: after an error the launcher ends them."""
+    """Leaves the other processes, after good work; after an error the launcher ends them."""
     if dist.is_initialized():
         any_of(False)  # rank 0 has the listening socket, and must not go first
         dist.destroy_process_group()
@@ -75,7 +75,10 @@ def on_main(work: Callable[P, Result]) -> Callable[P, Result]:
 
 @contextmanager
 def first_here() -> Iterator[None]:
-    """The first process of each machine enters alone, the others when it is done and has filled the caches."""
+    """The first process of each machine enters alone, the others when it is done and has filled the caches.
+
+    All leave together, however long that takes.
+    """
     if world_size() == 1:
         yield
         return
@@ -95,6 +98,7 @@ def first_here() -> Iterator[None]:
         raise elsewhere
     if local_rank():
         yield
+    dist.all_reduce(failed, dist.ReduceOp.MAX, patient)  # type: ignore[arg-type]
 
 
 def any_of(*flags: bool) -> list[bool]:

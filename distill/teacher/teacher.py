@@ -1,7 +1,6 @@
 """The frozen teacher: in eval mode, without gradients, its logits rounded to float16."""
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from distill.errors import UserError
 from distill.files import checkpoint
 from distill.models.classifier import Classifier, count_parameters
 from distill.models.fusion import rewrite
-from distill.parallel.devices import choose_precision, devices
+from distill.parallel.devices import choose_precision, devices, images_at_once
 from distill.parallel.processes import world_size
 
 FLOAT16_MAX = 65504.0
@@ -30,7 +29,7 @@ class Teacher:
     def __init__(self, network: Classifier, device_name: str | None = None, block: int | None = None) -> None:
         self.parameters = count_parameters(network.network)  # before none is to be learned
         self.network = network.eval().requires_grad_(False)
-        self.block = block or _block(network)
+        self.block = block or images_at_once(BLOCK[network.mean.device.type], network.spec.size)
         self.digest = self._content()
         own = network.mean.device
         self._devices = devices(device_name) if device_name and own.type == "cuda" and world_size() == 1 else [own]
@@ -79,9 +78,3 @@ class Teacher:
 
     def _content(self) -> str:
         return checkpoint.digest(self.network.network.state_dict())
-
-
-def _block(network: Classifier) -> int:
-    """A power of two, of about as many pixels for every size of images."""
-    most = BLOCK[network.mean.device.type] * min(1.0, (224 / network.spec.size) ** 2)
-    return max(16, 1 << int(math.log2(most)))

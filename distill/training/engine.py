@@ -194,6 +194,12 @@ class Trainer:
         if changed:
             hint = "; --extend allows more epochs" if changed == ["epochs"] else ""
             raise checkpoint.CheckpointError(f"{source} is of another run: {format_diff(changed, before, now)}{hint}")
+        ranks = payload.get("ranks")
+        count = len(ranks) if isinstance(ranks, list) else 0
+        if count not in (0, world_size()):  # several GPUs may be of one process, or of several
+            raise checkpoint.CheckpointError(
+                f"{source} is of a run in {count} processes, this is one in {world_size()}: NPROC={count} continues it"
+            )
 
     # ------------------------------------------------------------------------------------------------------- the steps
     def train_epoch(self, stop: StopRequest) -> bool:

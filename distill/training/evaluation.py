@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Images, TestData
-from distill.errors import BrokenImage
+from distill.errors import BrokenImage, out_of_memory
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from distill.parallel.processes import any_of, broadcast_buffers, gather, rank, rank_and_world_size, reduce
@@ -74,7 +74,7 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
         for images, labels in test.batches(*rank_and_world_size()):
             if stop():
                 break
-            logits = network(images)
+            logits = _logits(network, images)
             tally.add(logits, labels, F.cross_entropy(logits, labels))
             predictions.append(logits.argmax(1))
     except BrokenImage as error:
@@ -88,6 +88,16 @@ def evaluate(network: Classifier, test: TestData, stop: Callable[[], bool] = lam
     return Evaluation(
         summary["loss"], summary["accuracy"], summary["top5"], int(summary["images"]), seconds, everything
     )
+
+
+def _logits(network: Classifier, images: Tensor) -> Tensor:
+    """Returns the logits of `images`, computed in two halves where the memory does not suffice for all at once."""
+    try:
+        return network(images)  # type: ignore[no-any-return]
+    except (RuntimeError, MemoryError) as error:
+        if len(images) == 1 or not out_of_memory(error):
+            raise
+    return torch.cat([_logits(network, part) for part in images.tensor_split(2)])
 
 
 def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:

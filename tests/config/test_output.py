@@ -37,6 +37,11 @@ def test_names_that_the_encoding_lacks(encoding: str, expected: bytes) -> None:
     assert (refused.returncode, refused.stderr) == (2, b"error: " + expected)
 
 
+def test_what_may_not_be_read_or_written_is_named() -> None:
+    found = python("raise PermissionError(13, 'Permission denied', '/data/train')")
+    assert (found.returncode, found.stderr) == (2, b"error: /data/train: Permission denied\n")
+
+
 def test_standard_input_may_name_any_file() -> None:
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     found = python("print(ascii(sys.stdin.readline()))", input=b"caf\xe9.png\n", env=strict)

@@ -11,6 +11,7 @@ from torchvision.transforms import functional as reference
 from cifar10.augment import CropFlip, Cutout, NoChange, Original, build_policy
 from cifar10.data import load_data
 from distill.config.recipe import Recipe
+from distill.data import draws
 from distill.data.datasets import TensorData
 from distill.data.draws import ViewDraws, permutation, raw_draws, uniforms
 from distill.data.order import EpochPlan, ViewOrder, split_validation
@@ -293,3 +294,18 @@ def test_view_seeds_differ() -> None:
 def test_more_views_than_there_are() -> None:
     with pytest.raises(UserError, match="--views must be at most 162"):
         build_policy(Recipe(views=163))
+
+
+def test_draws_of_views_that_are_over_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch of continuous views has one of its own; of numbered ones each batch shows many."""
+    monkeypatch.setattr(draws, "IDLE", 5)
+    indices = torch.arange(30)
+    drawn, expected = ViewDraws(0, "x", 2), [ViewDraws(0, "x", 2).rows(indices, torch.full((30,), v)) for v in range(9)]
+    for view in range(9):
+        for _ in range(10):
+            assert np.array_equal(drawn.rows(indices, torch.full((30,), view)), expected[view])
+        assert len(drawn._tables) <= 2
+    for _ in range(20):
+        found = drawn.rows(indices, indices % 9)
+        assert all(np.array_equal(row, expected[i % 9][i]) for i, row in enumerate(found))
+    assert len(drawn._tables) == 9

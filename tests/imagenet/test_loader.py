@@ -58,11 +58,19 @@ def test_the_soft_limit_is_raised_as_far_as_it_goes(limits: tuple[int, int], mon
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("policy", [POLICY, PhotoViews("randaugment", 32)], ids=lambda policy: policy.policy)
 @pytest.mark.parametrize("absent", ["memfd_create", "semaphores"])
 def test_without_memory_files_and_without_semaphores(
-    absent: str, files: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    absent: str,
+    policy: PhotoViews,
+    files: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As where a container forbids memfd_create, and where /dev/shm is read only."""
+    """As where a container forbids memfd_create, and where /dev/shm is read only.
+
+    Colours are drawn by the generator that all threads share, and the network's dropout with them.
+    """
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -70,10 +78,12 @@ def test_without_memory_files_and_without_semaphores(
     if absent == "semaphores":
         monkeypatch.setattr(loader, "ProcessPoolExecutor", refuse)
     monkeypatch.setattr(os, "memfd_create", refuse)
-    with Workers(2) as workers:
-        found = list(workers.render(POLICY, one_by_one(files, 5)))
-    expected = Workers(0).render(POLICY, one_by_one(files, 5))
+    before = torch.get_rng_state()
+    with Workers(4) as workers:
+        found = list(workers.render(policy, one_by_one(files, 24)))
+    expected = Workers(0).render(policy, one_by_one(files, 24))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
     said = capsys.readouterr().out
     assert said.count("warning: no loader processes can be had (Read-only file system)") == (absent == "semaphores")
 

@@ -42,6 +42,13 @@ def test_relative_paths_are_the_callers(small_npz: Path, tmp_path: Path) -> None
     assert (tmp_path / "my run" / "last.pt").exists()
 
 
+def test_one_process_is_started_again_too() -> None:
+    """By torchrun, as several are: it is who reads MAX_RESTARTS."""
+    found = bash("scripts/trainCE.sh", "--arch", "airbench94", cwd=ROOT, MAX_RESTARTS="x")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "error: MAX_RESTARTS must be an integer, at least 0, got 'x'\n"
+
+
 def test_python_of_the_caller_without_a_venv(tmp_path: Path) -> None:
     """A copy of the repository without .venv takes $PYTHON."""
     for folder in ("scripts", "distill", "cifar10"):

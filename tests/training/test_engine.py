@@ -377,6 +377,15 @@ def test_absurd_state(small_npz: Path, tmp_path: Path, change: dict[str, Any]) -
         train(tmp_path / "other", small_npz, options=Options(resume=str(tmp_path / "absurd.pt")))
 
 
+def test_gpus_of_one_process_are_not_those_of_several(small_npz: Path, tmp_path: Path) -> None:
+    """A run on as many GPUs otherwise has the same identity, and a checkpoint has the state of each process."""
+    train(tmp_path / "run", small_npz)
+    payload = checkpoint.load(tmp_path / "run" / "last.pt")
+    checkpoint.save(tmp_path / "run" / "last.pt", payload | {"ranks": 4 * payload["ranks"]})
+    with pytest.raises(checkpoint.CheckpointError, match="a run in 4 processes, this is one in 1: NPROC=4 continues"):
+        train(tmp_path / "run", small_npz, replace(RECIPE, epochs=4), Options(extend=True))
+
+
 def test_a_checkpoint_of_the_former_format(small_npz: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", small_npz)
     payload = checkpoint.load(tmp_path / "run" / "last.pt")

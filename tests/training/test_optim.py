@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar10.data import load_data, prepare
 from distill.config.recipe import Options, Recipe
@@ -16,6 +16,8 @@ from distill.errors import UserError
 from distill.files import checkpoint
 from distill.losses.dist import DIST
 from distill.models import weights
+from distill.models.classifier import Classifier
+from distill.parallel.devices import images_at_once
 from distill.training.evaluation import evaluate
 from distill.training.metrics import Tally
 from distill.training.objectives import CrossEntropy, Step, distillation
@@ -220,6 +222,36 @@ def test_evaluation_sees_each_image_once() -> None:
     assert torch.equal(found.predictions, expected.argmax(1))
     assert found.accuracy == pytest.approx(100 * (expected.argmax(1) == labels).double().mean().item())
     assert found.loss == pytest.approx(nn.functional.cross_entropy(expected, labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()]
+)
+def test_evaluation_takes_as_many_images_as_the_memory_holds(error: Exception) -> None:
+    class Large(Classifier):
+        most = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > self.most:
+                raise error
+            return super().forward(images)
+
+    plain = small_network()
+    images, labels = torch.randint(0, 256, (21, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 4, (21,))
+    test, expected = TensorTestData(images, labels, batch_size=8), None
+    network = Large(plain.network, plain.spec)
+    for network.most in (21, 3, 1):
+        found = evaluate(network, test)
+        expected = expected or found
+        assert torch.equal(found.predictions, expected.predictions)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    network.most = 0
+    with pytest.raises(type(error)):
+        evaluate(network, test)
+
+
+def test_fewer_large_images_at_once() -> None:
+    assert [images_at_once(512, size) for size in (32, 224, 225, 320, 448, 4096)] == [512, 512, 256, 128, 128, 16]
 
 
 # ----------------------------------------------------------------------------------------------------------- objectives
