@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> None:
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
     train(recipe, options)
+    from distill.parallel.processes import leave
+
+    leave()
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:

@@ -30,6 +30,9 @@ def main(argv: Sequence[str]) -> None:
         positional="data",
     )
     train(recipe, options)
+    from distill.parallel.processes import leave
+
+    leave()
 
 
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:

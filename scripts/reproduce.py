@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps([{"run": run.name, **run.recipe.to_dict()} for run in planned], indent=2))
         return
     from distill.parallel.devices import devices, start
-    from distill.parallel.processes import on_main
+    from distill.parallel.processes import leave, on_main
 
     if options.device == "auto" and devices("auto")[1:] and not is_joined():
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
@@ -106,6 +106,7 @@ def main(argv: Sequence[str]) -> None:
     if recorded:
         on_main(results.main)([])
         print("README.md and cifar10/README.md have the tables of checkpoints/records/")
+    leave()
 
 
 def announce(planned: Sequence[Run], device: Any) -> None:

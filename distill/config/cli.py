@@ -297,13 +297,10 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if not line:
             raise
         _tell(line, code)
-    if is_joined():
-        # the end of an interpreter that is still connected to others may abort, code 134 (torch 2.15 and before)
-        if code:
-            os._exit(code)  # every line is out already
-        from distill.parallel.processes import leave
-
-        leave()
+    if code and is_joined():
+        # the end of an interpreter that is still connected to others may abort, code 134 (torch 2.15 and before);
+        # every line is out already
+        os._exit(code)
     sys.exit(code)
 
 

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from distill.errors import UserError
@@ -75,7 +76,8 @@ def prepare() -> None:
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the name of a file may be any bytes
+        with suppress(io.UnsupportedOperation):  # something was read from it before
+            sys.stdin.reconfigure(errors="surrogateescape")  # the name of a file may be any bytes
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
         if before is None or isinstance(before, io.TextIOWrapper):

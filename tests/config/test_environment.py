@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -15,11 +14,9 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig
 
-from distill.config import cli, output
 from distill.config.environment import Ranks, announced, cores, find_ranks, is_joined
 from distill.errors import UserError
-from distill.parallel import devices, processes
-from distill.training.stop import Stopped
+from distill.parallel import devices
 from scripts import torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,25 +70,6 @@ def test_a_rank_for_nobody_prints() -> None:
         words, settings = [sys.executable, "-c", code, "heard"], {**os.environ, "RANK": rank}
         found = subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
         assert (found.returncode, found.stdout, found.stderr) == (0, "heard\n", "")
-
-
-@pytest.mark.parametrize("code", [0, 3])
-def test_who_is_done_leaves_the_others(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after --steps, which ends by an exception: an interpreter that is still connected may abort."""
-    ended: list[str | int] = []
-    for name, value in SET.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(output, "prepare", lambda: None)
-    monkeypatch.setattr(processes, "leave", lambda: ended.append("left"))
-    monkeypatch.setattr(os, "_exit", ended.append)
-
-    def main(_: Sequence[str]) -> None:
-        raise Stopped("stopped after 1 steps", code)
-
-    with pytest.raises(SystemExit) as exit_:
-        cli.run(main)
-    assert exit_.value.code == code
-    assert ended[0] == (code or "left")
 
 
 def write(path: Path, text: str) -> None:

@@ -30,7 +30,8 @@ from distill.data.draws import uniforms, uniforms_of
 from distill.errors import BrokenImage, UserError
 from distill.files import downloads
 from distill.models.classifier import Classifier, InputSpec
-from distill.teacher.teacher import _block
+from distill.parallel.devices import images_at_once
+from distill.teacher.teacher import BLOCK
 from imagenet import models, train_ce, train_kd
 from imagenet.augment import DRAWS, PhotoViews, random_box
 from imagenet.data import PhotoTestData, load_data, prepare
@@ -444,7 +445,7 @@ def test_sizes_that_cannot_be() -> None:
 
 
 def test_a_teacher_of_large_photos_sees_fewer_at_a_time() -> None:
-    blocks = [_block(Classifier(nn.Identity(), InputSpec(size, (0, 0, 0), (1, 1, 1)))) for size in (32, 224, 260, 600)]
+    blocks = [images_at_once(BLOCK["cpu"], size) for size in (32, 224, 260, 600)]
     assert blocks == [64, 64, 32, 16]
 
 

@@ -180,7 +180,8 @@ def test_leaving_files_out_is_a_recorded_change(own: Path, tmp_path: Path, capsy
 def test_the_teacher_is_not_asked_again_after_a_file_was_mended(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distill.teacher.teacher, "_block", lambda *_: 8)  # a batch, so that the first ones are answered
+    # a block is a batch, so that the first ones are answered
+    monkeypatch.setattr(distill.teacher.teacher, "images_at_once", lambda *_: 8)
     torch.save(find("mobilenet_v3_small").build(num_classes=4).state_dict(), tmp_path / "teacher.pth")
     flags = [str(own), *SMALL, "--teacher-arch", "mobilenet_v3_small", "--teacher-precision", "float32", "--views", "1"]
     flags += ["--render-size", "32", "--teacher-checkpoint", str(tmp_path / "teacher.pth")]

@@ -78,7 +78,7 @@ def test_a_start_records_what_the_run_is(tmp_path: Path) -> None:
     assert Recipe.from_dict(config["recipe"]) == Recipe()
     assert config["facts"] == FACTS
     assert len(config["starts"]) == 2
-    start = {"time", "argv", "cwd", "data", "teacher_checkpoint", "commit", "versions", "machine"}
+    start = {"time", "argv", "cwd", "data", "teacher_checkpoint", "init", "commit", "versions", "machine"}
     assert set(config["starts"][0]) == start
 
 
