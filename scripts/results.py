@@ -52,7 +52,8 @@ def foreign(table: str, name: str, summary: dict[str, Any], facts: dict[str, Any
     than that of the records there are."""
     if summary.get("data_content") != tables.DATA[table]:
         return f"{name} was trained on other data"
-    if bool(facts["init_digest"]) != ("-finetuned-" in name):
+    row = tables.rows(table)[name.rpartition("-seed")[0]]
+    if bool(facts["init_digest"]) != (row.pretrained or "-finetuned-" in name):
         return f"{name} started from {'weights that were given' if facts['init_digest'] else 'random weights'}"
     if facts["world_size"] != 1:
         return f"{name} took its batches in {facts['world_size']} parts, each with BatchNorm statistics of its own"
