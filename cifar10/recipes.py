@@ -172,8 +172,8 @@ CPU_STUDENT_KD = replace(CPU_STUDENT, teacher_arch="airbench94", method=KD(T=4.0
 """The same with a teacher.
 
 bash scripts/reproduce.sh cifar10 --budget cpu --only student-kd-airbench94 --teacher-checkpoint published --seeds 1
-Accuracy: 93.02 and 93.03 (two seeds). Time: 2.9 h on 1 CPU core beside another run; half an hour more where the teacher's logits
-are not stored yet.
+Accuracy: 93.02 and 93.03 (two seeds). Time: 2.9 h on 1 CPU core beside another run; half an hour more where the
+teacher's logits are not stored yet.
 """
 
 CPU_STUDENT_FINETUNE = replace(CPU_STUDENT, epochs=20, lr=0.02, warmup=2.0, sizes=None)
