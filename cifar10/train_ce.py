@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> None:
         description="Train a network by cross-entropy.",
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
-    train(recipe, options)
-    from distill.parallel.processes import leave
+    from distill.parallel.processes import leaving
 
-    leave()
+    with leaving():
+        train(recipe, options)
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:

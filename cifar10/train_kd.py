@@ -30,10 +30,10 @@ def main(argv: Sequence[str]) -> None:
         description="Train a student taught by a teacher.",
         examples=(__doc__ or "").split("\n\n", 1)[1],
     )
-    train(recipe, options)
-    from distill.parallel.processes import leave
+    from distill.parallel.processes import leaving
 
-    leave()
+    with leaving():
+        train(recipe, options)
 
 
 def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:

@@ -29,10 +29,10 @@ def main(argv: Sequence[str]) -> None:
         options=ImageNetOptions(),
         positional="data",
     )
-    train(recipe, options)
-    from distill.parallel.processes import leave
+    from distill.parallel.processes import leaving
 
-    leave()
+    with leaving():
+        train(recipe, options)
 
 
 def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | None:

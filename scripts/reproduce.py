@@ -86,13 +86,21 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps([{"run": run.name, **run.recipe.to_dict()} for run in planned], indent=2))
         return
     from distill.parallel.devices import devices, start
-    from distill.parallel.processes import leave, on_main
+    from distill.parallel.processes import leaving
 
     if options.device == "auto" and devices("auto")[1:] and not is_joined():
         print("using cuda:0 alone: on several GPUs BatchNorm sees less, and the table would depend on their number")
         planned = [replace(run, options=replace(run.options, device="cuda:0")) for run in planned]
+    with leaving():
+        announce(planned, start(planned[0].options.device))  # from here on one of several processes prints
+        train(table, planned)
+
+
+def train(table: str, planned: Sequence[Run]) -> None:
+    """Trains what is not finished of the runs, records what belongs to the table, and prints them all."""
+    from distill.parallel.processes import on_main
+
     recorded = False
-    announce(planned, start(planned[0].options.device))  # from here on one of several processes prints
     for run in planned:
         print(f"== {run.name}")
         try:
@@ -106,7 +114,6 @@ def main(argv: Sequence[str]) -> None:
     if recorded:
         on_main(results.main)([])
         print("README.md and cifar10/README.md have the tables of checkpoints/records/")
-    leave()
 
 
 def announce(planned: Sequence[Run], device: Any) -> None:

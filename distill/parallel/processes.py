@@ -24,8 +24,22 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-def leave() -> None:
-    """Leaves the other processes, after good work; after an error the launcher ends them."""
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leaves the other processes after good work, also if --steps has ended it; after an error the launcher ends them.
+
+    An interpreter that ends while it is still connected may abort, code 134 (torch 2.15 and before).
+    """
+    try:
+        yield
+    except UserError as error:
+        if not error.exit_code:
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
     if dist.is_initialized():
         any_of(False)  # rank 0 has the listening socket, and must not go first
         dist.destroy_process_group()

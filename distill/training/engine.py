@@ -17,7 +17,7 @@ from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from distill.parallel.devices import generator_states, restore_generators, seed_generators
-from distill.parallel.processes import any_of, gather, leave, on_main, rank, reduce, world_size
+from distill.parallel.processes import any_of, gather, on_main, rank, reduce, world_size
 from distill.run.identity import differing, format_diff
 from distill.run.outcome import BEST, best_epoch, diverged, format_divergence
 from distill.run.run import Run
@@ -410,10 +410,7 @@ def fit(
                 raise _broken(trainer, broken) from None
             if evaluations is None:
                 trainer.save()
-                ended = _stopped(trainer, stop)
-                if not ended.exit_code:  # after --steps, which is good work
-                    leave()
-                raise ended
+                raise _stopped(trainer, stop)
             trainer.record_epoch(evaluations)
     if teacher:
         teacher.print_statistics()

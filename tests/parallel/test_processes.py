@@ -21,12 +21,30 @@ from distill.errors import UserError
 from distill.files import checkpoint
 from distill.losses import FEATURES
 from distill.parallel import devices
+from distill.parallel import processes as joined
 from distill.training import wrap
+from distill.training.stop import Stopped
 from tests.training.test_kill import final_state
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 FLAGS = ["--arch", "densenet_cifar", "--batch-size", "8", "--epochs", "3", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(("code", "expected"), [(None, ["left"]), (0, ["left"]), (143, [])])
+def test_who_has_done_good_work_leaves_the_others(
+    code: int | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after --steps, which ends by an exception."""
+    ended: list[str] = []
+    monkeypatch.setattr(joined, "_leave", lambda: ended.append("left"))
+    try:
+        with joined.leaving():
+            if code is not None:
+                raise Stopped("stopped after 1 steps", code)
+    except Stopped:
+        assert code is not None
+    assert ended == expected
 
 
 def processes(count: int, *words: object) -> "subprocess.CompletedProcess[str]":
