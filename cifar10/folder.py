@@ -71,7 +71,10 @@ def read_folder(path: Path, workers: int, skip_bad_images: bool) -> dict[str, ND
     arrays: dict[str, NDArray[Any]] = {}
     for name, split in splits.items():
         arrays |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
-    checkpoint.save_cache(cache, {"classes": names, **{key: torch.from_numpy(value) for key, value in arrays.items()}})
+    if not any(split.broken for split in splits.values()):  # a disk may give next time what it did not give now
+        checkpoint.save_cache(
+            cache, {"classes": names, **{key: torch.from_numpy(value) for key, value in arrays.items()}}
+        )
     return {"classes": np.array(names), **arrays}
 
 

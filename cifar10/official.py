@@ -89,7 +89,17 @@ class ArrayUnpickler(pickle.Unpickler):
         today = module.replace("numpy.core", "numpy._core")
         if (today, name) not in ARRAY_PIECES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no piece of an array")
-        return super().find_class(today, name)
+        return _bytes_of if name == "encode" else super().find_class(today, name)
+
+
+def _bytes_of(text: str, encoding: str) -> bytes:
+    """Returns bytes that a pickle spells as a string.
+
+    Raises UnpicklingError for another encoding, which on its own results would fill the memory.
+    """
+    if type(text) is not str or encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes by {encoding!r}, which is no piece of an array")
+    return text.encode("latin1")
 
 
 def find_official(path: Path) -> Published | None:

@@ -147,7 +147,9 @@ class SmallImages(Task[Recipe, Options]):
         arch = recipe.teacher_arch or ""
         if kind_of(recipe.teacher_weights) and not options.teacher_checkpoint:
             raise UserError("--teacher-weights raw and ema are of a file: give --teacher-checkpoint FILE")
-        if arch in MODELS and any(other not in MODELS for other in self.recipe.teacher_archs):
+        if arch in MODELS and recipe.teacher_image_size not in (None, CIFAR_INPUT.size):
+            if all(other in MODELS for other in self.recipe.teacher_archs):
+                raise UserError(f"--teacher-image-size is for ImageNet's networks: {arch} sees {SIZE}x{SIZE} images")
             recipe = replace(recipe, teacher_image_size=None)  # it is that of the others
         path = find_file(arch, options) or self._trained(recipe, run)
         weights = on_main(files.load)(path, kind_of(recipe.teacher_weights), "--teacher-weights") if path else None
@@ -182,7 +184,7 @@ class SmallImages(Task[Recipe, Options]):
                 "the training images have no labels to train a teacher with: give --teacher-checkpoint FILE"
             )
         expected = teacher_recipe(recipe)
-        digest = (run.recorded("data_digest") if run else None) or self.data.digest
+        digest = (run.first_images() if run else None) or self.data.digest
         path, actual = _find_run(expected, self.data.name, digest)
         own_run = RunDirectory(path)
         finished = on_main(own_run.load_summary)(actual.epochs) is not None

@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A file that cannot be read or written as a checkpoint: names the path, the cause and what to do."""
 
 
+class CannotReadError(CheckpointError):
+    """A file that the disk or the memory does not give at the moment: it may be whole."""
+
+
 def lost_process(error: BaseException) -> bool:
     """Whether a RuntimeError says that another process of the run is gone."""
     return type(error).__name__.startswith("Dist") or any(word in str(error) for word in ("gloo", "NCCL"))

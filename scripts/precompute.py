@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             "--render-size of the largest"
         )
     # Logits do not depend on the method, and this one takes images without labels; one image a step leaves out none.
-    recipe = replace(recipe, method=KD(w=1.0), features=None)
+    recipe = replace(recipe, method=KD(w=1.0), features=None, sizes=None)  # of the student alone
     with dataset.open(replace(recipe, batch_size=1, accumulate=1), options) as task:
         return work(task, options)
 
@@ -116,6 +116,8 @@ def work(task: Any, options: Any) -> int:
         raise UserError("nothing was stored; --store-limit GB allows more, --views K takes less")
     if options.verify:
         compared, equal, largest = cache.verify(training, options.verify)
+        if not compared:
+            raise UserError(f"{cache.store.path} has nothing of these views: there is nothing to ask again")
         print(
             f"{compared:,} answers asked again: {equal:,} the same to the bit, the others differ by "
             f"{largest:.3g} of the largest logit at most"

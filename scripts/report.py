@@ -139,7 +139,8 @@ def examine(opened: Opened, name: str) -> "Reported":
     from distill.run.directory import CHECKPOINTS
 
     classifier, trained, task = opened.classifier, opened.trained, opened.task
-    test, digest = task.test_data(classifier.spec), checkpoint.digest([task.data.digest, task.decoder])
+    test = task.test_data(classifier.spec)
+    digest = checkpoint.digest([task.data.digest, task.decoder, opened.arch])
     directory = trained.directory if trained.in_run else CHECKPOINTS / "cache" / "predictions"
     predictions = predictions_of(classifier, test, digest, directory)
     print(f"{name}: {opened.arch}, test accuracy {predictions.accuracy:.2f} %")

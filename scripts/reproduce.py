@@ -13,6 +13,7 @@ methods, and the next one starts; it ends the command for cifar10. NPROC and NNO
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,6 +83,9 @@ def main(argv: Sequence[str]) -> None:
     differing = filter(None, (results.differs(table, run.name, run.recipe) for run in planned))
     if not is_joined() and (differs := next(differing, None)):  # for several processes launch.sh's check has said it
         print(f"note: {differs}: not the table's, so it is not recorded", file=sys.stderr)
+    processes = [os.environ.get(name, "").strip() or "1" for name in ("NPROC", "NNODES")]
+    if not is_joined() and processes != ["1", "1"]:
+        print("note: with NPROC or NNODES each process takes a part of a batch: nothing is recorded", file=sys.stderr)
     if options.show_recipe:
         print(json.dumps([{"run": run.name, **run.recipe.to_dict()} for run in planned], indent=2))
         return
@@ -183,7 +187,7 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
             where["teacher_checkpoint"] = None
         elif options.table == "cifar10" and not published:
             where["teacher_checkpoint"] = str(directory / f"teacher-{ours.teacher_arch}-seed0" / "last.pt")
-        elif not options.teacher_checkpoint and "teacher_arch" not in given:
+        elif not options.teacher_checkpoint and "teacher_arch" not in given and not options.recipe:
             where["teacher_checkpoint"] = "published"
         if name.endswith("-finetuned"):
             where["init"] = str(directory / f"student-seed{seed}" / "last.pt")

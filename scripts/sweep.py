@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{flag(given[0])} is for one run: a sweep's runs lie side by side in checkpoints/")
     method = recipe.method
     if not isinstance(method, KD) or method.w is None:
-        raise UserError("a sweep goes through --T and --w of --method kd: leave out --method, --kd-weight, --ce-weight")
+        raise UserError(
+            "a sweep goes through --T and --w of --method kd, beside --features too: no other --method, no --kd-weight"
+        )
     pairs = [(T, w) for T in numbers(options.T_list, "--T-list") for w in numbers(options.w_list, "--w-list")]
     # all of them are checked before the first one trains
     recipes = [replace(recipe, method=replace(method, T=T, w=w)) for T, w in pairs]

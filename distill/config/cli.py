@@ -101,7 +101,8 @@ def _add_flag(
     further = option_field.metadata["flags"]
     names = [*(f for f in further if len(f) == 2), flag(option_field.name), *(f for f in further if len(f) > 2)]
     value, words = getattr(defaults, option_field.name), option_field.metadata["help"]
-    shown = words if value is None or isinstance(value, bool) else f"{words} (default: {value})"
+    default = {True: "on", False: None}[value] if isinstance(value, bool) else value
+    shown = words if default is None else f"{words} (default: {default})"
     settings: dict[str, Any] = {"dest": option_field.name, "default": argparse.SUPPRESS}
     if value_type(type(defaults), option_field.name) is bool:
         settings["action"] = argparse.BooleanOptionalAction if switches or value else "store_true"

@@ -65,7 +65,7 @@ class Recipe:
     sizes: str | None = option(
         None,
         "PIXELS:EPOCHS,...: in its first epochs the student sees images of these sizes, then of its own: "
-        "16:8,24:4 is 8 epochs at 16 pixels and 4 at 24",
+        "24:36 is 36 epochs at 24 pixels, 20:8,24:4 is 8 at 20 and 4 at 24",
         group="training",
     )
     lr: float = option(0.1, "peak learning rate", group="training", above=0)
@@ -82,7 +82,7 @@ class Recipe:
         0.9, "of SGD (Nesterov's form where it is not 0) and RMSprop", group="training", least=0, most=1
     )
     weight_decay: float = option(
-        5e-4, "L2 penalty, not on BatchNorm and biases", group="training", flags=("--wd",), least=0
+        5e-4, "L2 penalty, not on BatchNorm and biases without --decay-all", group="training", flags=("--wd",), least=0
     )
     decay_all: bool = option(False, "weight decay on BatchNorm and biases too", group="training")
     schedule: str = option(
@@ -246,6 +246,10 @@ class Recipe:
     def _check_views(self) -> None:
         if (self.padding != 4 or self.reflect or self.alternate_flip) and self.augment != "crop_flip":
             raise UserError("--padding, --reflect and --alternate-flip belong to --augment crop_flip of small images")
+        if self.alternate_flip and self.views and self.views % 2:
+            raise UserError(f"--alternate-flip takes views in pairs: --views must be even, got {self.views}")
+        if self.augment == "none" and (self.cutout or self.mixup):
+            raise UserError("--augment none shows one view of each image: --cutout and --mixup take another --augment")
         if self.size_at(self.epochs - 1):
             raise UserError(f"--sizes {self.sizes} leaves none of {self.epochs} epochs at full size: give others")
 

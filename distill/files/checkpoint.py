@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import shutil
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from distill.files.reading import read
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 TEMPORARY = ".partial"
+OURS = uuid.uuid4().hex[:8]  # of this process, and of those that are forked from it
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # EBADF: CIFS
 
 
@@ -107,8 +109,11 @@ def save_cache(path: Path, payload: dict[str, Any]) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """In the same directory, so that a rename is atomic; of this process, as others may write the same file."""
-    return path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    """In the same directory, so that a rename is atomic; of this process, as others may write the same file.
+
+    In containers on one disk processes may have the same number.
+    """
+    return path.with_name(f"{path.name}.{os.getpid()}-{OURS}{TEMPORARY}")
 
 
 def _keep(path: Path) -> None:

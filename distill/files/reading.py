@@ -4,6 +4,7 @@ Kind, size, checksums and content are verified before any of it is used. torch.l
 what it builds beside tensors and plain values are the stand-ins of stand_ins.py.
 """
 
+import errno
 import mmap
 import os
 import pickle
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.errors import CheckpointError
+from distill.errors import CannotReadError, CheckpointError, out_of_memory
 from distill.files import stand_ins as inert
 
 ENCODER = b"_codecs\nencode\n"
@@ -43,10 +44,12 @@ def read(path: Path) -> Any:
         if refused:
             raise CheckpointError(_refusal(path, refused[1])) from None
         raise CheckpointError(_unreadable(path)) from None
-    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError, RecursionError):
+    except (RuntimeError, ValueError, KeyError, EOFError, TypeError, IndexError, AttributeError) as error:
+        if out_of_memory(error):
+            raise CannotReadError(f"{path} cannot be read (out of memory)") from None
         raise CheckpointError(_unreadable(path)) from None  # torch's text proposes the unsafe way
     except (MemoryError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({_brief(error)})") from None
+        raise CannotReadError(f"{path} cannot be read ({_brief(error)})") from None
     _check_tensors(path, content, size)
     return content
 
@@ -109,7 +112,7 @@ def _check_kind(path: Path) -> int:
         with open(path, "rb") as file:
             head = file.read(256)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        raise CannotReadError(f"cannot read {path}: {error.strerror}") from None
     if not head:
         raise CheckpointError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
@@ -135,6 +138,8 @@ def _check_zip(path: Path, size: int) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that one is of a wrong offset
+            raise CannotReadError(f"cannot read {path}: {error.strerror}") from None
         raise CheckpointError(f"{path} is damaged or cut short ({_brief(error)})") from None
     if broken:
         raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")

@@ -44,7 +44,8 @@ class Predictions:
 def predictions_of(classifier: Classifier, test: TestData, data_digest: str, directory: Path) -> Predictions:
     """Returns what `classifier` says to `test`, kept in `directory` for weights, images, precision and kind of device.
 
-    data_digest: of the images and of how they are decoded. A damaged file is named and made anew.
+    data_digest: of the images, of how they are decoded, and of the network's architecture. A damaged file is named and
+    made anew.
     """
     device, name = classifier.mean.device, str(classifier.precision).removeprefix("torch.")
     identity = [

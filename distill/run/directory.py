@@ -61,6 +61,12 @@ class RunDirectory:
         config = self.read_config()
         return config["facts"].get(name) if config and self.has_begun() else None
 
+    def first_images(self) -> str | None:
+        """The digest of the images that the run began with, before --allow-data-change; None if it has not begun."""
+        starts = (self.read_config() or {}).get("starts", [])
+        changed = (start["data_change"]["data_digest"][0] for start in starts if "data_change" in start)
+        return next(changed, self.recorded("data_digest")) if self.has_begun() else None
+
     def has_begun(self) -> bool:
         """Whether anything was saved: a run that was refused or failed before that leaves its directory to another."""
         names = (checkpoint.LAST, checkpoint.PREVIOUS, f"{checkpoint.LAST}.damaged", SUMMARY)

@@ -121,6 +121,12 @@ class Run(RunDirectory):
         print(describe(summary, best_kept))
         return summary
 
+    def _trained_by_commit(self) -> str | None:
+        """Returns the commit of the last start: the checkout may have changed since."""
+        starts = (self.read_config() or {}).get("starts")
+        found: str | None = starts[-1]["commit"] if starts else commit()
+        return found
+
     def record_divergence(self, student: Classifier, step: int, **results: Any) -> None:
         """Writes diverged.json: what summary.json would say, without a result, and the step that was not finite.
 
@@ -153,5 +159,5 @@ class Run(RunDirectory):
             "precision": str(student.precision).removeprefix("torch."),
             "device": describe_device(student.mean.device),
             "torch": str(torch.__version__),
-            "commit": commit(),
+            "commit": self._trained_by_commit(),
         }

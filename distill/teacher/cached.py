@@ -45,7 +45,8 @@ class LogitCache:
         assert self.store
         generator, compared, equal, largest = np.random.default_rng(0), 0, 0, 0.0
         view_count, logits = data.plan.order.view_count, slice(0, self.encoding.top_k or None)
-        view_indices = [k for k in self.store.coverage() if view_count is None or k < view_count]
+        found = self.store.coverage().items()
+        view_indices = [k for k, images in found if images and (view_count is None or k < view_count)]
         for view_index in view_indices:
             rows, present = self.store.read(view_index)
             stored = np.flatnonzero(present)

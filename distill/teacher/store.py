@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.data.datasets import TrainingData
-from distill.errors import UserError
+from distill.errors import CannotReadError, UserError
 from distill.files import checkpoint
 from distill.losses.top_k import TEMPERATURES, TopKLogits, top_k_logits
 from distill.teacher.teacher import Teacher
@@ -87,8 +87,9 @@ class LogitStore:
             except checkpoint.CheckpointError as error:
                 if path.exists():  # else another process has put it aside or removed it
                     print(f"{error}; its views are computed again")
-                    with suppress(OSError):
-                        path.rename(path.with_name(path.name + ASIDE))
+                    if not isinstance(error, CannotReadError):
+                        with suppress(OSError):
+                            path.rename(path.with_name(path.name + ASIDE))
                 continue
             rows[torch.from_numpy(which)] = segment_rows
             present |= which

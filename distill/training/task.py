@@ -182,11 +182,16 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         A run goes on with the precision that --teacher-precision auto meant when it began.
         """
         network, weights = self.find_teacher(recipe, options, run)
+        if not weights and options.teacher_checkpoint != "none":
+            raise UserError(
+                f"{network.arch} has no finished run on {self.data.name}: train it, or name its weights by "
+                "--teacher-checkpoint FILE"
+            )
         precision = recipe.teacher_precision
         if run and precision == "auto":
             precision = run.recorded("teacher_precision") or "auto"
         teacher = self.build_teacher(network, weights, precision)
-        cache_key = checkpoint.digest([self.data.digest, self.decoder, str(network.spec)])
+        cache_key = checkpoint.digest([self.data.digest, self.decoder, str(network.spec), network.arch])
         title = f"{network.arch} from {weights.title if weights else 'random weights'}{self.enlarged(network.spec)}"
         test, cache = self.test_data(network.spec), CHECKPOINTS / "cache" / "teachers"
         report = introduce(teacher, test, cache_key, title, cache)

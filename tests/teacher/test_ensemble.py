@@ -102,7 +102,7 @@ def test_what_several_teachers_cannot_do(changes: dict[str, Any], message: str) 
 def test_a_size_is_for_networks_of_photos(small_npz: Path, files: str) -> None:
     recipe = replace(KD, teacher_image_size=64)
     task = SmallImages(recipe, Options(data=str(small_npz), teacher_checkpoint=files))
-    with pytest.raises(UserError, match=r"--image-size and --weights .* are for ImageNet's networks: airbench94 here"):
+    with pytest.raises(UserError, match="--teacher-image-size is for ImageNet's networks: airbench94 sees 32x32"):
         task.load_teachers(None)
 
 
