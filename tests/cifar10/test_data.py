@@ -13,7 +13,7 @@ from PIL import Image
 from cifar10 import data as data_module
 from cifar10 import folder
 from cifar10.data import CLASSES, load_data
-from distill.errors import UserError
+from distill.errors import BrokenImage, UserError
 
 
 def make_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), count: int = 3, size: int = 32) -> Path:
@@ -278,13 +278,27 @@ def test_broken_images_are_named(tmp_path: Path, damage: Callable[[Path], None])
     assert "\n" not in str(error.value)
 
 
-def test_skip_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("home")
+def test_skip_bad_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "pets", count=20)
     text(root / "train" / "cat" / "007.png")
     data = load_data(str(root), skip_bad_images=True)
     assert len(data.train_images) == len(data.train_labels) == 39
     assert data.train_labels.bincount().tolist() == [19, 20]
     assert "left out" in capsys.readouterr().out
+    opening = folder.open_image
+
+    def hiccup(file: str, largest: int) -> Any:
+        if file.endswith("dog/003.png"):
+            raise BrokenImage({file: "Input/output error"})
+        return opening(file, largest)
+
+    (root / "train" / "cat" / "007.png").unlink()
+    monkeypatch.setattr(folder, "open_image", hiccup)
+    assert len(load_data(str(root), skip_bad_images=True).train_images) == 38
+    monkeypatch.undo()
+    assert len(load_data(str(root), skip_bad_images=True).train_images) == 39  # the disk is well again
+    text(root / "train" / "cat" / "007.png")
     text(root / "train" / "dog" / "007.png")
     with pytest.raises(UserError, match=r"up to 0\.1 % of them, or one"):
         load_data(str(root), skip_bad_images=True)

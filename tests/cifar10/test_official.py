@@ -1,5 +1,6 @@
 """The official archive: downloaded from a loopback server, verified, read without running what is in it."""
 
+import codecs
 import hashlib
 import io
 import os
@@ -20,6 +21,13 @@ from cifar10 import official
 from cifar10.data import load_data
 from distill.errors import UserError
 from distill.files import downloads
+
+
+class Doubling:
+    """What a short pickle would fill the memory with, called on its own result."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return codecs.encode, (b"00", "hex")
 
 
 class Attack:
@@ -155,6 +163,7 @@ def test_wrong_digest(tmp_path: Path) -> None:
         ("data_batch_3", Attack(), r"data_batch_3 is refused or damaged: it asks for (posix|os)\.system"),
         ("batches.meta", Attack(), r"batches\.meta is refused"),
         ("test_batch", {b"data": Attack(), b"labels": []}, "refused"),
+        ("test_batch", {b"data": Doubling(), b"labels": []}, "it encodes by 'hex'"),
         ("test_batch", b"", "damaged"),
         ("test_batch", b"garbage", "damaged"),
         ("test_batch", pickled(batch("test_batch"))[:-500], "damaged"),

@@ -180,5 +180,7 @@ def test_a_run_whose_data_changed_goes_on_with_its_teacher(
     np.savez(tmp_path / "fewer.npz", **arrays)
     changed = replace(options, data=str(tmp_path / "fewer.npz"), allow_data_change=True)
     capsys.readouterr()
-    assert train_kd.train(recipe, changed) is not None
+    with pytest.raises(UserError, match="stopped after 2 steps"):
+        train_kd.train(recipe, replace(changed, steps=2))
+    assert train_kd.train(recipe, changed) is not None  # also when the others are those of the last start
     assert "trained first" not in capsys.readouterr().out

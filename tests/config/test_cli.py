@@ -335,6 +335,8 @@ MISTAKES = [  # command, arguments, what the line must name
     ("ce", "--data sample --val-split 1950", "--batch-size 128 is more than the 2000 training images less 1950"),
     ("ce", "--data sample --views 163", "--views must be at most 162"),
     ("ce", "--data sample --augment none --views 2", "--views must be at most 1"),
+    ("ce", "--augment none --cutout 16", "--augment none shows one view of each image: --cutout"),
+    ("ce", "--alternate-flip --views 5", "--alternate-flip takes views in pairs: --views must be even, got 5"),
     ("ce", "--data sample --init nowhere.pt", "cannot read nowhere.pt: No such file"),
     ("ce", "--data sample --init pyproject.toml", "pyproject.toml is damaged or no checkpoint"),
     ("ce", "--data sample --init distill", "distill is not a file"),

@@ -19,9 +19,11 @@ from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
 from distill.losses.kd_loss import KD
 from distill.run import provenance
+from distill.run import run as run_module
 from distill.run.directory import RunDirectory
 from distill.run.paths import find_directory, next_free
 from distill.run.run import Run
+from tests.runs import small_network
 
 CPU = torch.device("cpu")
 FACTS = {"data": "x", "data_digest": "1"}
@@ -80,6 +82,17 @@ def test_a_start_records_what_the_run_is(tmp_path: Path) -> None:
     assert len(config["starts"]) == 2
     start = {"time", "argv", "cwd", "data", "teacher_checkpoint", "init", "commit", "versions", "machine"}
     assert set(config["starts"][0]) == start
+
+
+def test_the_commit_of_a_result_is_that_of_the_last_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkout may change in the hours between."""
+    monkeypatch.setattr(run_module, "commit", lambda: "of the start")
+    begin(tmp_path / "run", Recipe())
+    monkeypatch.setattr(run_module, "commit", lambda: "of the end")
+    with Run(tmp_path / "run", Recipe(), Options(), {**FACTS, "world_size": 1}) as run:
+        results = {"test_accuracy": 1.0, "wall_seconds": 1.0, "train_images_per_second": 1.0}
+        summary = run.finish(small_network(), **results)
+    assert summary["commit"] == "of the start"
 
 
 def test_the_commit_is_that_of_this_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,9 @@ def test_what_is_not_recorded(records: Path, tmp_path: Path, capsys: pytest.Capt
         assert not results.record("cpu", [run])
         assert name in capsys.readouterr().out
     assert not records.exists()
+    pretrained = tables.rows("cpu")["teacher-efficientnet-lite0"]
+    run = make(tmp_path / "teacher-efficientnet-lite0-seed0", pretrained, init_digest="of ImageNet's weights")
+    assert results.record("cpu", [run])
     taught = tables.rows("cpu")["student-kd-densenet40"]
     assert results.record("cpu", [make(tmp_path / "student-kd-densenet40-seed0", taught)])
     assert not results.record(

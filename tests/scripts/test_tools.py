@@ -52,7 +52,7 @@ def test_stores_are_listed_verified_and_removed(
 ) -> None:
     assert precompute.main(["--list"]) == 0
     assert capsys.readouterr().out == "there are no stores\n"
-    precompute.main([*flags, "--views", "2"])
+    precompute.main([*flags, "--views", "2", "--sizes", "24:5"])
     capsys.readouterr()
     precompute.main(["--list"])
     shown = capsys.readouterr().out
@@ -86,6 +86,11 @@ def test_verify_finds_a_wrong_answer(flags: list[str], home: Path, capsys: pytes
     checkpoint.save(path, segment)
     assert precompute.main([*flags, "--verify", "40"]) == 1
     assert "40 answers asked again: 39 the same" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:99])
+    for _ in range(2):  # it is named and put aside, and then there is nothing
+        with pytest.raises(UserError, match="has nothing of these views"):
+            precompute.main([*flags, "--verify", "40"])
+    assert f"{path} is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[1]", b"\xff\xfe", None])
@@ -110,6 +115,8 @@ def test_a_damaged_key_is_named_in_the_list(
 
 
 def test_precompute_refuses(flags: list[str]) -> None:
+    with pytest.raises(UserError, match="airbench94 has no finished run on small: train it, or name its weights"):
+        precompute.main(flags[:4])
     with pytest.raises(UserError, match="--store-limit GB allows more"):
         precompute.main([*flags, "--store-limit", "0"])
     with pytest.raises(UserError, match="unknown argument --verfy; near it: --verify"):

@@ -337,6 +337,31 @@ def test_train_kd_with_top_k(small_npz: Path, tmp_path: Path, capsys: pytest.Cap
         KD.with_flags({"top_k": 2, "T": 2.5})
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("can't allocate memory: 9 bytes")]
+)
+def test_a_segment_that_cannot_be_read_for_a_moment_stays(
+    error: Exception,
+    small_npz: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, teacher, store = store_of(tmp_path, small_npz)
+    expected = answers(answering(data, teacher, store), 1)
+    (path,) = segments(store)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    assert not store.read(1)[1].any()
+    monkeypatch.undo()
+    assert f"{path} cannot be read" in capsys.readouterr().out
+    assert store.read(1)[1].all()
+    assert same(answers(answering(data, teacher, store), 1), expected)
+
+
 def test_a_segment_that_is_gone_or_cannot_be_put_aside(
     small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
