@@ -355,10 +355,10 @@ def test_a_segment_that_cannot_be_read_for_a_moment_stays(
         raise error
 
     monkeypatch.setattr(torch, "load", fail)
-    assert not store.read(1)[1].any()
+    assert not store.read(0)[1].any()
     monkeypatch.undo()
     assert f"{path} cannot be read" in capsys.readouterr().out
-    assert store.read(1)[1].all()
+    assert store.read(0)[1].all()
     assert same(answers(answering(data, teacher, store), 1), expected)
 
 
