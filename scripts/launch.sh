@@ -11,6 +11,6 @@ file=$root/$1
 shift
 [ "${NNODES:-1}/${NPROC:-1}/${MAX_RESTARTS:-0}" != 1/1/0 ] || exec "$python" "$file" "$@"
 
-"$python" "$file" "$@" --show-recipe >/dev/null # a wrong flag is told once, before there are many processes
 case " $* " in *" --help "* | *" -h "* | *" --show-recipe "*) exec "$python" "$file" "$@" ;; esac
+"$python" "$file" "$@" --show-recipe >/dev/null # a wrong flag is told once, before there are many processes
 exec "$python" "$root/scripts/torchrun.py" "$file" "$@"

@@ -140,7 +140,7 @@ def _with_classes(trained: "Trained", classes: tuple[str, ...], *, images: bool)
     if not theirs:
         return replace(trained, weights=replace(trained.weights, classes=classes))
     if images:
-        raise UserError(f"--classes: {trained.path} names its outputs itself, otherwise")
+        raise UserError(f"--classes: {trained.path} names its outputs itself, otherwise: leave out --classes")
     return trained  # what they are called is compared with what the file calls them
 
 
