@@ -2,6 +2,7 @@
 
     bash scripts/reproduce.sh cifar10                                        the table of results: for a GPU
     bash scripts/reproduce.sh cifar10 --budget cpu --only student            a row of what 2 CPU cores train in hours
+    bash scripts/reproduce.sh cifar10 --budget cpu --only student --seed 2   one seed of it, for a job of its own
     bash scripts/reproduce.sh tuning --data SUBSET                           weights of methods, on held-out images
     bash scripts/reproduce.sh methods --teacher-arch resnet18 --data ~/pets  every method with one budget, on your data
 
@@ -44,13 +45,13 @@ class Reproduce(Options):
     table: str = option("cifar10", "the table", group="table", choices=("cifar10", "methods", "tuning"))
     budget: str = option(
         "full",
-        "of cifar10: full is for a GPU; cpu for 2 CPU cores, 2 to 6 hours a run",
+        "of cifar10: full is for a GPU; cpu for 2 CPU cores, 1 to 24 hours a run",
         group="table",
         choices=tuple(tables.BUDGETS),
     )
     seeds: int | None = option(
         None,
-        "students have the seeds 0 to N - 1, teachers 0 (default: 3; methods, tuning: 1)",
+        "students have the seeds 0 to N - 1, teachers 0 (default: 3; methods, tuning: 1); --seed N trains seed N alone",
         group="table",
         least=1,
     )
@@ -164,8 +165,8 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
     for name in (*ELSEWHERE, *FIXED.get(options.table, ())):
         if name in given or getattr(options, name, None) != getattr(usual, name, None):
             raise UserError(f"{flag(name)} is for one run, not for this table")
-    if "seed" in given:
-        raise UserError("--seed is for one run: --seeds N takes the seeds 0 to N - 1")
+    if "seed" in given and options.seeds:
+        raise UserError("--seed N is one seed, --seeds N are the seeds 0 to N - 1: give one of them")
     published = options.teacher_checkpoint == "published"
     if options.table == "cifar10" and options.teacher_checkpoint and not published:
         raise UserError("--teacher-checkpoint must be 'published' for this table, which trains its teachers otherwise")
@@ -194,9 +195,10 @@ def plan(table: str, given: dict[str, Any], options: Reproduce) -> list[Run]:
         return Run(f"{name}-seed{seed}", ours.with_flags({**mine, "seed": seed}), replace(options, **where))
 
     count = options.seeds or (3 if table in tables.BUDGETS else 1)
+    seeds: Sequence[int] = [given["seed"]] if "seed" in given else range(count)
     teachers = [name for name in only if name.startswith("teacher-")]
     students = [name for name in only if name not in teachers]
-    runs = [run(name, 0) for name in teachers] + [run(name, seed) for seed in range(count) for name in students]
+    runs = [run(name, 0) for name in teachers] + [run(name, seed) for seed in seeds for name in students]
     for other in runs:
         files = member_files(other.recipe, other.options)
         for arch, file in zip(other.recipe.teacher_archs, files, strict=True):

@@ -284,7 +284,7 @@ def test_methods_differ_in_nothing_but_the_method() -> None:
         (("cifar10", "--only", "teacher-vgg"), "--only must be of teacher-resnet152, teacher-densenet40"),
         (("methods", "--only", ""), "--only must be text, got ''"),
         (("methods", "--only", "kd,,ce"), "--only must be of ce, kd, kd-T1"),
-        (("methods", "--seed=3"), "--seed is for one run: --seeds N"),
+        (("methods", "--seed=3", "--seeds=2"), "--seed N is one seed, --seeds N are the seeds 0 to N - 1"),
         (("methods", "--fresh"), "--fresh is for one run, not for this table"),
         (("cifar10", "--teacher-arch=resnet18"), "--teacher-arch is for one run, not for this table"),
         (("cifar10", "--teacher-checkpoint", "x.pt"), "--teacher-checkpoint must be 'published' for this table"),
@@ -300,6 +300,16 @@ def test_methods_differ_in_nothing_but_the_method() -> None:
 def test_mistakes_of_reproduce(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         reproduce.main(flags)
+
+
+def test_a_seed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    reproduce.main(["cifar10", "--budget=cpu", "--only=student-kd-airbench94", "--seed=2", "--show-recipe"])
+    shown, noted = capsys.readouterr()
+    assert [(run["run"], run["seed"]) for run in json.loads(shown)] == [
+        ("teacher-airbench94-seed0", 0),
+        ("student-kd-airbench94-seed2", 2),
+    ]
+    assert not noted
 
 
 @pytest.mark.slow
