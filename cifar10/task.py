@@ -55,7 +55,6 @@ EXAMPLES = 5000  # training images from whose statistics a network may start
 class SmallImages(Task[Recipe, Options]):
     """CIFAR-10, or other small images, all as one tensor."""
 
-    teacher_size_flag = "--teacher-image-size"
     data: ImageData
 
     def __init__(

@@ -31,7 +31,6 @@ RANDOM = "none"  # --teacher-checkpoint none: no weights at all
 class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
     """ImageNet, or other photos in folders; they are decoded by processes each time they are shown."""
 
-    teacher_size_flag = "--render-size"
     data: Photos
 
     def __init__(self, recipe: ImageNetRecipe, options: ImageNetOptions, images: Images | None = None) -> None:
@@ -148,4 +147,4 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
     def _teacher_network(self, recipe: ImageNetRecipe, options: ImageNetOptions) -> Network:
         weights = self._load_file(options, recipe)
         network = models.find_trained(recipe.teacher_arch or "", recipe.teacher_weights, weights)
-        return network.shown(None, recipe.teacher_mean, recipe.teacher_std)
+        return network.at(recipe.teacher_image_size).shown(None, recipe.teacher_mean, recipe.teacher_std)

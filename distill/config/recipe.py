@@ -45,7 +45,8 @@ class Recipe:
     )
     teacher_image_size: int | None = option(
         None,
-        "pixels that a teacher sees of small images, one of ImageNet's networks (default: as it was trained, else 96)",
+        "pixels that a teacher sees (default: as it was trained, else its own; of ImageNet's networks on small images "
+        "96)",
         group="networks",
         least=16,
         most=2048,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,6 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     context manager: it may hold processes that decode.
     """
 
-    teacher_size_flag: ClassVar[str]  # by which a teacher is shown images of another size
     decoder = ""  # that makes pixels of files, where it is part of what a network sees
     data: Images
 
@@ -201,7 +200,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     def build_teacher(self, network: Network, weights: Weights | None, precision: str) -> Teacher:
         """Returns the frozen teacher."""
         classifier = self.build_classifier(network, weights, choose_teacher_precision(precision, self.device))
-        check_size(classifier, network.arch, self.teacher_size_flag)
+        check_size(classifier, network.arch, "--teacher-image-size")
         return Teacher(classifier, self.options.device)
 
     def check_student(self, student: Classifier) -> None:

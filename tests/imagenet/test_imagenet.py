@@ -497,6 +497,17 @@ def test_a_trained_network_is_shown_another_size(photos: Path) -> None:
         assert (spec.size, spec.resized) == (size, size * 256 // 224)
 
 
+def test_a_teacher_is_shown_another_size(photos: Path) -> None:
+    taught = replace(RECIPES["standard_kd"], arch="resnet18", teacher_arch="resnet18", batch_size=8)
+    taught = replace(taught, teacher_image_size=64)
+    with PhotoTask(taught, ImageNetOptions(data=str(photos), workers=0, teacher_checkpoint="none")) as task:
+        teacher = task.build_teacher(*task.find_teacher(taught, task.options, None), "float32")
+        training, tests = task.prepare(task.find("resnet18").spec)
+        assert next(training.batches(1)).images.shape[1:3] == (64, 64)  # a view is of the teacher's size
+        assert next(tests["test"].batches())[0].shape[1:3] == (224, 224)
+    assert (teacher.network.spec.size, teacher.network.spec.resized) == (64, 73)
+
+
 def test_extras_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("timm", "efficientnet_lite_pytorch", "simplejpeg"):
         monkeypatch.setitem(sys.modules, package, None)
