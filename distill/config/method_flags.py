@@ -28,8 +28,8 @@ class Choice:
     )
     features: str | None = option(
         None,
-        "learn the teacher's features as well, without a method given in place of its logits; --features NAME --help "
-        "shows the flags of one; none is off",
+        "loss on the teacher's features: beside --method where that is given, else in place of the loss on logits; "
+        "--features NAME --help shows its flags; none is off",
         choices=(*FEATURES, "none"),
     )
     overhaul: bool = option(False, "the same as --features overhaul")

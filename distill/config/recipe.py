@@ -113,8 +113,8 @@ class Recipe:
     )
     drop_connect: float | None = option(
         None,
-        "rate at the last block of the student at which it is skipped, rising from 0 (default: its own; of CIFAR-10's "
-        "efficientnet_b0 0)",
+        "stochastic depth: probability that a residual block of the student is skipped, rising from 0 at the first "
+        "block to this after the last (default: its own; of CIFAR-10's efficientnet_b0 0)",
         group="training",
         least=0,
         below=1,
