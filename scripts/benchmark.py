@@ -178,7 +178,7 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
         if asked == "end":
             return
         if asked == "memory":
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             pipe.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most)
         elif asked == "profile":
             with torch.profiler.profile() as profile:
