@@ -58,7 +58,7 @@ class ImageNetOptions(Options):
         8, "processes that decode; 0: none beside this one", group="data and files", flags=("-j",), least=0, most=256
     )
     loader_minutes: float = option(
-        5.0, "after which a batch that the workers do not bring ends the run", group="data and files", above=0
+        5.0, "minutes to wait for a batch of the workers; then the run ends", group="data and files", above=0
     )
     kd: bool = option(False, "train by KD (--teacher-arch says so as well)", group="running")
 

@@ -11,7 +11,7 @@ ending of --to says what is written:
 .safetensors  weights alone, and a .json beside them that says what they are of
 .pt           a plain state_dict
 
-Each file is loaded back and compared with the network on real test images (all of 10,000, else 1,000); one that
+Each file is loaded back and compared with the network on real test images (all of up to 10,000, else 1,000); one that
 computes something else is not kept. --int8 quantises the ONNX file after training, calibrated on training images, and
 measures it on all test images.
 """

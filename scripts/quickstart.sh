@@ -4,6 +4,11 @@
 # repository, on the embedded sample of CIFAR-10, prints one table, and writes a page on both. A second call continues or
 # reports.
 set -eu
+case ${1-} in
+  "") ;;
+  -h | --help) exec sed -n '2,/^set/s/^# //p' "$0" ;;
+  *) echo "error: $1: quickstart.sh takes no flags; scripts/trainKD.sh does" >&2; exit 2 ;;
+esac
 cd -- "$(dirname -- "$(readlink -f -- "$0")")/.."
 [ -f requirements.txt ] || { echo "error: $0 does not find its repository: call it by its path" >&2; exit 2; }
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv --clear .venv

@@ -6,7 +6,7 @@
 RUN is a run's directory, its last.pt, a published file, or a file of others with --arch and --data. The page is one
 HTML file that needs no network. All networks are measured on the same test images; what they say is computed once, and
 kept beside each run. The teacher of a run that was taught is found among the networks by its weights, else where the
-run found it; it is not trained here. Needs the package matplotlib.
+run found it; it is not trained here. Needs jinja2 and matplotlib: pip install -e '.[report]'.
 """
 
 import sys
@@ -46,9 +46,9 @@ def main(argv: Sequence[str]) -> None:
     if not named:
         raise UserError(f"{words} is needed: runs or files of weights; --help shows an example")
     cli.check_file(options.output, "--output")
-    from distill.report.figures import check_matplotlib
+    from distill.report.figures import check_packages
 
-    check_matplotlib()
+    check_packages("jinja2", "matplotlib")
     from distill.files import checkpoint
     from distill.inference.trained import find_trained
     from distill.report.page import render

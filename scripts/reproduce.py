@@ -8,9 +8,10 @@
 
 Called again, it continues what was cut and skips what is finished. --teacher-checkpoint published takes the teachers
 that come with this repository, and trains none for cifar10: --only names the rows that have one. The other flags are
-those of trainKD.sh, for every run; --show-recipe prints what would run. Only runs as the table has them are recorded:
-other flags, or other data, make a table of their own, which is printed. A run that diverges is a line of tuning and of
-methods, and the next one starts; it ends the command for cifar10. NPROC and NNODES as for trainKD.sh.
+those of trainKD.sh, for every run; what is not given is as the row has it, whatever default stands below. --show-recipe
+prints what would run. Only runs as the table has them are recorded: other flags, data or teachers make a table of their
+own, which is printed. A run that diverges is a line of tuning and of methods, and the next one starts; it ends the
+command for cifar10. NPROC and NNODES as for trainKD.sh.
 """
 
 import json

@@ -34,6 +34,9 @@ class Sweep:
 
 def main(argv: Sequence[str]) -> None:
     dataset, argv = take_dataset(argv)
+    lists = {"--T": "--T-list", "--tau": "--T-list", "--w": "--w-list"}
+    if given := [name for name in lists if name in {token.split("=")[0] for token in argv}]:
+        raise UserError(f"{given[0]} is for one run: a sweep takes {lists[given[0]]}")
     recipe, options = cli.parse(
         argv,
         prog="sweep.py",
@@ -43,8 +46,8 @@ def main(argv: Sequence[str]) -> None:
         examples=(__doc__ or "").split("\n\n", 1)[1].split("\n\n")[0],
         options=dataset.with_flags(Sweep)(),
     )
-    if given := [name for name in OF_ONE_RUN if getattr(options, name)]:
-        raise UserError(f"{flag(given[0])} is for one run: a sweep's runs lie side by side in checkpoints/")
+    if named := [name for name in OF_ONE_RUN if getattr(options, name)]:
+        raise UserError(f"{flag(named[0])} is for one run: a sweep's runs lie side by side in checkpoints/")
     method = recipe.method
     if not isinstance(method, KD) or method.w is None:
         raise UserError(

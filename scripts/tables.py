@@ -281,7 +281,7 @@ def draw(path: Path, budget: str = LEADING) -> None:
     """Writes README's table as a figure: the student alone, taught, and the teacher. Raises UserError."""
     from distill.report import figures
 
-    figures.check_matplotlib()
+    figures.check_packages("matplotlib")
     points: dict[str, list[tuple[str, float, float]]] = {"student, CE": [], "student, KD": [], "teacher": []}
     for name, taught_by in students(budget).items():
         alone, epochs = seeds(budget, name), "" if name == "student" else f", {name.removeprefix('student-')} epochs"

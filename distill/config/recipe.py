@@ -83,7 +83,11 @@ class Recipe:
         0.9, "of SGD (Nesterov's form where it is not 0) and RMSprop", group="training", least=0, most=1
     )
     weight_decay: float = option(
-        5e-4, "L2 penalty, not on BatchNorm and biases without --decay-all", group="training", flags=("--wd",), least=0
+        5e-4,
+        "weight decay (with adamw decoupled), not on BatchNorm and biases without --decay-all",
+        group="training",
+        flags=("--wd",),
+        least=0,
     )
     decay_all: bool = option(False, "weight decay on BatchNorm and biases too", group="training")
     schedule: str = option(
@@ -135,22 +139,22 @@ class Recipe:
     )
     mean: str | None = option(
         None,
-        "of pixels in [0, 1] that the student subtracts, one number or three with commas (default: that of --init FILE "
-        "where it tells, else the network's)",
+        "mean of pixels in [0, 1] that the student subtracts, one number or three with commas (default: that of --init "
+        "FILE where it tells, else the network's)",
         group="networks",
     )
-    std: str | None = option(None, "that it divides by then", group="networks")
+    std: str | None = option(None, "deviation that it then divides by, as --mean", group="networks")
     teacher_mean: str | None = option(
-        None, "the same of the teacher (default: of its file where that tells, else the network's)", group="networks"
+        None, "as --mean, for the teacher (default: that of its file, else the network's)", group="networks"
     )
-    teacher_std: str | None = option(None, "that it divides by then", group="networks")
+    teacher_std: str | None = option(None, "as --std, for the teacher", group="networks")
     weights: str | None = option(
         None,
         "of --init FILE: raw or ema, where it holds weights and their average (default: of ours the average); with "
         "--pretrained: which of torchvision's (default: IMAGENET1K_V1)",
         group="networks",
     )
-    teacher_weights: str | None = option(None, "the same of the teacher's file", group="networks")
+    teacher_weights: str | None = option(None, "as --weights, of --teacher-checkpoint", group="networks")
     teacher_precision: str = option(
         "auto",
         "of the teacher: auto is bfloat16 where the hardware has it, else float32",

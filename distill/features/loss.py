@@ -23,7 +23,8 @@ MEASURED = 10_000  # images
 
 def find_points(classifier: Classifier, name: str, method: FeatureMethod) -> tuple[FeaturePoint, ...]:
     """Returns where `method` takes the features of a network. Raises UserError where there are no such places."""
-    return (find_embedding_point(classifier, name),) if method.pooled else find_feature_points(classifier, name)
+    stages = () if method.pooled else find_feature_points(classifier, name)
+    return (*stages, find_embedding_point(classifier, name)) if method.pooled or method.with_pooled else stages
 
 
 class FeatureLoss:

@@ -39,11 +39,12 @@ class FeatureMethod(Settings):
     """A loss on features. A subclass defines `__call__`, fields, and the class variables that differ from these.
 
     Features are those of the ends of the stages, (B, C_i, H_i, W_i), aligned at the last one, or with `pooled` one
-    vector an image, (B, D): what the last layer gets.
+    vector an image, (B, D): what the last layer gets. `with_pooled`: that vector as well, as the last stage.
     """
 
     learns: ClassVar[str] = ""  # what learns beside the student, for the table of methods
     pooled: ClassVar[bool] = False
+    with_pooled: ClassVar[bool] = False
     before_activation: ClassVar[bool] = False
     correlates_images: ClassVar[bool] = False  # the loss of an image depends on the others in the batch
     needs_labels: ClassVar[bool] = False  # one label for each image

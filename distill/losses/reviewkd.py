@@ -46,12 +46,17 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReviewKD(FeatureMethod):
-    """Every stage, fused from the deepest to the first, by attention between a stage and what comes after it."""
+    """Every stage, fused from the deepest to the first, by attention between a stage and what comes after it.
+
+    The deepest level is what the last layer gets, (B, D), as a map of one pixel.
+    """
 
     name: ClassVar[str] = "reviewkd"
-    formula: ClassVar[str] = "sum over stages of hierarchical_context(fused(s), t)"
+    formula: ClassVar[str] = "sum over stages, and what the last layer gets, of hierarchical_context(fused(s), t)"
     source: ClassVar[str] = "Chen et al. 2021, arXiv:2104.09044"
-    learns: ClassVar[str] = "fusion: three convolutions and two BatchNorms a stage"
+    learns: ClassVar[str] = "fusion: three convolutions (of the deepest two) and two BatchNorms a level"
+    before_activation: ClassVar[bool] = True
+    with_pooled: ClassVar[bool] = True
 
     feature_weight: float = feature_weight_option(1.0)
     feature_warmup: float = option(
@@ -59,7 +64,7 @@ class ReviewKD(FeatureMethod):
     )
 
     def build(self, student: Sequence[Shape], teacher: Sequence[Shape]) -> nn.Module:
-        """Returns the fusion of each stage; the deepest has none to be fused with."""
+        """Returns the fusion of each level; the deepest has none to be fused with."""
         width = min(WIDEST, student[-1][0])
         pairs = list(zip(student, teacher, strict=True))
         last = len(pairs) - 1
@@ -67,16 +72,21 @@ class ReviewKD(FeatureMethod):
         return torch.nn.ModuleList(parts)
 
     def connect(self, learned: Any, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the student's features as the teacher's are, in the order of the stages."""
-        fused = [part.narrow(own) for part, own in zip(learned, student, strict=True)]
+        """Returns the student's features as the teacher's are, in the order of the levels."""
+        fused = [part.narrow(own) for part, own in zip(learned, map(_as_map, student), strict=True)]
         for stage in reversed(range(len(fused) - 1)):
             fused[stage] = _fuse(learned[stage].attention, fused[stage], fused[stage + 1])
-        return [part.widen(own) for part, own in zip(learned, pool_alike(fused, teacher), strict=True)]
+        levels = pool_alike(fused, [_as_map(other) for other in teacher])
+        return [part.widen(own) for part, own in zip(learned, levels, strict=True)]
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], context: FeatureContext) -> Tensor:
-        """Returns the sum of hierarchical_context() over the stages."""
-        pairs = zip(student, pool_alike(teacher, student), strict=True)
+        """Returns the sum of hierarchical_context() over the levels."""
+        pairs = zip(student, pool_alike([_as_map(other) for other in teacher], student), strict=True)
         return torch.stack([hierarchical_context(own, target) for own, target in pairs]).sum()
+
+
+def _as_map(feature: Tensor) -> Tensor:
+    return feature[:, :, None, None] if feature.dim() == 2 else feature
 
 
 def _fusion(in_channels: int, width: int, out_channels: int, *, fused: bool) -> nn.Module:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,12 +70,11 @@ class Line(NamedTuple):
         return DASHES[self.place % len(DASHES)]
 
 
-def check_matplotlib() -> None:
-    """Raises UserError if the package matplotlib is absent."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("a report needs the package matplotlib: pip install matplotlib") from None
+def check_packages(*names: str) -> None:
+    """Raises UserError if one of these packages is absent."""
+    for name in names:
+        if not find_spec(name):
+            raise UserError(f"this needs the package {name}: pip install {' '.join(names)}")
 
 
 def curves(records: Mapping[Line, Sequence[Mapping[str, Any]]], key: str, title: str) -> "Figure | None":

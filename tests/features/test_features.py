@@ -34,6 +34,7 @@ from distill.losses import FEATURES, METHODS
 from distill.losses.feature_method import pool_to
 from distill.losses.kd_loss import KD
 from distill.losses.overhaul import Overhaul, margin, partial_l2
+from distill.losses.reviewkd import ReviewKD
 from distill.models import weights
 from distill.models.classifier import Classifier, InputSpec
 from distill.run.run import Run
@@ -535,6 +536,21 @@ def test_any_method_on_features_is_continued_bit_by_bit(
         assert "two memories of 200 images x 128 take 0.2 MB" in capsys.readouterr().out
         assert cut["memory"]["student"].norm(dim=1).sub(1).abs().max() < 1e-3  # every image was seen
     assert whole["student"].keys() == tiny(16, 2).network.state_dict().keys()
+
+
+def test_the_levels_of_reviewkd() -> None:
+    """Stages before their activation, and what the last layer gets, in both networks."""
+    teacher = Teacher(classifier("resnet18"))
+    loss = FeatureLoss(classifier("mobilenetv2"), teacher, ("mobilenetv2", "resnet18"), ReviewKD())
+    *stages, vector = loss.teacher_features(images())
+    own, other = [[point.shape for point in points] for points in (loss.student_points, loss.teacher_points)]
+    assert [len(shape) for shape in own] == [len(shape) for shape in other] == [*[3] * len(stages), 1]
+    assert (own[-1], other[-1]) == ((1280,), (512,))
+    assert all(stage.min() < 0 for stage in stages)
+    assert torch.equal(vector, F.relu(stages[-1]).mean((2, 3)))
+    _, connected = loss.model(images(), [*stages, vector])
+    assert [tensor.shape[1] for tensor in connected] == [shape[0] for shape in other]
+    assert connected[-1].shape[2:] == (1, 1)
 
 
 @pytest.mark.slow

@@ -186,11 +186,12 @@ def test_every_learned_parameter_moves(name: str) -> None:
     """Each part that build() makes gets a gradient; maps of other sizes and channels are connected, of a teacher in
     bfloat16 too."""
     method: FeatureMethod = FEATURES[name].defaults()
-    own, other = [(4, 8, 8), (6, 4, 4)], [(5, 4, 4), (9, 2, 2)]
+    own: list[tuple[int, ...]] = [(4, 8, 8), (6, 4, 4), (6,)]
+    other: list[tuple[int, ...]] = [(5, 4, 4), (9, 2, 2), (9,)]
     if method.pooled:
-        own, other = [(6,)], [(9,)]  # type: ignore[list-item]
+        own, other = own[2:], other[2:]
     else:
-        chosen = method.choose(2)
+        chosen = method.choose(3 if method.with_pooled else 2)
         own, other = [own[k] for k in chosen], [other[k] for k in chosen]
     learned: Any = method.build(own, other)
     student = [features((4, *shape), k).requires_grad_() for k, shape in enumerate(own)]

@@ -408,7 +408,7 @@ def test_report_refuses(wrong: list[str], message: str) -> None:
 
 def test_report_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="a report needs the package matplotlib: pip install matplotlib"):
+    with pytest.raises(UserError, match="this needs the package matplotlib: pip install jinja2 matplotlib"):
         report.main(["x"])
 
 
