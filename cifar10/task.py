@@ -27,8 +27,8 @@ from distill.models.network import Network, kind_of, theirs
 from distill.models.weights import Weights
 from distill.options import flag
 from distill.parallel.devices import choose_precision
-from distill.parallel.processes import on_main
-from distill.run.directory import CHECKPOINTS, ROOT, RunDirectory
+from distill.parallel.processes import on_main, world_size
+from distill.run.directory import CHECKPOINTS, DIVERGED, ROOT, RunDirectory
 from distill.run.identity import differing
 from distill.run.paths import next_free, runs_on
 from distill.run.run import Run
@@ -194,10 +194,6 @@ class SmallImages(Task[Recipe, Options]):
         if changed := differing(expected.to_dict(), actual.to_dict()):
             what = ", ".join(f"{flag(key)} {getattr(actual, key)} for {getattr(expected, key)}" for key in changed)
             print(f"note: the teacher in {path} has a recipe of its own: {what}; --teacher-checkpoint names another")
-        if actual.val_split < recipe.val_split:
-            print(
-                "warning: this teacher has seen images of the validation part; what is chosen on it is too optimistic"
-            )
         if not finished:
             announce_training(actual, recipe.arch, self.data, self.device)
             assert self.train
@@ -240,24 +236,40 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     """Returns the recipe by which the teacher of `recipe` is trained if there is none."""
     arch = recipe.teacher_arch or ""
     common: dict[str, Any] = {"arch": arch, "mean": recipe.teacher_mean, "std": recipe.teacher_std}
-    common["val_split"] = recipe.val_split
+    common |= {"val_split": recipe.val_split, "accumulate": recipe.accumulate}
     if arch in MODELS:
         lr = TEACHER.lr * recipe.batch_size / TEACHER.batch_size
         return replace(TEACHER, **common, epochs=recipe.epochs, batch_size=recipe.batch_size, lr=lr)
     usual = PRETRAINED_TEACHER
-    batch_size = min(usual.batch_size, recipe.batch_size)
+    parts = world_size() * recipe.accumulate  # that a batch is divided into, as the student's can be
+    batch_size = min(max(usual.batch_size // parts, 1) * parts, recipe.batch_size)
     common |= {"image_size": recipe.teacher_image_size, "weights": theirs(recipe.teacher_weights)}
     return replace(usual, **common, batch_size=batch_size, lr=usual.lr * batch_size / usual.batch_size)
 
 
 @on_main
 def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path, Recipe]:
-    """Returns directory and recipe of the teacher's CE run on this data: a finished one, else a begun one, else new."""
-    configs = runs_on(data_digest, expected.arch, "ce-*", data_name)
-    begun = [(run, Recipe.from_dict(config["recipe"])) for run, config in configs if run.has_begun()]
+    """Returns directory and recipe of the teacher's CE run on this data: a finished one, else a begun one, else new.
+
+    Raises UserError if the begun one has diverged.
+    """
+    begun = []
+    for run, config in runs_on(data_digest, expected.arch, "ce-*", data_name):
+        try:
+            recipe = Recipe.from_dict(config["recipe"])
+        except UserError as error:
+            print(f"note: {run.path} is left out: {error}")
+            continue
+        if run.has_begun():
+            begun.append((run, recipe))
     finished = [(run, recipe) for run, recipe in begun if run.load_summary(recipe.epochs)]
     if begun:
         run, recipe = (finished or begun)[0]
+        if not finished and (run.path / DIVERGED).exists():
+            raise UserError(
+                f"the teacher's run {run.path} has diverged: train one by trainCE.sh --arch {expected.arch} with a "
+                "lower --lr, and name it by --teacher-checkpoint RUN"
+            )
         return run.path, recipe
     path = CHECKPOINTS / data_name / expected.arch / expected.run_name
     return next_free(path) if RunDirectory(path).has_begun() else path, expected
@@ -288,4 +300,4 @@ def training_seconds(recipe: Recipe, data: ImageData, device: torch.device) -> f
     count = 32 if device.type == "cpu" else 512  # a GPU has to be filled
     tried = data.test_images[:count].to(device)
     epochs = recipe.whole_epochs(network.spec.size)
-    return epochs * len(data.train_images) * seconds_per_image(classifier, tried)
+    return epochs * len(data.train_images) * seconds_per_image(classifier, tried) / world_size()

@@ -48,9 +48,9 @@ def train(recipe: Recipe, options: Options) -> dict[str, Any] | None:
 
     with SmallImages(recipe, options, train=train_ce.train) as task:
         student = task.build_student()
-        training, tests = task.prepare(student.spec)
         if options.evaluate:
-            return evaluate_student(student, tests["test"])
+            return evaluate_student(student, task.test_data(student.spec))
+        training, tests = task.prepare(student.spec)
         if options.show_features:
             task.show_features(student)
             return None

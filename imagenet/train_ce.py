@@ -46,9 +46,9 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
 
     with PhotoTask(recipe, options) as task:
         student = task.build_student()
-        training, tests = task.prepare(student.spec)
         if options.evaluate:
-            return evaluate_student(student, tests["test"])
+            return evaluate_student(student, task.test_data(student.spec))
+        training, tests = task.prepare(student.spec)
         with open_run(task, student, training, tests) as (run, _):
             if run.summary:
                 return run.summary

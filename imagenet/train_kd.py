@@ -48,9 +48,9 @@ def train(recipe: ImageNetRecipe, options: ImageNetOptions) -> dict[str, Any] | 
 
     with PhotoTask(recipe, options) as task:
         student = task.build_student()
-        training, tests = task.prepare(student.spec)
         if options.evaluate:
-            return evaluate_student(student, tests["test"])
+            return evaluate_student(student, task.test_data(student.spec))
+        training, tests = task.prepare(student.spec)
         if options.show_features:
             task.show_features(student)
             return None

@@ -128,10 +128,18 @@ def work(task: Any, options: Any) -> int:
         for view in range(view_count):
             for count in cached.fill(view):
                 bar.update(count)
+                check_stored(cache)
+            check_stored(cache)  # what was left is written at the end of a view
             if bar.disable:
                 print(f"view {view + 1} of {view_count}: {cache.misses:,} computed by this call")
     print(f"{total:,} views are in {cache.store.path}, {cache.misses:,} of them computed by this call")
     return 0
+
+
+def check_stored(cache: Any) -> None:
+    """Raises UserError once logits cannot be stored, which has been said by then."""
+    if not cache.store.writes:
+        raise UserError(f"{cache.store.path} has what was stored before that; the same command continues")
 
 
 if __name__ == "__main__":

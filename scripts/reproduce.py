@@ -128,7 +128,7 @@ def announce(planned: Sequence[Run], device: Any) -> None:
     from cifar10.data import load_data
     from cifar10.task import training_seconds
     from distill.config.output import format_duration
-    from distill.parallel.processes import on_main, world_size
+    from distill.parallel.processes import on_main
 
     left = on_main(epochs_left)(planned)  # one answer for all processes
     if not any(left):
@@ -140,7 +140,7 @@ def announce(planned: Sequence[Run], device: Any) -> None:
     for run, epochs in zip(planned, left, strict=True):
         recipe, arch = run.recipe, run.recipe.arch
         if epochs and arch not in seconds:
-            seconds[arch] = training_seconds(replace(recipe, epochs=1, sizes=None), data, device) / world_size()
+            seconds[arch] = training_seconds(replace(recipe, epochs=1, sizes=None), data, device)
         size = models.find(arch, recipe.image_size).spec.size
         own = recipe.whole_epochs(size, recipe.epochs - epochs) * seconds.get(arch, 0.0)
         total += own

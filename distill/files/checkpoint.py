@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.errors import CannotReadError
 from distill.errors import CheckpointError as CheckpointError  # under this name to others too
 from distill.files.reading import read
 
@@ -176,8 +177,9 @@ def load(path: Path) -> dict[str, Any]:
 def load_latest(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint of a run that is whole, and warnings about newer ones that are not.
 
-    None if there is none at all. Raises CheckpointError if there are some and none of them loads: a run never starts
-    over by itself. A damaged `last.pt` is set aside, so that it cannot become the `previous.pt` of the next save.
+    None if there is none at all. Raises CheckpointError if there are some and none of them loads, since a run never
+    starts over by itself; and if one cannot be read, which may pass. A damaged `last.pt` is set aside, so that it
+    cannot become the `previous.pt` of the next save.
     """
     problems = []
     for name in (LAST, PREVIOUS):
@@ -187,6 +189,8 @@ def load_latest(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
         try:
             payload = load(path)
         except CheckpointError as error:
+            if isinstance(error, CannotReadError) and path.exists():  # it may be whole
+                raise CannotReadError(f"{error}; try again, or remove it if that lasts: {PREVIOUS} is older") from None
             problems.append(str(error))
             continue
         if problems:

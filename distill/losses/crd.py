@@ -42,6 +42,7 @@ class CRD(FeatureMethod):
     learns: ClassVar[str] = "a linear embedding of each network; two memories of N x 128 that follow it"
     pooled: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
+    remembers_images: ClassVar[bool] = True
     zero_at_equality: ClassVar[bool] = False
 
     feature_weight: float = feature_weight_option(0.8)

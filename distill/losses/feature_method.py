@@ -48,6 +48,7 @@ class FeatureMethod(Settings):
     before_activation: ClassVar[bool] = False
     correlates_images: ClassVar[bool] = False  # the loss of an image depends on the others in the batch
     needs_labels: ClassVar[bool] = False  # one label for each image
+    remembers_images: ClassVar[bool] = False  # has a memory of the training images
     zero_at_equality: ClassVar[bool] = True
 
     def choose(self, stages: int) -> Sequence[int]:

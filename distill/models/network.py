@@ -78,6 +78,7 @@ def build_student(
     loaded = on_main(weights.load)(Path(options.init), kind_of(recipe.weights)) if options.init else None
     if options.evaluate and loaded and loaded.spec and network.spec.resized and not recipe.image_size:
         network = network.at(loaded.spec.size)
+    weights.warn_of_validation(loaded, recipe.val_split, "student")
     network = network.shown(loaded, recipe.mean, recipe.std)
     names = classes(loaded or Weights("", {})).names
     torch.manual_seed(recipe.seed)

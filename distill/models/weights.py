@@ -41,6 +41,15 @@ class Weights:
         return "its published weights" if self.published else self.source
 
 
+def warn_of_validation(weights: Weights | None, val_split: int, who: str) -> None:
+    """Prints a warning if fewer than `val_split` images were held out where the weights of `who` were trained.
+
+    A file of others does not tell.
+    """
+    if weights and weights.recipe is not None and weights.recipe.get("val_split", 0) < val_split:
+        print(f"warning: the {who} may have seen images of the validation part: what is chosen on it is too optimistic")
+
+
 def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weights:
     """The weights in a checkpoint of ours or of others, bare, wrapped or prefixed. Raises CheckpointError.
 

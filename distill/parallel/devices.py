@@ -35,6 +35,9 @@ def start(name: str, *, deterministic: bool = False) -> torch.device:
         # otherwise each new tensor is filled with NaN before its use
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     ranks = find_ranks()
+    if sys.platform == "linux" and (ranks.world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ):
+        # a launcher that is killed takes its processes along: they save and end
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if ranks.world_size > 1 and device.type == "cuda":
         if ranks.local_rank >= len(here):
             raise UserError(f"{ranks.local_rank + 1} or more processes for {len(here)} CUDA devices: lower NPROC")
@@ -50,8 +53,6 @@ def start(name: str, *, deterministic: bool = False) -> torch.device:
 
 def _join(ranks: Ranks, device: torch.device) -> None:
     """Meet the other processes of the run. From then on rank 0 prints for all of them."""
-    if sys.platform == "linux":  # a launcher that is killed takes its processes along: they save and end
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     others = f"the {ranks.world_size} processes of the run to meet at {where}; this is process {ranks.rank}"
     try:

@@ -34,6 +34,8 @@ class Run(RunDirectory):
         super().__init__(path)
         self.recipe, self.options, self.facts = recipe, options, facts or {}
         self.summary: dict[str, Any] | None = None
+        self._accepted = False  # config.json has the recipe and the facts
+        self._data_change: dict[str, Any] = {}  # what this start changes in the images
 
     @on_main
     def check(self) -> None:
@@ -52,11 +54,12 @@ class Run(RunDirectory):
         grows = "epochs" in changed and self.recipe.epochs > before["epochs"]
         if self.options.extend and grows:
             changed.remove("epochs")
-        if self.options.allow_data_change and "data_digest" in changed:
+        remembers = self.recipe.features is not None and self.recipe.features.remembers_images
+        if self.options.allow_data_change and "data_digest" in changed and not remembers:
             changed.remove("data_digest")
         if changed:
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
-            if "data_digest" in changed:
+            if "data_digest" in changed and not remembers:
                 hint += f"--allow-data-change goes on with {format_counts(before, now)}, "
             hint += "--fresh or another --output starts a new one"
             raise UserError(f"{self.path} holds another run: {format_diff(changed, before, now)}; {hint}")
@@ -78,10 +81,12 @@ class Run(RunDirectory):
     def record_start(self, device: torch.device) -> None:
         """Records in config.json that this process starts or continues the run.
 
-        Prints a line where the images, torch or the device are not those of the last start.
+        Recipe and facts of a run that has begun stay those that it was trained by, until accept(). Prints a line where
+        the images, torch or the device are not those of the last start.
         """
         config = self.read_config()
-        starts = config["starts"] if config and self.has_begun() else []
+        begun = config if config and self.has_begun() else None
+        starts = begun["starts"] if begun else []
         start: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "argv": sys.argv, "commit": commit()}
         start |= {"cwd": os.getcwd(), **{name: getattr(self.options, name) for name in STARTED_WITH}}
         start |= {"versions": versions(), "machine": machine(device)}
@@ -90,19 +95,44 @@ class Run(RunDirectory):
             if former != value:
                 print(f"note: {what} {former} before, {value} now: the result may differ in the last bits")
         updated = {"recipe": self.recipe.to_dict(), "facts": self.facts, "starts": [*starts, start]}
-        if config and starts and not self._data_change(start, config["facts"]):
-            updated["broken"] = config.get("broken", {})
+        if begun:
+            self._data_change = self._changed(begun["facts"])
+            updated |= {"recipe": begun["recipe"], "facts": begun["facts"]}
+            updated |= {"broken": begun.get("broken", {})} if not self._data_change else {}
+        self._accepted = begun is None
         checkpoint.write_atomically(self.path / CONFIG, to_json(updated))
         (self.path / DIVERGED).unlink(missing_ok=True)  # this start may end otherwise
 
-    def _data_change(self, start: dict[str, Any], before: dict[str, Any]) -> bool:
-        """Returns whether the images are others than before; if so notes it in `start` and prints a line."""
+    @on_main
+    def accept(self) -> None:
+        """Makes config.json say what this start trains by, once something has been saved that was trained by it.
+
+        A start with a wrong flag that is ended before, or refused by the checkpoint, thus changes nothing.
+        """
+        self._accept()
+
+    def _accept(self) -> None:
+        config = self.read_config()
+        if self._accepted or not config:
+            return
+        config |= {"recipe": self.recipe.to_dict(), "facts": self.facts}
+        if self._data_change:
+            config["starts"][-1]["data_change"] = self._data_change
+        checkpoint.write_atomically(self.path / CONFIG, to_json(config))
+        self._accepted = True
+
+    def _changed(self, before: dict[str, Any]) -> dict[str, Any]:
+        """Returns how the images differ from those before, {} where they do not; if they do, says so."""
         now = self.facts
         if before["data_digest"] == now["data_digest"]:
-            return False
-        start["data_change"] = {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
+            return {}
         print(f"--allow-data-change: the run goes on with {format_counts(before, now)}")
-        return True
+        if self.recipe.val_split:
+            print(
+                "warning: the validation part is drawn anew, and has images that were trained on before: what is "
+                "chosen on it is too optimistic"
+            )
+        return {key: [before.get(key), now.get(key)] for key in ("data_digest", "images")}
 
     @on_main
     def finish(self, student: Classifier, **results: Any) -> dict[str, Any]:
@@ -111,6 +141,7 @@ class Run(RunDirectory):
         results: percent, nats, seconds.
         """
         best_kept = self.best()
+        self._accept()
         if best := results.get("best_epoch"):
             best["weights"] = BEST if best_kept == best["epoch"] else None
         summary = self._summary(student, **results)

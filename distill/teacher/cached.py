@@ -220,7 +220,7 @@ def _open_cache(
         top_k=recipe.top_k,
     )
     store = LogitStore(STORES, key)
-    present = sum(path.stat().st_size for path in store.path.glob("*.pt"))
-    fit, line = fits(views, training.image_count, encoding, options.store_limit, STORES, present)
+    even = training.policy.alternating
+    fit, line = fits(views, training.image_count, encoding, options.store_limit, STORES, store.tidy(), even=even)
     print(f"store: {store.path}, {line}" if fit else f"store: off: {line}")
     return LogitCache(teacher, store if fit else None, encoding)

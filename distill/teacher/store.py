@@ -10,6 +10,7 @@ views are computed again.
 import json
 import re
 import shutil
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from distill.teacher.teacher import Teacher
 
 KEY, ASIDE = "key.json", ".damaged"
 SEGMENT = re.compile(r"\d{5,}-\d+-\w+\.pt")  # view index, count of rows, a name of its own
+LEFT_SECONDS = 86_400  # after which a file that is still being written is taken for left behind
 FORMAT = 1  # of the segments, and of what the views of a policy look like: another number is another store
 
 
@@ -75,7 +77,7 @@ class LogitStore:
         self.encoding = Encoding(key["classes"], key.get("top_k", 0))
         self.digest = checkpoint.digest({name: value for name, value in self.key.items() if name != "data"})
         self.path = root / f"{key['teacher']}-{self.digest[:16]}"
-        self._writes = True
+        self.writes = True  # until a segment cannot be written
 
     def read(self, view_index: int) -> tuple[Tensor, NDArray[np.bool_]]:
         """Returns the rows float16 (N, width) of one view index, on the CPU, and which of the N are there."""
@@ -116,7 +118,7 @@ class LogitStore:
         Where it cannot be written the store is only read from then on, with one line that says so: logits that are lost
         cost time, not the run.
         """
-        if not self._writes or not len(indices):
+        if not self.writes or not len(indices):
             return
         which = np.zeros(self.images, dtype=bool)
         which[indices] = True
@@ -133,8 +135,19 @@ class LogitStore:
                 checkpoint.write_atomically(self.path / KEY, (json.dumps(self.key, indent=2) + "\n").encode())
             checkpoint.save(self.path / f"{view_index:05d}-{len(indices)}-{uuid.uuid4().hex[:16]}.pt", segment)
         except (checkpoint.CheckpointError, OSError) as error:
-            self._writes = False
+            self.writes = False
             print(f"warning: {error}; the teacher's logits are not stored from here on")
+
+    def tidy(self) -> int:
+        """Returns the bytes of all segments; removes what processes that were killed inside a save left behind."""
+        total = 0
+        for path in self.path.glob("*"):
+            with suppress(OSError):  # another process has put it aside or removed it
+                status = path.stat()
+                total += status.st_size if path.suffix == ".pt" else 0
+                if path.suffix == checkpoint.TEMPORARY and time.time() - status.st_mtime > LEFT_SECONDS:
+                    path.unlink()
+        return total
 
     def coverage(self) -> dict[int, int]:
         """Returns how many images each view index has."""
@@ -202,11 +215,18 @@ def _read_key(file: Path) -> dict[str, Any] | str:
 
 
 def fits(
-    views: int, images: int, encoding: Encoding, limit_gb: float, root: Path, present: int = 0
+    views: int,
+    images: int,
+    encoding: Encoding,
+    limit_gb: float,
+    root: Path,
+    present: int = 0,
+    *,
+    even: bool = False,
 ) -> tuple[bool, str]:
     """Returns whether `views` views of all images fit the limit and the disk, and a line that says what they take.
 
-    present: the bytes of them that lie on the disk already.
+    present: the bytes of them that lie on the disk already. even: whether --views must be.
     """
     needed = 2 * views * images * encoding.width
     existing = next(path for path in (root, *root.resolve().parents) if path.exists())
@@ -215,6 +235,7 @@ def fits(
     line = f"{views} views of {images:,} images, {kept} logits: {size(needed)} at most"
     if needed > limit_gb * 1e9:
         most = int(limit_gb * 1e9 // (2 * images * encoding.width))
+        most -= most % 2 if even else 0
         return False, f"{line}, more than --store-limit {limit_gb:g} GB; --views {most} fits" if most else line
     if needed - present > free:
         return False, f"{line}, but {existing} has {size(free)} left"

@@ -115,6 +115,7 @@ class Trainer:
             "first_loss": state.first_loss,
         }
         on_main(checkpoint.save)(self.run.path / checkpoint.LAST, payload, keep_previous=True)
+        self.run.accept()
         self.last_save = time.monotonic()
 
     def check_state(self) -> None:
@@ -189,11 +190,19 @@ class Trainer:
         except (KeyError, TypeError):
             raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
         now = {**self.recipe.to_dict(), **self.run.facts}
-        allowed = {"epochs": self.options.extend, "data_digest": self.options.allow_data_change}
+        grows = now["epochs"] > before["epochs"]
+        allowed = {"epochs": self.options.extend and grows, "data_digest": self.options.allow_data_change}
         changed = [key for key in differing(before, now) if not allowed.get(key)]
         if changed:
-            hint = "; --extend allows more epochs" if changed == ["epochs"] else ""
+            hint = "; --extend allows more epochs" if changed == ["epochs"] and grows else ""
             raise checkpoint.CheckpointError(f"{source} is of another run: {format_diff(changed, before, now)}{hint}")
+        ours = list(self.model.student.classes)
+        if (
+            theirs := payload.get("classes", ours)
+        ) != ours:  # other images may be allowed, but outputs that stand for other things are not
+            raise checkpoint.CheckpointError(
+                f"{source} is of a run on the classes {_short(theirs)}, not {_short(ours)}"
+            )
         ranks = payload.get("ranks")
         count = len(ranks) if isinstance(ranks, list) else 0
         if count not in (0, world_size()):  # several GPUs may be of one process, or of several
@@ -232,7 +241,7 @@ class Trainer:
                 stopping, due = any_of(stop.asked(), late)
             if not bar.disable and time.monotonic() - shown > 1:  # reading the sums waits for the device
                 mean, shown = state.tally.summary(), time.monotonic()
-                rate = (mean["images"] - images_before) / (time.perf_counter() - start)
+                rate = world_size() * (mean["images"] - images_before) / (time.perf_counter() - start)
                 left = self.seconds_left(self.recipe.batch_size / max(rate, 1e-9))
                 said = f"loss {mean['loss']:.3f} accuracy {mean['accuracy']:.1f} % {rate:.0f} images/s"
                 bar.set_postfix_str(f"{said}, {format_duration(left)} left")
@@ -420,6 +429,11 @@ def fit(
     return Fitted(state.records, test, speed, wall, state.first_loss)
 
 
+def _short(names: Any) -> str:
+    listed = ", ".join(map(str, names or ["unnamed"]))
+    return listed if len(listed) < 100 else f"{listed:.100} ..."
+
+
 def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
     number = max(number or 0 for number in gather(stop.signal))
     why = f"by {signal.Signals(number).name}" if number else f"after {trainer.options.steps} steps"
@@ -434,7 +448,10 @@ def _broken(trainer: Trainer, error: BrokenImage) -> UserError:
     trainer.run.record_broken(error.files)
     trainer.save()
     message = f"{trainer.recipe.arch} stopped at {_where(trainer)}: {error.named}; mended, {_same_command(trainer)} "
-    message += "continues; without them it does with --skip-bad-images --allow-data-change"
+    message += "continues"
+    features = trainer.recipe.features
+    if not (features and features.remembers_images):
+        message += "; without them it does with --skip-bad-images --allow-data-change"
     return Stopped(message, 2, already_reported=rank() > 0)
 
 

@@ -22,7 +22,7 @@ from distill.models.class_order import ClassNames
 from distill.models.classifier import Classifier, InputSpec
 from distill.models.network import Network, load_into
 from distill.models.probe import check_size
-from distill.models.weights import Weights
+from distill.models.weights import Weights, warn_of_validation
 from distill.parallel.devices import choose_teacher_precision, start
 from distill.parallel.processes import on_main
 from distill.run.directory import CHECKPOINTS
@@ -186,6 +186,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
                 f"{network.arch} has no finished run on {self.data.name}: train it, or name its weights by "
                 "--teacher-checkpoint FILE"
             )
+        warn_of_validation(weights, recipe.val_split, "teacher")
         precision = recipe.teacher_precision
         if run and precision == "auto":
             precision = run.recorded("teacher_precision") or "auto"

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_a_teacher_that_saw_the_validation_images(small_npz: Path, capsys: pytes
     train_ce.train(replace(CE, arch="densenet_cifar", epochs=1), Options(data=str(small_npz)))
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(replace(KD, epochs=1, val_split=8), Options(data=str(small_npz), steps=1))
-    assert "warning: this teacher has seen images of the validation part" in capsys.readouterr().out
+    assert "warning: the teacher may have seen images of the validation part" in capsys.readouterr().out
 
 
 def test_weak_teacher_is_warned_about(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,3 +317,75 @@ def test_unlabelled_images_are_taught_by_the_teacher_alone(home: Path, tmp_path:
     Image.fromarray(sample.train_images[0].numpy()).save(root / "train" / "cat" / "0.png")
     with pytest.raises(UserError, match="class folders and images beside them"):
         load_data(str(root))
+
+
+def shuffled_classes(source: Path, target: Path) -> str:
+    arrays = dict(np.load(source))
+    np.savez(target, **{**arrays, "classes": np.roll(arrays["classes"], 1)})
+    return str(target)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_start_that_trains_nothing_changes_nothing(
+    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong --extend that is killed, images that the checkpoint refuses: the first command continues the run."""
+    recipe = replace(CE, arch="airbench94", epochs=2)
+    options = Options(data=str(small_npz), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_ce.train(recipe, replace(options, steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.training.engine.Trainer.train_epoch", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_ce.train(replace(recipe, epochs=3000), replace(options, extend=True))
+    other = shuffled_classes(small_npz, tmp_path / "other.npz")
+    with pytest.raises(UserError, match=r"is of a run on the classes .*, not "):
+        train_ce.train(recipe, replace(options, data=other, allow_data_change=True))
+    summary = train_ce.train(recipe, options)
+    assert summary is not None
+    assert (summary["epochs"], summary.get("data_changes")) == (2, None)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_memory_of_the_images_wants_the_same_images(small_npz: Path, tmp_path: Path) -> None:
+    recipe = replace(CE, arch="airbench94", teacher_arch="airbench94", method=kd_loss.KD())
+    recipe = recipe.with_flags({"features": "crd", "negatives": 4, "method": "none"})
+    options = Options(
+        data=str(small_npz),
+        output=str(tmp_path / "run"),
+        teacher_checkpoint=teacher_file(tmp_path / "t.pth", arch="airbench94"),
+    )
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_kd.train(recipe, replace(options, steps=1))
+    arrays = dict(np.load(small_npz))
+    arrays["train_images"], arrays["train_labels"] = arrays["train_images"][1:], arrays["train_labels"][1:]
+    np.savez(tmp_path / "fewer.npz", **arrays)
+    changed = replace(options, data=str(tmp_path / "fewer.npz"), allow_data_change=True)
+    with pytest.raises(UserError, match=r"data_digest was .*; --fresh or another --output") as error:
+        train_kd.train(recipe, changed)
+    assert "--allow-data-change" not in str(error.value)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_teachers_run_that_does_not_serve(small_npz: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that has diverged is no teacher to be trained on; one of another version is named and left out."""
+    recipe = replace(KD, arch="airbench94", teacher_arch="airbench94", epochs=1)
+    options = Options(data=str(small_npz))
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_ce.train(replace(CE, arch="airbench94", epochs=1), replace(options, steps=1))
+    run = home / "small" / "airbench94" / "ce-seed0"
+    (run / "diverged.json").write_text("{}")
+    with pytest.raises(UserError, match=r"the teacher's run .*ce-seed0 has diverged: train one by trainCE\.sh"):
+        train_kd.train(recipe, options)
+    config = json.loads((run / "config.json").read_text())
+    config["recipe"]["of_yesterday"] = 1
+    (run / "config.json").write_text(json.dumps(config))
+    assert train_kd.train(recipe, options) is not None
+    assert f"note: {run} is left out: the recipe is of" in capsys.readouterr().out
+
+
+def test_a_teacher_is_computed_in_the_students_parts() -> None:
+    recipe = replace(KD, teacher_arch="resnet152", batch_size=1024, accumulate=8)
+    assert task.teacher_recipe(recipe).accumulate == 8
+    large = task.teacher_recipe(replace(recipe, teacher_arch="efficientnet-lite0", batch_size=96, accumulate=3))
+    assert (large.batch_size, large.accumulate) == (63, 3)

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -135,6 +136,16 @@ def test_the_former_file_is_kept(saved: Path, monkeypatch: pytest.MonkeyPatch, l
     assert checkpoint.load(saved)["epoch"] == 5
     assert checkpoint.load(saved.with_name("previous.pt"))["epoch"] == 4
     assert len(list(saved.parent.iterdir())) == 2
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_stays(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(saved, {"epoch": 4}, keep_previous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(CheckpointError, match=r"last\.pt cannot be read .*try again, or remove it if that lasts"):
+            checkpoint.load_latest(saved.parent)
+    payload, _ = checkpoint.load_latest(saved.parent)
+    assert payload == {"epoch": 4}
 
 
 def test_a_kill_between_the_two_renames_leaves_nothing_behind(saved: Path) -> None:

@@ -170,7 +170,10 @@ def test_another_recipe_is_refused_with_the_fields(tmp_path: Path) -> None:
         begin(tmp_path, Recipe(epochs=5))
     with pytest.raises(UserError, match="--epochs was 3, is 2"):
         begin(tmp_path, Recipe(epochs=2), extend=True)
-    config = begin(tmp_path, Recipe(epochs=5), extend=True).read_config()
+    run = begin(tmp_path, Recipe(epochs=5), extend=True)
+    begin(tmp_path, Recipe(epochs=3))  # that start has saved nothing: the run is what it was
+    run.accept()
+    config = run.read_config()
     assert config is not None
     assert config["recipe"]["epochs"] == 5
 

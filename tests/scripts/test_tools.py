@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,6 +32,17 @@ def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.C
     assert "40 of them computed by this call" in said
     train_kd.main([*flags, "--arch", "airbench94", "--epochs", "3", "--batch-size", "8"])
     assert "teacher: 0 views computed, 120 were in the store" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_precompute_ends_where_nothing_can_be_stored(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="has what was stored before that"):
+        patch.setattr("distill.teacher.store.checkpoint.write_atomically", Mock(side_effect=OSError(28, "full")))
+        precompute.main([*flags, "--views", "2"])
+    assert "warning: [Errno 28] full; the teacher's logits are not stored from here on" in capsys.readouterr().out
+    assert precompute.main([*flags, "--views", "2"]) == 0
 
 
 @pytest.mark.slow

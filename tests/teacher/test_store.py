@@ -218,6 +218,18 @@ def test_the_key_lies_in_clear_text_beside_the_segments(small_npz: Path, tmp_pat
     assert {"teacher_digest", "data_digest", "precision", "size", "mean", "std", "policy", "view_seed"} <= set(key)
 
 
+def test_what_a_killed_save_left_behind_is_removed(small_npz: Path, tmp_path: Path) -> None:
+    data, teacher, store = store_of(tmp_path, small_npz)
+    answers(answering(data, teacher, store), 1)
+    before, total = set(store.path.iterdir()), store.tidy()
+    assert total == sum(path.stat().st_size for path in store.path.glob("*.pt"))
+    for name, age in (("00000-1-a.pt.7-b.partial", 2 * 86_400), ("00000-1-c.pt.8-d.partial", 60)):
+        (store.path / name).write_bytes(b"cut")
+        os.utime(store.path / name, (time.time() - age,) * 2)
+    assert store.tidy() == total
+    assert {path.name for path in set(store.path.iterdir()) - before} == {"00000-1-c.pt.8-d.partial"}
+
+
 def test_runs_share_slots_whatever_their_number_of_views(small_npz: Path) -> None:
     """K views are the first K of the image's own order, so that a store serves every K."""
     few, many = (training(small_npz, replace(RECIPE, views=k)) for k in (2, 5))
@@ -233,6 +245,7 @@ def test_size_is_told_before_anything_is_allocated(tmp_path: Path) -> None:
     fit, line = fits(100, 1_281_167, Encoding(1000), 50, tmp_path)
     assert not fit
     assert "256 GB at most, more than --store-limit 50 GB; --views 19 fits" in line
+    assert "--views 18 fits" in fits(100, 1_281_167, Encoding(1000), 50, tmp_path, even=True)[1]
     assert not fits(1, 10**9, Encoding(10**6), 1e9, tmp_path)[0]  # more than the disk has
 
 
