@@ -38,9 +38,10 @@ def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.C
 def test_precompute_ends_where_nothing_can_be_stored(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="has what was stored before that"):
+    with monkeypatch.context() as patch:
         patch.setattr("distill.teacher.store.checkpoint.write_atomically", Mock(side_effect=OSError(28, "full")))
-        precompute.main([*flags, "--views", "2"])
+        with pytest.raises(UserError, match="has what was stored before that"):
+            precompute.main([*flags, "--views", "2"])
     assert "warning: [Errno 28] full; the teacher's logits are not stored from here on" in capsys.readouterr().out
     assert precompute.main([*flags, "--views", "2"]) == 0
 
