@@ -21,7 +21,7 @@ from distill.config.recipe import Recipe
 from distill.data.datasets import TensorData, TensorTestData
 from distill.data.draws import ViewDraws
 from distill.data.folders import UNLABELLED
-from distill.data.order import EpochPlan, ViewOrder, split_validation
+from distill.data.order import EpochPlan, ViewOrder, smaller_batch, split_validation
 from distill.data.views import check_cutout
 from distill.errors import UserError
 from distill.files import checkpoint
@@ -130,7 +130,10 @@ def prepare(data: ImageData, recipe: Recipe, device: torch.device) -> tuple[Tens
     count = len(data.train_images)
     if count - recipe.val_split < recipe.batch_size:
         held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""
-        raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training images{held_out_too}")
+        raise UserError(
+            f"--batch-size {recipe.batch_size} is more than the {count} training images{held_out_too}"
+            f"{smaller_batch(recipe.batch_size, recipe.lr, count - recipe.val_split)}"
+        )
     trained, held_out = split_validation(count, recipe.val_split)
     order = ViewOrder(policy, recipe.view_seed, count, recipe.views)
     plan = EpochPlan(trained, order, recipe.seed, recipe.batch_size, *rank_and_world_size(), recipe.accumulate)

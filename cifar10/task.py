@@ -18,7 +18,7 @@ from distill.config.output import format_duration
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Images, TensorData, TensorTestData
 from distill.data.order import split_validation
-from distill.errors import UserError
+from distill.errors import CheckpointError, UserError
 from distill.files import checkpoint
 from distill.models import weights as files
 from distill.models.class_order import ClassNames
@@ -101,6 +101,8 @@ class SmallImages(Task[Recipe, Options]):
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""
         trained, _ = split_validation(len(self.data.train_images), self.recipe.val_split)
         examples = self.data.train_images[torch.from_numpy(trained[:EXAMPLES])]
+        if options.init == "published":
+            options = replace(options, init=str(published_file(self.recipe.arch, "--init")))
         return models.build_student(self.recipe, self.data.classes, options, self.device, examples)
 
     def find(self, arch: str) -> Network:
@@ -184,7 +186,7 @@ class SmallImages(Task[Recipe, Options]):
             )
         expected = teacher_recipe(recipe)
         digest = (run.first_images() if run else None) or self.data.digest
-        path, actual = _find_run(expected, self.data.name, digest)
+        path, actual = _find_run(expected, self.data.name, digest, run.recorded("teacher_digest") if run else None)
         own_run = RunDirectory(path)
         finished = on_main(own_run.load_summary)(actual.epochs) is not None
         if run is None:
@@ -205,11 +207,16 @@ def find_file(arch: str, options: Options) -> Path | None:
     """Returns the file of --teacher-checkpoint, if it is given. Raises UserError if `published` has none for `arch`."""
     if options.teacher_checkpoint != "published":
         return Path(options.teacher_checkpoint) if options.teacher_checkpoint else None
+    return published_file(arch, "--teacher-checkpoint")
+
+
+def published_file(arch: str, flag: str) -> Path:
+    """Returns the weights of `arch` that come with this repository. Raises UserError where there are none."""
     for path in (PUBLISHED / f"{arch}-ce.pt", PUBLISHED / f"{arch}-kd.pt"):
         if path.exists():
             return path
     archs = sorted({path.stem.rsplit("-", 1)[0] for path in PUBLISHED.glob("*.pt")})
-    raise UserError(f"--teacher-checkpoint published: there is none of {arch}, but of {', '.join(archs) or 'nothing'}")
+    raise UserError(f"{flag} published: there is none of {arch}, but of {', '.join(archs) or 'nothing'}")
 
 
 def compare_normalisations(network: Classifier, test: TensorTestData, *flags: str) -> str:
@@ -248,10 +255,11 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 
 
 @on_main
-def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path, Recipe]:
+def _find_run(expected: Recipe, data_name: str, data_digest: str, teacher_digest: str | None) -> tuple[Path, Recipe]:
     """Returns directory and recipe of the teacher's CE run on this data: a finished one, else a begun one, else new.
 
-    Raises UserError if the begun one has diverged.
+    Of several that are finished it is the one that has taught this run, as `teacher_digest` says, else the one of the
+    `expected` recipe, else that of most epochs. Raises UserError if the begun one has diverged.
     """
     begun = []
     for run, config in runs_on(data_digest, expected.arch, "ce-*", data_name):
@@ -264,7 +272,10 @@ def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path,
             begun.append((run, recipe))
     finished = [(run, recipe) for run, recipe in begun if run.load_summary(recipe.epochs)]
     if begun:
-        run, recipe = (finished or begun)[0]
+        taught = [pair for pair in finished if teacher_digest and _digest_of(pair[0].path) == teacher_digest]
+        same = [pair for pair in finished if not differing(expected.to_dict(), pair[1].to_dict())]
+        longest = sorted(finished, key=lambda pair: pair[1].epochs, reverse=True)
+        run, recipe = (taught or (finished if teacher_digest else same) or longest or begun)[0]
         if not finished and (run.path / DIVERGED).exists():
             raise UserError(
                 f"the teacher's run {run.path} has diverged: train one by trainCE.sh --arch {expected.arch} with a "
@@ -273,6 +284,14 @@ def _find_run(expected: Recipe, data_name: str, data_digest: str) -> tuple[Path,
         return run.path, recipe
     path = CHECKPOINTS / data_name / expected.arch / expected.run_name
     return next_free(path) if RunDirectory(path).has_begun() else path, expected
+
+
+def _digest_of(run: Path) -> str | None:
+    """Returns the digest of the weights that a run has come to, as a Teacher has it; None where they do not load."""
+    try:
+        return checkpoint.digest(files.load(run).state)
+    except CheckpointError:
+        return None
 
 
 def announce_training(recipe: Recipe, student: str, data: ImageData, device: torch.device) -> None:

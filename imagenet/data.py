@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.data.datasets import Batch, Mixture, TrainingData
 from distill.data.draws import uniforms_of
 from distill.data.folders import Labelled, list_images
-from distill.data.order import EpochPlan, Selection, ViewOrder, split_validation
+from distill.data.order import EpochPlan, Selection, ViewOrder, smaller_batch, split_validation
 from distill.data.views import check_cutout, mix
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
@@ -226,7 +226,10 @@ def prepare(
     count = len(photos.train_files)
     if count - recipe.val_split < recipe.batch_size:
         held_out_too = f" less {recipe.val_split} of --val-split" if recipe.val_split else ""
-        raise UserError(f"--batch-size {recipe.batch_size} is more than the {count} training photos{held_out_too}")
+        raise UserError(
+            f"--batch-size {recipe.batch_size} is more than the {count} training photos{held_out_too}"
+            f"{smaller_batch(recipe.batch_size, recipe.lr, count - recipe.val_split)}"
+        )
     size = recipe.render_size or (teacher_spec or spec).size
     check_cutout(recipe.cutout, size)
     policy = PhotoViews(

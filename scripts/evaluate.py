@@ -1,6 +1,7 @@
 """Evaluate a network on the test images: a checkpoint of ours, a file of others, or ImageNet's published weights.
 
-    python scripts/evaluate.py --arch resnext29_32x8d --checkpoint FILE --data DIR [--json FILE]
+    python scripts/evaluate.py RUN [--json FILE]                              a run's directory, on its images
+    python scripts/evaluate.py --arch resnext29_32x8d --checkpoint FILE --data DIR
     python scripts/evaluate.py --dataset imagenet --arch resnet50 --data DIR [--checkpoint FILE]
 
 Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
@@ -9,7 +10,7 @@ Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +21,28 @@ from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option  # noqa: E402
 from scripts.dataset import DATASETS, Dataset  # noqa: E402
-from scripts.trained import InputFlags  # noqa: E402
+from scripts.trained import InputFlags, kind_of  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from distill.inference.trained import Trained
 
 
 @dataclass(frozen=True)
 class Evaluate(InputFlags):
     """The flags of this script."""
 
-    dataset: str = option(
-        "cifar10",
-        "small images or photos, and the networks for them",
+    dataset: str | None = option(
+        None,
+        "small images or photos, and the networks for them (default: those of the run, else cifar10)",
         group="network",
         choices=tuple(DATASETS),
     )
     arch: str | None = option(None, "the network's architecture (not needed for ours)", group="network", flags=("-a",))
     checkpoint: str | None = option(
         None,
-        "its weights: last.pt of a run, or a file of others (imagenet: default the published ones)",
+        "its weights: a run's directory, or a file (imagenet: default the published ones)",
         group="network",
     )
     weights: str | None = option(
@@ -49,7 +52,9 @@ class Evaluate(InputFlags):
         group="network",
     )
     data: str | None = option(
-        None, "'sample', a directory, or a .npz file (default: data/cifar10); imagenet: a directory", group="network"
+        None,
+        "'sample', a directory, or a .npz file (default: those of the run, else data/cifar10); imagenet: a directory",
+        group="network",
     )
     split: str | None = option(
         None,
@@ -72,8 +77,10 @@ class Evaluate(InputFlags):
 
 
 def main(argv: Sequence[str]) -> None:
-    options = cli.parse_flags(argv, Evaluate(), prog="evaluate.py", description=__doc__ or "")
-    dataset = DATASETS[options.dataset]
+    options = cli.parse_flags(argv, Evaluate(), prog="evaluate.py", description=__doc__ or "", positional="checkpoint")
+    trained = find_run(options)
+    kind = options.dataset or (kind_of(trained.recipe) if trained else "cifar10")
+    dataset = DATASETS[kind]
     if not options.checkpoint and not dataset.published:
         raise UserError("--checkpoint is needed; --help shows an example")
     if options.split not in (None, "train", dataset.test_split):
@@ -82,24 +89,24 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--weights must be one of raw, ema for small images, got {options.weights!r}")
     cli.check_file(options.json)
     from distill.files import checkpoint
-    from distill.models import weights
-    from distill.models.network import kind_of
+    from distill.models import network, weights
     from distill.parallel.devices import choose_precision
     from distill.training.evaluation import evaluate
 
-    given = weights.load(Path(options.checkpoint), kind_of(options.weights)) if options.checkpoint else None
+    given = weights.load(Path(options.checkpoint), network.kind_of(options.weights)) if options.checkpoint else None
     arch = options.arch or (given.arch if given else None)
     if not arch:
         of_file = f": {options.checkpoint} does not say what network it is of" if given else ""
         raise UserError(f"--arch is needed{of_file}")
-    with dataset.open(*settings(dataset, options, arch)) as task:
-        network = task.find_trained(arch, given)
-        given = given or task.published(network, "--checkpoint")
-        classifier = task.build_classifier(network, given, choose_precision(options.precision, task.device))
+    data = options.data or (trained.started_with("data") if trained else None)
+    with dataset.open(*settings(dataset, replace(options, data=data), arch)) as task:
+        found = task.find_trained(arch, given)
+        given = given or task.published(found, "--checkpoint")
+        classifier = task.build_classifier(found, given, choose_precision(options.precision, task.device))
         split = "train" if options.split == "train" else "test"
         if split == "train" and not getattr(task.data, "labelled", True):
             raise UserError("the training images have no labels to evaluate on")
-        images = task.test_data(network.spec, split, options.batch_size)
+        images = task.test_data(found.spec, split, options.batch_size)
         result = evaluate(classifier, images)
         if not given.spec and not given.published:
             task.suggest_normalisation(classifier, result.accuracy, "note", "--mean", "--std")
@@ -110,6 +117,18 @@ def main(argv: Sequence[str]) -> None:
         show(figures["per_class"])
     if options.json:
         checkpoint.write_atomically(Path(options.json), (json.dumps(figures) + "\n").encode())
+
+
+def find_run(options: Evaluate) -> "Trained | None":
+    """Returns the run that --checkpoint is, or is of, None where it is a file by itself. Raises UserError."""
+    from distill.inference.trained import find_trained
+    from distill.run.directory import CONFIG
+
+    path = Path(options.checkpoint or "")
+    directory = path if path.is_dir() else path.resolve().parent
+    if not options.checkpoint or not (directory / CONFIG).exists():
+        return None
+    return find_trained(options.checkpoint, options.weights if options.weights in ("raw", "ema") else None)
 
 
 def by_class(predictions: "Tensor", labels: "Tensor", classes: Sequence[str]) -> list[dict[str, Any]]:

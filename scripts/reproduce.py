@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
@@ -42,6 +42,8 @@ FIXED = {"cifar10": ("arch", "teacher_arch", "init", "recipe"), "tuning": ("reci
 @dataclass(frozen=True)
 class Reproduce(Options):
     """The flags of trainKD.sh and these."""
+
+    elsewhere: ClassVar[str] = "--runs DIR"
 
     table: str = option("cifar10", "the table", group="table", choices=("cifar10", "methods", "tuning"))
     budget: str = option(

@@ -94,6 +94,16 @@ def given_teachers(paths: Sequence[Path]) -> list[tuple[str, ...]]:
     ]
 
 
+def teachers_that_differ(paths: Sequence[Path]) -> list[str]:
+    """Returns the networks of which there are several teachers, with other weights, among those of finished runs."""
+    weights: dict[str, set[str]] = {}
+    for path in paths:
+        if (summary := read(path)) and summary.get("teacher_arch"):
+            facts = (_json(path / "config.json") or {}).get("facts", {})
+            weights.setdefault(summary["teacher_arch"], set()).add(facts.get("teacher_digest"))
+    return [arch for arch, digests in weights.items() if len(digests) > 1]
+
+
 def read(path: Path) -> dict[str, Any] | None:
     """The summary of the run in `path`, None if it is not finished. Raises UserError where there is no run."""
     config = _json(path / "config.json")
@@ -180,6 +190,7 @@ def write_pages(check: bool) -> bool:
             print(f"{page}'s tables are not those of checkpoints/records/: python scripts/results.py writes them")
         else:
             (ROOT / page).write_text(new)
+            print(f"{page}: its tables were written anew")
     return bool(stale)
 
 
@@ -199,8 +210,14 @@ def main(argv: Sequence[str]) -> int:
         return 1 if write_pages(check) and check else 0
     else:
         paths = [Path(run) for run in argv]
+        empty = [path for path in paths if path.is_dir() and {file.name for file in path.iterdir()} <= {"lock"}]
+        if empty:  # a start that was refused
+            print(f"note: left out, since nothing was saved in them: {', '.join(map(str, empty))}", file=sys.stderr)
+        paths = [path for path in paths if path not in empty]
         head = ("run", "network", "trained by", "parameters", "epochs", "test accuracy", "agreement", "seconds")
         show([head, *given_teachers(paths), *map(row, paths)])
+        for arch in teachers_that_differ(paths):
+            print(f"note: these students were not all taught by the same {arch}")
     return 0
 
 

@@ -10,7 +10,7 @@ views changes nothing.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         positional="data" if dataset.published else None,
     )
     cli.check_file(options.sheet, "--sheet")
-    with dataset.open(recipe, options) as task:
+    with dataset.open(replace(recipe, batch_size=2, accumulate=1), options) as task:  # nothing is trained
         training, _ = task.prepare(task.find(recipe.arch).spec)
         numbers = choose(training.plan.indices, task.data, options.images)
         views = [render(training, numbers, epoch) for epoch in range(options.columns)]

@@ -2,8 +2,8 @@
 
     python scripts/sweep.py --data sample --recipe sample_student_kd --T-list 1,2,3,4 --w-list 0.5,0.8,0.9
 
-The other flags are those of trainKD.sh, with --dataset imagenet those of train.sh --kd. Cut, the same command
-continues; finished runs are reported.
+The other flags are those of trainKD.sh, with --dataset imagenet those of train.sh --kd; the runs lie side by side, with
+--output DIR in that directory. Cut, the same command continues; finished runs are reported.
 """
 
 import sys
@@ -21,7 +21,7 @@ from distill.options import flag, option  # noqa: E402
 from distill.training.stop import Diverged  # noqa: E402
 from scripts.dataset import take_dataset  # noqa: E402
 
-OF_ONE_RUN = ("output", "resume", "evaluate", "show_features")  # flags
+OF_ONE_RUN = ("resume", "evaluate", "show_features")  # flags
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         options=dataset.with_flags(Sweep)(),
     )
     if named := [name for name in OF_ONE_RUN if getattr(options, name)]:
-        raise UserError(f"{flag(named[0])} is for one run: a sweep's runs lie side by side in checkpoints/")
+        raise UserError(f"{flag(named[0])} is for one run")
     method = recipe.method
     if not isinstance(method, KD) or method.w is None:
         raise UserError(
@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> None:
     for (T, w), each in zip(pairs, recipes, strict=True):
         print(f"== T {T:g}, w {w:g}")
         try:
-            rows.append((T, w, train(each, options)))
+            output = str(Path(options.output) / each.run_name) if options.output else None
+            rows.append((T, w, train(each, replace(options, output=output))))
         except Diverged as error:
             print(error)
             rows.append((T, w, None))
@@ -81,7 +82,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"| {' | '.join(cells)} |")
     if not recipe.val_split:
         print(
-            "\nto choose among them, hold out training images: --val-split N; the test images are for the choice made"
+            "\nto choose among them, hold out training images: --val-split N with another --output; the test images "
+            "are for the choice made"
         )
     print(f"\n{len(rows)} runs, {time.perf_counter() - start:.0f} s in this call")
 

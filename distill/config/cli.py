@@ -132,10 +132,12 @@ def _shown_methods(argv: Sequence[str], base: Recipe) -> tuple[Method, FeatureMe
     if not base.method:
         return None
     parser = Parser(add_help=False)
-    for name in ("--method", "--features"):
+    for name in ("--method", "--features", "--T", "--w"):
         parser.add_argument(name)
     given = parser.parse_known_args([_hyphenate(token) for token in argv])[0]
-    method = METHODS[given.method].defaults(base.photos) if given.method in METHODS else base.method
+    alone = given.features in FEATURES and given.method is None and not given.T and not given.w
+    named = given.method if given.method in METHODS else "none" if alone else base.method.name
+    method = base.method if named == base.method.name else METHODS[named].defaults(base.photos)
     usual = base.features or Overhaul.defaults(base.photos)
     return method, FEATURES[given.features].defaults(base.photos) if given.features in FEATURES else usual
 
@@ -241,7 +243,7 @@ def read_flags(
     if shown:
         method, features = shown
         lines = [f"loss = {' + '.join(method.terms)}", *filter(None, [method.note]), LOSS_LEGEND]
-        lines.append(f"--features {features.name}: + feature_weight * {features.formula}")
+        lines.append(f"--features {features.name}: + feature_weight * {features.term}")
         description = "\n  ".join([f"{description}\n", *lines])
     parser = Parser(prog=prog, usage=_usage(positional), description=description, epilog=epilog)
     _add_positional(parser, positional)

@@ -66,7 +66,7 @@ class Recipe:
     sizes: str | None = option(
         None,
         "PIXELS:EPOCHS,...: in its first epochs the student sees images of these sizes, then of its own: "
-        "24:36 is 36 epochs at 24 pixels, 20:8,24:4 is 8 at 20 and 4 at 24",
+        "24:36 is 36 epochs at 24 pixels, 20:8,24:4 is 8 at 20 and 4 at 24; none is off",
         group="training",
     )
     lr: float = option(0.1, "peak learning rate", group="training", above=0)
@@ -265,6 +265,8 @@ class Recipe:
         """
         names = {f.name for f in fields(self)} - {"method", "features"}
         changes = {name: value for name, value in given.items() if name in names}
+        if changes.get("sizes") == "none":
+            changes["sizes"] = None
         if self.method:
             others = {name: value for name, value in given.items() if name not in names}
             method, features = choose_method(self.method, self.features, others, self.photos)
@@ -339,7 +341,7 @@ class Recipe:
         notes = [self.method.note, self.method.source, STANDARDIZED_SOURCE if self.method.standardize else ""]
         if self.features:
             rising = "min(epoch / feature_warmup, 1) * " if self.features.feature_warmup else ""
-            terms.append(f"feature_weight * {rising}{self.features.formula}")
+            terms.append(f"feature_weight * {rising}{self.features.term}")
             values |= self.features.numbers
             if not rising:
                 values.pop("feature_warmup", None)
@@ -408,6 +410,8 @@ def flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
 class Options:
     """Where things lie and how far to go this time: nothing here changes what a run computes."""
 
+    elsewhere: ClassVar[str] = "--fresh or another --output"  # flags by which another run is started
+
     data: str | None = option(
         None,
         "'sample' (embedded), a directory with the archive or batches of CIFAR-10 or CIFAR-100 or with train/CLASS/* "
@@ -433,7 +437,12 @@ class Options:
         group="data and files",
         choices=("names", "ignore"),
     )
-    init: str | None = option(None, "weights the student starts from (default: from scratch)", group="data and files")
+    init: str | None = option(
+        None,
+        "weights that the student starts from, a file or a run; of small images also 'published' (default: from "
+        "scratch)",
+        group="data and files",
+    )
     output: str | None = option(
         None, "the run's directory (default: checkpoints/DATA/ARCH/RUN)", group="data and files", flags=("--save-path",)
     )

@@ -82,6 +82,8 @@ def _list_split(path: Path, split: str, needed: str) -> dict[str, list[str]]:
         other = {"test": "val", "val": "test"}.get(split, "")
         kind = "train.sh is for photos, which have" if split == "test" else "trainCE.sh is for small images, which have"
         hint = f"; it has {other!r}, so rename that, or {kind} {other!r}" if other and (path / other).is_dir() else ""
+        if not hint and split != "train" and (path / "train").is_dir():
+            hint = f"; move a fifth of the files of each class there, from train/CLASS to {split}/CLASS"
         raise UserError(f"{path} has no directory {split!r}: it needs {needed} images{hint}")
     folders = [entry for entry in sorted(root.iterdir()) if not entry.name.startswith(".") and entry.is_dir()]
     owners = _owners(root, folders)

@@ -127,3 +127,12 @@ def split_validation(image_count: int, held_out: int) -> tuple[NDArray[np.int64]
     """
     order = permutation(0, "validation split", 0, image_count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def smaller_batch(batch_size: int, lr: float, images: int) -> str:
+    """Returns `; try --batch-size 16 --lr 0.0125`: at least four steps an epoch of `images`, and lr in proportion.
+
+    Nothing where there are too few images for that.
+    """
+    size = 2 ** max((images // 4).bit_length() - 1, 0)
+    return f"; try --batch-size {size} --lr {lr * size / batch_size:.3g}" if size > 1 else ""

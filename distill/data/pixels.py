@@ -78,7 +78,10 @@ def is_dim(image: Image.Image) -> bool:
 def say_turned(turned: int, looked_at: int) -> None:
     """Prints how many of the first training files EXIF would turn, if any."""
     if turned:
-        print(f"note: {turned} of the first {looked_at} training files carry an EXIF orientation, which is ignored")
+        print(
+            f"note: {turned} of the first {looked_at} training files carry an EXIF orientation, which is ignored: "
+            "`mogrify -auto-orient FILES` (ImageMagick) turns them"
+        )
 
 
 def say_dim(files: Sequence[str]) -> None:

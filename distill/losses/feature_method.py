@@ -68,6 +68,11 @@ class FeatureMethod(Settings):
         raise NotImplementedError
 
     @property
+    def term(self) -> str:
+        """The formula, in brackets where it is a sum, to stand behind its weight."""
+        return f"({self.formula})" if " + " in self.formula else self.formula
+
+    @property
     def feature_weight(self) -> float:
         """The weight of the term."""
         return 1.0

@@ -52,9 +52,10 @@ class ClassNames:
     def _order(self, theirs: Sequence[str], ours: Sequence[str], source: str) -> list[int] | None:
         order = _match(theirs, ours, self.aliases)
         if order is None:
-            lists = f"{source} knows the classes {shortened(theirs)}, the data has {shortened(ours)}"
-            ignored = ": --class-order ignore takes them to be the same, number by number"
-            raise UserError(lists + (ignored if len(theirs) == len(ours) else ": they must be the same"))
+            hint = "--class-order ignore takes them to be the same, number by number"
+            if len(theirs) != len(ours):
+                hint = f"they must be the same; trainCE.sh, or train.sh, with --init {source} trains it for these"
+            raise UserError(f"{source} knows the classes {shortened(theirs)}, the data has {shortened(ours)}: {hint}")
         if order == list(range(len(order))):
             return None
         print(

@@ -36,7 +36,10 @@ def format_diff(changed: list[str], before: dict[str, Any], now: dict[str, Any])
     flags = flags - {"features"} | {*METHOD_FLAGS, *FEATURE_FLAGS}
     before, now = flatten(before), flatten(now)
     old, new = ({key: str(values.get(key))[:24] for key in changed} for values in (before, now))  # a digest is long
-    return ", ".join(f"{flag(key) if key in flags else key} was {old[key]}, is {new[key]}" for key in changed)
+    facts = {"teacher_digest": "--teacher-checkpoint (teacher_digest)", "init_digest": "--init (init_digest)"}
+    facts |= {"world_size": "NPROC, or the number of GPUs, (world_size)"}
+    names = {key: flag(key) if key in flags else facts.get(key, key) for key in changed}
+    return ", ".join(f"{names[key]} was {old[key]}, is {new[key]}" for key in changed)
 
 
 def format_counts(before: dict[str, Any], now: dict[str, Any]) -> str:

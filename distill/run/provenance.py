@@ -12,18 +12,25 @@ import torch
 from distill.parallel.devices import describe_device
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = (
+    "cifar10/*.py",
+    "distill/*.py",
+    "imagenet/*.py",
+)  # a network or a method of one's own is used when it lies there
 WRITTEN = (":(exclude)*.md", ":(exclude)checkpoints/records")  # by results.py, and so by each run of reproduce.sh
 
 
 def commit() -> str | None:
-    """Returns the commit of this repository, with `-dirty` where tracked files other than pages and records differ.
+    """Returns the commit of this repository, with `-dirty` where its files differ, or there is code beside them.
 
-    (Those are what results.py writes.) None for a tree that is no checkout, be it inside another repository.
+    Pages and records are left out: results.py writes them. None for a tree that is no checkout, be it inside another
+    repository.
     """
     if not (ROOT / ".git").exists():  # a directory, in a worktree a file; git itself would look further up
         return None
     try:
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN)
+        changes += _git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
         return _git("rev-parse", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -61,7 +61,7 @@ class Run(RunDirectory):
             hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
             if "data_digest" in changed and not remembers:
                 hint += f"--allow-data-change goes on with {format_counts(before, now)}, "
-            hint += "--fresh or another --output starts a new one"
+            hint += f"{self.options.elsewhere} starts a new one"
             raise UserError(f"{self.path} holds another run: {format_diff(changed, before, now)}; {hint}")
 
     def report(self) -> None:
@@ -73,6 +73,10 @@ class Run(RunDirectory):
         summary = self.load_summary(self.recipe.epochs)
         if summary:
             print(f"finished before: {self.path}\n{describe(summary, self.best())}")
+            config = self.read_config()
+            taught_by = config["starts"][-1].get("teacher_checkpoint") if config and config["starts"] else None
+            if taught_by and taught_by != self.options.teacher_checkpoint:
+                print(f"note: it was taught by --teacher-checkpoint {taught_by}")
             if self.options.tensorboard and (writer := self.open_tensorboard()):
                 writer.show(self.records())
         return summary

@@ -30,7 +30,7 @@ from distill.run.identity import identify
 from distill.run.paths import find_directory
 from distill.run.run import Run
 from distill.teacher.ensemble import Ensemble, load_members
-from distill.teacher.report import TeacherReport, agreement, introduce
+from distill.teacher.report import TeacherReport, agreement, chance_warning, introduce
 from distill.teacher.teacher import Teacher
 from distill.training.engine import Fitted
 from distill.training.evaluation import to_evaluate
@@ -255,6 +255,7 @@ def open_run(
             run.check()
             run.report()
         if not run.summary:
+            print(f"run: {run.path}")
             run.record_start(task.device)
         try:
             yield run, teachers
@@ -276,6 +277,13 @@ def results(
     """
     named = {**fitted.to_dict(), **_content(task)}
     named["views"] = data.plan.order.view_count or task.recipe.epochs
+    classes = len(task.data.classes)
+    learned = fitted.records[-1].get("train_accuracy") or 0.0
+    if chance_warning(fitted.test.accuracy, classes) and not chance_warning(learned, classes):
+        print(
+            "note: the student does well on training images, and not on test images: in a short run BatchNorm's "
+            "running statistics stay behind. More --epochs, or --bn-momentum 0.3, may help"
+        )
     if not teachers:
         return named
     teachers.check_untouched()

@@ -389,3 +389,55 @@ def test_a_teacher_is_computed_in_the_students_parts() -> None:
     assert task.teacher_recipe(recipe).accumulate == 8
     large = task.teacher_recipe(replace(recipe, teacher_arch="efficientnet-lite0", batch_size=96, accumulate=3))
     assert (large.batch_size, large.accumulate) == (63, 3)
+
+
+@pytest.mark.usefixtures("home")
+def test_of_several_runs_of_a_teacher_the_longest_teaches(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that has begun keeps its own, though another one was trained since."""
+    options = Options(data=str(small_npz))
+    short = replace(CE, arch="airbench94", epochs=1)
+    train_ce.train(short, options)
+    kd = replace(KD, arch="airbench94", teacher_arch="airbench94", epochs=3)
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_kd.train(kd, replace(options, steps=1))
+    train_ce.train(replace(short, epochs=2), replace(options, fresh=True))
+    capsys.readouterr()
+    assert train_kd.train(kd, options) is not None
+    assert "airbench94/ce-seed0/last.pt" in capsys.readouterr().out
+    assert train_kd.train(kd.with_flags({"T": 5.0, "w": 0.5, "epochs": 1}), options) is not None
+    assert "airbench94/ce-seed0-2/last.pt" in capsys.readouterr().out
+    given = replace(options, output=str(tmp_path / "run"), teacher_checkpoint=teacher_file(tmp_path / "t.pth"))
+    train_kd.train(replace(KD, arch="airbench94", epochs=1), given)
+    train_kd.train(replace(KD, arch="airbench94", epochs=1), replace(given, teacher_checkpoint=None))
+    assert f"note: it was taught by --teacher-checkpoint {given.teacher_checkpoint}" in capsys.readouterr().out
+
+
+def test_init_published_is_the_file_of_the_networks_name(small_npz: Path) -> None:
+    options = Options(data=str(small_npz), init="published")
+    with task.SmallImages(replace(CE, arch="airbench94"), options) as images:
+        assert images.build_student().init_digest
+    with (
+        task.SmallImages(replace(CE, arch="resnet18"), options) as images,
+        pytest.raises(UserError, match="--init published: there is none of resnet18, but of airbench94"),
+    ):
+        images.build_student()
+
+
+@pytest.mark.usefixtures("home")
+def test_evaluate_takes_a_run_with_its_images(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    summary = train_ce.train(replace(CE, arch="airbench94", epochs=1), Options(data=str(small_npz), output=run))
+    assert summary is not None
+    for words in ([run], ["--checkpoint", f"{run}/last.pt"]):
+        evaluate.main([*words, "--batch-size", "20"])
+        assert f"accuracy {summary['test_accuracy']:.2f} %" in capsys.readouterr().out
+
+
+def test_too_large_a_batch_names_one_that_fits(small_npz: Path, tmp_path: Path) -> None:
+    options = Options(data=str(small_npz), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"40 training images; try --batch-size 8 --lr 0\.00625$"):
+        train_ce.train(replace(CE, arch="airbench94", batch_size=128, lr=0.1), options)

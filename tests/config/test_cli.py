@@ -245,6 +245,11 @@ def test_help_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in shown
     assert not [name for name in ("--tau", "--ramp", "--alpha", "--gamma") if name in shown]
     with pytest.raises(SystemExit):
+        train_kd.main(["--features", "crd", "--help"])
+    said = capsys.readouterr().out
+    assert "loss = ce_weight * CE(s, y)\n" in said
+    assert "--features crd: + feature_weight * (contrast(s, memory of t) + contrast(t, memory of s))" in said
+    with pytest.raises(SystemExit):
         train_kd.main(["--method", "dkd", "--help"])
     shown = capsys.readouterr().out
     assert "loss = kd_weight * min(epoch / kd_warmup, 1) * T^2 * (alpha" in shown

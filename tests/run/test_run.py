@@ -114,6 +114,10 @@ def test_the_commit_is_that_of_this_tree(tmp_path: Path, monkeypatch: pytest.Mon
         file.write_text("before")
     git("add", ".")
     git("commit", "--quiet", "--message", "x")
+    (tmp_path / "cifar10" / "models").mkdir(parents=True)
+    (tmp_path / "cifar10" / "models" / "mine.py").write_text("a network of one's own")
+    assert provenance.commit() == git("rev-parse", "HEAD") + "-dirty"
+    (tmp_path / "cifar10" / "models" / "mine.py").unlink()
     for file in files:
         assert provenance.commit() == git("rev-parse", "HEAD")
         file.write_text("after")

@@ -264,6 +264,20 @@ def test_the_table_of_methods(tmp_path: Path) -> None:
     assert "| `ce` |  |  | diverged | - | - | 1 |" in tables.methods()
 
 
+def test_a_list_of_runs_says_where_teachers_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kd = tables.rows("methods")["kd"]
+    runs = [finished_run(tmp_path / name, kd, 50.0, "x", teacher_digest=name) for name in ("one", "two")]
+    (tmp_path / "refused").mkdir()
+    (tmp_path / "refused" / "lock").touch()
+    results.main([str(path) for path in (*runs, tmp_path / "refused")])
+    said, noted = capsys.readouterr()
+    assert said.count("50.00 %") == 2
+    assert said.endswith("note: these students were not all taught by the same densenet40\n")
+    assert noted == f"note: left out, since nothing was saved in them: {tmp_path / 'refused'}\n"
+    results.main([str(runs[0])])
+    assert "note" not in capsys.readouterr().out
+
+
 def test_methods_differ_in_nothing_but_the_method() -> None:
     for table in ("long_student_kd", "student_kd"):
         rows = tables.by_method(RECIPES[table])

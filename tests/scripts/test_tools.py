@@ -161,7 +161,6 @@ def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--T-list", "1;2"], "--T-list must be numbers with commas"),
         (["--w-list", "0.5,2"], "--w must be a number, at least 0, at most 1"),
-        (["--output", "x"], "--output is for one run"),
         (["--evaluate"], "--evaluate is for one run"),
         (["--show-features"], "--show-features is for one run"),
     ],
