@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from distill.errors import UserError
+from distill.errors import UserError, out_of_memory
 from distill.files import checkpoint
 from distill.models.classifier import Classifier, count_parameters
 from distill.models.fusion import rewrite
@@ -43,8 +43,14 @@ class Teacher:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Returns the logits of images uint8 (B, H, W, 3) as float32 (B, C) with values that float16 has."""
-        if not self._fast:
-            self._fast = self._rewritten(images)
+        while not self._fast:
+            try:
+                self._fast = self._rewritten(images)
+            except (RuntimeError, MemoryError) as error:
+                if self.block == 1 or not out_of_memory(error):
+                    raise
+                self.block //= 2
+                print(f"teacher: {2 * self.block} images at once are more than the memory holds: {self.block} it is")
         own, parts = self.network.mean.device, []
         for number, part in enumerate(torch.split(images.to(own, non_blocking=True), self.block)):
             missing = self.block - len(part)

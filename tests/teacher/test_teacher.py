@@ -62,6 +62,23 @@ def test_a_teacher_that_sees_the_batch_is_refused() -> None:
         Teacher(network).logits(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
 
 
+def test_a_teacher_takes_as_many_images_as_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    class Small(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 8:
+                raise RuntimeError("CUDA out of memory")
+            return super().forward(images)  # type: ignore[no-any-return]
+
+    network = small_network(seed=1)
+    images = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
+    expected = Teacher(network, block=8).logits(images)
+    network.network = Small(*network.network.children())
+    teacher = Teacher(network, block=32)
+    assert torch.allclose(teacher.logits(images), expected, rtol=1e-3)
+    assert teacher.block == 8
+    assert "teacher: 16 images at once are more than the memory holds: 8 it is" in capsys.readouterr().out
+
+
 def test_a_teacher_answers_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the network's device, or on those of its process that are named."""
     network = small_network()
