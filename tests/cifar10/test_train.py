@@ -391,9 +391,8 @@ def test_a_teacher_is_computed_in_the_students_parts() -> None:
     assert (large.batch_size, large.accumulate) == (63, 3)
 
 
-@pytest.mark.usefixtures("home")
 def test_of_several_runs_of_a_teacher_the_longest_teaches(
-    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_npz: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that has begun keeps its own, though another one was trained since."""
     options = Options(data=str(small_npz))
@@ -406,6 +405,8 @@ def test_of_several_runs_of_a_teacher_the_longest_teaches(
     capsys.readouterr()
     assert train_kd.train(kd, options) is not None
     assert "airbench94/ce-seed0/last.pt" in capsys.readouterr().out
+    taught = json.loads((home / "small" / "airbench94" / kd.run_name / "config.json").read_text())
+    assert taught["facts"]["teacher_digest"] == task._digest_of(home / "small" / "airbench94" / "ce-seed0")
     assert train_kd.train(kd.with_flags({"T": 5.0, "w": 0.5, "epochs": 1}), options) is not None
     assert "airbench94/ce-seed0-2/last.pt" in capsys.readouterr().out
     given = replace(options, output=str(tmp_path / "run"), teacher_checkpoint=teacher_file(tmp_path / "t.pth"))
