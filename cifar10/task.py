@@ -18,7 +18,7 @@ from distill.config.output import format_duration
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Images, TensorData, TensorTestData
 from distill.data.order import split_validation
-from distill.errors import CheckpointError, UserError
+from distill.errors import CheckpointError, OtherRunError, UserError
 from distill.files import checkpoint
 from distill.models import weights as files
 from distill.models.class_order import ClassNames
@@ -186,7 +186,9 @@ class SmallImages(Task[Recipe, Options]):
             )
         expected = teacher_recipe(recipe)
         digest = (run.first_images() if run else None) or self.data.digest
-        path, actual = _find_run(expected, self.data.name, digest, run.recorded("teacher_digest") if run else None)
+        known = run.recorded("teacher_digest") if run else self.taught_by
+        wanted = known if len(self.recipe.teacher_archs) == 1 else None  # else it is of all of them together
+        path, actual = _find_run(expected, self.data.name, digest, wanted)
         own_run = RunDirectory(path)
         finished = on_main(own_run.load_summary)(actual.epochs) is not None
         if run is None:
@@ -197,9 +199,22 @@ class SmallImages(Task[Recipe, Options]):
             what = ", ".join(f"{flag(key)} {getattr(actual, key)} for {getattr(expected, key)}" for key in changed)
             print(f"note: the teacher in {path} has a recipe of its own: {what}; --teacher-checkpoint names another")
         if not finished:
+            if wanted:
+                raise UserError(
+                    f"{run.path} was taught by other weights than those that would be trained now: give the "
+                    "--teacher-checkpoint that it was started with"
+                )
             announce_training(actual, recipe.arch, self.data, self.device)
             assert self.train
-            self.train(actual, replace(self.options, output=str(path), **PLAIN))
+            try:
+                self.train(actual, replace(self.options, output=str(path), **PLAIN))
+            except OtherRunError as error:
+                other = UserError(
+                    f"the teacher's run: {error.found}; finish it by trainCE.sh as it was begun, or name another "
+                    "teacher by --teacher-checkpoint FILE"
+                )
+                other.already_reported = error.already_reported
+                raise other from None
         return path / checkpoint.LAST
 
 
@@ -275,7 +290,7 @@ def _find_run(expected: Recipe, data_name: str, data_digest: str, teacher_digest
         taught = [pair for pair in finished if teacher_digest and _digest_of(pair[0].path) == teacher_digest]
         same = [pair for pair in finished if not differing(expected.to_dict(), pair[1].to_dict())]
         longest = sorted(finished, key=lambda pair: pair[1].epochs, reverse=True)
-        run, recipe = (taught or (finished if teacher_digest else same) or longest or begun)[0]
+        run, recipe = (taught or same or longest or begun)[0]
         if not finished and (run.path / DIVERGED).exists():
             raise UserError(
                 f"the teacher's run {run.path} has diverged: train one by trainCE.sh --arch {expected.arch} with a "

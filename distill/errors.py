@@ -13,6 +13,17 @@ class UserError(ValueError):
     already_reported = False
 
 
+class OtherRunError(UserError):
+    """A directory holds another run: `found` says in what it differs, `hint` what to do."""
+
+    def __init__(self, found: str, hint: str) -> None:
+        super().__init__(found, hint)  # what it is pickled with, on its way from another process
+        self.found, self.hint = found, hint
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.hint}"
+
+
 class CheckpointError(UserError):
     """A file that cannot be read or written as a checkpoint: names the path, the cause and what to do."""
 

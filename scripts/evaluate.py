@@ -64,7 +64,12 @@ class Evaluate(InputFlags):
     )
     batch_size: int = option(256, "images at a time (cifar10)", group="how", flags=("-b",), least=1)
     precision: str = option("float32", "of the forward pass", group="how", choices=("float32", "bfloat16"))
-    decoder: str = option("torchvision", "of photos", group="how", choices=("torchvision", "pillow", "simplejpeg"))
+    decoder: str | None = option(
+        None,
+        "of photos (default: that of the run, else torchvision)",
+        group="how",
+        choices=("torchvision", "pillow", "simplejpeg"),
+    )
     skip_bad_images: bool = option(False, "leave out broken image files, up to 0.1 %% or one", group="how")
     per_class: bool = option(
         False, "also print the accuracy of each class, and what it is mostly taken for", group="how"
@@ -93,11 +98,15 @@ def main(argv: Sequence[str]) -> None:
     from distill.parallel.devices import choose_precision
     from distill.training.evaluation import evaluate
 
-    given = weights.load(Path(options.checkpoint), network.kind_of(options.weights)) if options.checkpoint else None
+    given = trained.weights if trained else None
+    if options.checkpoint and not given:
+        given = weights.load(Path(options.checkpoint), network.kind_of(options.weights))
     arch = options.arch or (given.arch if given else None)
     if not arch:
         of_file = f": {options.checkpoint} does not say what network it is of" if given else ""
         raise UserError(f"--arch is needed{of_file}")
+    run_decoder = trained.recipe.get("decoder") if trained else None
+    options = replace(options, decoder=options.decoder or run_decoder or "torchvision")
     data = options.data or (trained.started_with("data") if trained else None)
     with dataset.open(*settings(dataset, replace(options, data=data), arch)) as task:
         found = task.find_trained(arch, given)
@@ -122,11 +131,10 @@ def main(argv: Sequence[str]) -> None:
 def find_run(options: Evaluate) -> "Trained | None":
     """Returns the run that --checkpoint is, or is of, None where it is a file by itself. Raises UserError."""
     from distill.inference.trained import find_trained
-    from distill.run.directory import CONFIG
+    from distill.run.directory import is_run
 
     path = Path(options.checkpoint or "")
-    directory = path if path.is_dir() else path.resolve().parent
-    if not options.checkpoint or not (directory / CONFIG).exists():
+    if not options.checkpoint or not is_run(path if path.is_dir() else path.resolve().parent):
         return None
     return find_trained(options.checkpoint, options.weights if options.weights in ("raw", "ema") else None)
 

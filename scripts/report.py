@@ -185,6 +185,7 @@ def load_teacher(
     file = trained.started_with("teacher_checkpoint")
     settings = options_type(data=data, teacher_checkpoint=file, **named)
     with dataset.open(recipe, settings, images) as task:
+        task.taught_by = wanted
         networks = [
             (task.find_teacher(*one, None), one[0].teacher_precision) for one in one_by_one(task.recipe, settings)
         ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.errors import CannotReadError
+from distill.errors import CannotReadError as CannotReadError
 from distill.errors import CheckpointError as CheckpointError  # under this name to others too
 from distill.files.reading import read
 
@@ -190,7 +190,9 @@ def load_latest(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
             payload = load(path)
         except CheckpointError as error:
             if isinstance(error, CannotReadError) and path.exists():  # it may be whole
-                raise CannotReadError(f"{error}; try again, or remove it if that lasts: {PREVIOUS} is older") from None
+                older = name == LAST and os.path.lexists(directory / PREVIOUS)
+                remedy = f", or remove it if that lasts: {PREVIOUS} is the one before" if older else ""
+                raise CannotReadError(f"{error}; try again{remedy}") from None
             problems.append(str(error))
             continue
         if problems:

@@ -10,7 +10,7 @@ from distill.errors import UserError
 from distill.files import checkpoint
 from distill.models import weights as files
 from distill.models.weights import Weights
-from distill.run.directory import CONFIG, RunDirectory
+from distill.run.directory import RunDirectory, is_run
 
 WORDS = ("sample", "published", "none")  # that stand for data or a teacher's weights, and are no paths
 
@@ -91,7 +91,7 @@ def find_trained(named: str, which: str | None = None) -> Trained:
         raise UserError(f"{named} does not exist: name a run's directory or a file of weights")
     if path.is_dir():
         return _of_run(path, path / checkpoint.LAST, which, named)
-    if (path.resolve().parent / CONFIG).exists():
+    if is_run(path.resolve().parent):
         return _of_run(path.resolve().parent, path, which, named)
     return Trained(path, files.load(path, which))
 

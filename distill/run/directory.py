@@ -61,11 +61,14 @@ class RunDirectory:
         config = self.read_config()
         return config["facts"].get(name) if config and self.has_begun() else None
 
+    @on_main
     def first_images(self) -> str | None:
         """The digest of the images that the run began with, before --allow-data-change; None if it has not begun."""
-        starts = (self.read_config() or {}).get("starts", [])
-        changed = (start["data_change"]["data_digest"][0] for start in starts if "data_change" in start)
-        return next(changed, self.recorded("data_digest")) if self.has_begun() else None
+        config = self.read_config()
+        if not config or not self.has_begun():
+            return None
+        changed = (start["data_change"]["data_digest"][0] for start in config["starts"] if "data_change" in start)
+        return next(changed, config["facts"].get("data_digest"))
 
     def has_begun(self) -> bool:
         """Whether anything was saved: a run that was refused or failed before that leaves its directory to another."""
@@ -127,6 +130,14 @@ class RunDirectory:
     def open_tensorboard(self) -> TensorBoardWriter | None:
         """TensorBoard's files in tensorboard/, in the process that writes files, else None. Raises UserError."""
         return TensorBoardWriter(self.path / "tensorboard") if rank() == 0 else None
+
+
+def is_run(directory: Path) -> bool:
+    """Whether config.json in it is that of a run: others write files of this name beside weights."""
+    try:
+        return RunDirectory(directory).read_config() is not None
+    except UserError:
+        return False
 
 
 def to_json(content: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distill.config.recipe import Options, Recipe
-from distill.errors import UserError
+from distill.errors import OtherRunError
 from distill.files import checkpoint
 from distill.models.classifier import Classifier, count_parameters
 from distill.parallel.devices import describe_device
@@ -34,8 +34,7 @@ class Run(RunDirectory):
         super().__init__(path)
         self.recipe, self.options, self.facts = recipe, options, facts or {}
         self.summary: dict[str, Any] | None = None
-        self._accepted = False  # config.json has the recipe and the facts
-        self._data_change: dict[str, Any] = {}  # what this start changes in the images
+        self._pending: dict[str, Any] | None = None  # config.json as it is to be once this start has saved something
 
     @on_main
     def check(self) -> None:
@@ -62,7 +61,7 @@ class Run(RunDirectory):
             if "data_digest" in changed and not remembers:
                 hint += f"--allow-data-change goes on with {format_counts(before, now)}, "
             hint += f"{self.options.elsewhere} starts a new one"
-            raise UserError(f"{self.path} holds another run: {format_diff(changed, before, now)}; {hint}")
+            raise OtherRunError(f"{self.path} holds another run: {format_diff(changed, before, now)}", hint)
 
     def report(self) -> None:
         """Sets `summary` and prints the result, if the run is finished."""
@@ -85,8 +84,8 @@ class Run(RunDirectory):
     def record_start(self, device: torch.device) -> None:
         """Records in config.json that this process starts or continues the run.
 
-        Recipe and facts of a run that has begun stay those that it was trained by, until accept(). Prints a line where
-        the images, torch or the device are not those of the last start.
+        Of a run that has begun it is recorded by accept(). Prints a line where the images, torch or the device are not
+        those of the last start.
         """
         config = self.read_config()
         begun = config if config and self.has_begun() else None
@@ -98,14 +97,13 @@ class Run(RunDirectory):
             former = {**starts[-1], **starts[-1]["machine"]}[what] if starts else value
             if former != value:
                 print(f"note: {what} {former} before, {value} now: the result may differ in the last bits")
-        updated = {"recipe": self.recipe.to_dict(), "facts": self.facts, "starts": [*starts, start]}
-        if begun:
-            self._data_change = self._changed(begun["facts"])
-            updated |= {"recipe": begun["recipe"], "facts": begun["facts"]}
-            updated |= {"broken": begun.get("broken", {})} if not self._data_change else {}
-        self._accepted = begun is None
-        checkpoint.write_atomically(self.path / CONFIG, to_json(updated))
-        (self.path / DIVERGED).unlink(missing_ok=True)  # this start may end otherwise
+        self._pending = {"recipe": self.recipe.to_dict(), "facts": self.facts, "starts": [*starts, start]}
+        if not begun:
+            self._accept()
+        elif change := self._changed(begun["facts"]):
+            start["data_change"] = change
+        else:
+            self._pending["broken"] = begun.get("broken", {})
 
     @on_main
     def accept(self) -> None:
@@ -116,14 +114,10 @@ class Run(RunDirectory):
         self._accept()
 
     def _accept(self) -> None:
-        config = self.read_config()
-        if self._accepted or not config:
-            return
-        config |= {"recipe": self.recipe.to_dict(), "facts": self.facts}
-        if self._data_change:
-            config["starts"][-1]["data_change"] = self._data_change
-        checkpoint.write_atomically(self.path / CONFIG, to_json(config))
-        self._accepted = True
+        if self._pending:
+            checkpoint.write_atomically(self.path / CONFIG, to_json(self._pending))
+            (self.path / DIVERGED).unlink(missing_ok=True)  # this start may end otherwise
+        self._pending = None
 
     def _changed(self, before: dict[str, Any]) -> dict[str, Any]:
         """Returns how the images differ from those before, {} where they do not; if they do, says so."""
@@ -158,7 +152,7 @@ class Run(RunDirectory):
 
     def _trained_by_commit(self) -> str | None:
         """Returns the commit of the last start: the checkout may have changed since."""
-        starts = (self.read_config() or {}).get("starts")
+        starts = (self._pending or self.read_config() or {}).get("starts")
         found: str | None = starts[-1]["commit"] if starts else commit()
         return found
 

@@ -132,7 +132,7 @@ class Trainer:
         try:
             payload, warnings = checkpoint.load_latest(self.run.path)
         except checkpoint.CheckpointError as error:
-            if not named:
+            if not named or isinstance(error, checkpoint.CannotReadError):
                 raise
             warnings = [str(error)]
         for warning in warnings:
@@ -191,7 +191,9 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
         now = {**self.recipe.to_dict(), **self.run.facts}
         grows = now["epochs"] > before["epochs"]
-        allowed = {"epochs": self.options.extend and grows, "data_digest": self.options.allow_data_change}
+        remembers = self.recipe.features is not None and self.recipe.features.remembers_images
+        others = self.options.allow_data_change and not remembers
+        allowed = {"epochs": self.options.extend and grows, "data_digest": others}
         changed = [key for key in differing(before, now) if not allowed.get(key)]
         if changed:
             hint = "; --extend allows more epochs" if changed == ["epochs"] and grows else ""
@@ -445,8 +447,8 @@ def _broken(trainer: Trainer, error: BrokenImage) -> UserError:
     """What ends a run that has met broken images: as after a signal, everything up to there is saved."""
     if not trainer.state.epoch and not trainer.state.step:
         return error
-    trainer.run.record_broken(error.files)
     trainer.save()
+    trainer.run.record_broken(error.files)
     message = f"{trainer.recipe.arch} stopped at {_where(trainer)}: {error.named}; mended, {_same_command(trainer)} "
     message += "continues"
     features = trainer.recipe.features

@@ -50,6 +50,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
 
     decoder = ""  # that makes pixels of files, where it is part of what a network sees
     data: Images
+    taught_by: str | None = None  # digest of the weights that taught, where there is no run that says so
 
     def __init__(self, recipe: AnyRecipe, options: AnyOptions, images: Images | None = None) -> None:
         """Loads the images of `options`, unless `images` are given. Raises UserError."""

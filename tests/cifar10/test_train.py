@@ -334,6 +334,7 @@ def test_a_start_that_trains_nothing_changes_nothing(
     options = Options(data=str(small_npz), output=str(tmp_path / "run"))
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_ce.train(recipe, replace(options, steps=1))
+    before = (tmp_path / "run" / "config.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("distill.training.engine.Trainer.train_epoch", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -341,9 +342,11 @@ def test_a_start_that_trains_nothing_changes_nothing(
     other = shuffled_classes(small_npz, tmp_path / "other.npz")
     with pytest.raises(UserError, match=r"is of a run on the classes .*, not "):
         train_ce.train(recipe, replace(options, data=other, allow_data_change=True))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
     summary = train_ce.train(recipe, options)
     assert summary is not None
     assert (summary["epochs"], summary.get("data_changes")) == (2, None)
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["starts"]) == 2
 
 
 @pytest.mark.usefixtures("home")
@@ -436,9 +439,30 @@ def test_evaluate_takes_a_run_with_its_images(
     for words in ([run], ["--checkpoint", f"{run}/last.pt"]):
         evaluate.main([*words, "--batch-size", "20"])
         assert f"accuracy {summary['test_accuracy']:.2f} %" in capsys.readouterr().out
+    (tmp_path / "hub").mkdir()
+    shutil.copy(f"{run}/last.pt", tmp_path / "hub" / "weights.pt")
+    (tmp_path / "hub" / "config.json").write_text('{"architecture": "resnet18"}')  # as of a model hub
+    evaluate.main([str(tmp_path / "hub" / "weights.pt"), "--data", str(small_npz)])
+    assert f"accuracy {summary['test_accuracy']:.2f} %" in capsys.readouterr().out
 
 
 def test_too_large_a_batch_names_one_that_fits(small_npz: Path, tmp_path: Path) -> None:
     options = Options(data=str(small_npz), output=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"40 training images; try --batch-size 8 --lr 0\.00625$"):
         train_ce.train(replace(CE, arch="airbench94", batch_size=128, lr=0.1), options)
+
+
+@pytest.mark.usefixtures("home")
+def test_teachers_that_cannot_be_trained_here(small_npz: Path, tmp_path: Path) -> None:
+    """A begun run that this command cannot go on with; a student that other weights have taught."""
+    options = Options(data=str(small_npz))
+    kd = replace(KD, arch="airbench94", teacher_arch="airbench94", epochs=1)
+    given = replace(options, output=str(tmp_path / "run"), steps=1)
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_kd.train(kd, replace(given, teacher_checkpoint=teacher_file(tmp_path / "t.pth", arch="airbench94")))
+    with pytest.raises(UserError, match="was taught by other weights than those that would be trained now: give the"):
+        train_kd.train(kd, given)
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_ce.train(replace(CE, arch="airbench94"), replace(options, init="published", steps=1))
+    with pytest.raises(UserError, match=r"^the teacher's run: .*\(init_digest\) was .*; finish it by trainCE\.sh"):
+        train_kd.train(kd, options)

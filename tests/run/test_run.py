@@ -74,7 +74,9 @@ def test_a_start_records_what_the_run_is(tmp_path: Path) -> None:
     begin(tmp_path / "run", Recipe())
     (tmp_path / "run" / "last.pt").touch()
     (tmp_path / "run" / "diverged.json").touch()
-    begin(tmp_path / "run", Recipe())
+    run = begin(tmp_path / "run", Recipe())
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["starts"]) == 1  # nothing is saved yet
+    run.accept()
     assert not (tmp_path / "run" / "diverged.json").exists()  # this start may end otherwise
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert Recipe.from_dict(config["recipe"]) == Recipe()

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -329,7 +330,9 @@ def test_damaged_last_checkpoint_falls_back(
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
 
 
-def test_resume_starts_a_run_from_a_named_checkpoint(small_npz: Path, tmp_path: Path) -> None:
+def test_resume_starts_a_run_from_a_named_checkpoint(
+    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tmp_path / "whole", small_npz)
     with pytest.raises(Stopped):
         train(tmp_path / "part", small_npz, options=Options(steps=7))
@@ -339,6 +342,10 @@ def test_resume_starts_a_run_from_a_named_checkpoint(small_npz: Path, tmp_path: 
     # The same command continues from the run's own checkpoint, or a preempted job would never end.
     with pytest.raises(Stopped, match="at epoch 3, step 3"):
         train(tmp_path / "again", small_npz, options=Options(resume=named, steps=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_latest", Mock(side_effect=checkpoint.CannotReadError("a passing error")))
+        with pytest.raises(UserError, match="a passing error"):  # the named one would throw it back
+            train(tmp_path / "again", small_npz, options=Options(resume=named))
     train(tmp_path / "again", small_npz, options=Options(resume=named))
     assert state(tmp_path / "again") == state(tmp_path / "whole")
     for name in ("last.pt", "previous.pt"):
