@@ -37,7 +37,7 @@ def format_diff(changed: list[str], before: dict[str, Any], now: dict[str, Any])
     before, now = flatten(before), flatten(now)
     old, new = ({key: str(values.get(key))[:24] for key in changed} for values in (before, now))  # a digest is long
     facts = {"teacher_digest": "--teacher-checkpoint (teacher_digest)", "init_digest": "--init (init_digest)"}
-    facts |= {"world_size": "NPROC, or the number of GPUs, (world_size)"}
+    facts |= {"world_size": "NPROC or the number of GPUs (world_size)"}
     names = {key: flag(key) if key in flags else facts.get(key, key) for key in changed}
     return ", ".join(f"{names[key]} was {old[key]}, is {new[key]}" for key in changed)
 

@@ -126,7 +126,7 @@ def test_init_starts_from_the_weights(small_npz: Path, tmp_path: Path) -> None:
     train_ce.train(replace(CE, lr=1e-9, epochs=1), options)
     before, after = (weights.load(tmp_path / run / "last.pt").state for run in ("first", "tuned"))
     torch.testing.assert_close(after["linear.weight"], before["linear.weight"], rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="init_digest was"):
+    with pytest.raises(UserError, match=r"--init \(init_digest\) was"):
         train_ce.train(replace(CE, lr=1e-9, epochs=1), replace(options, init=None))
 
 

@@ -212,7 +212,7 @@ def test_signals_kills_and_restarts_end_in_the_same_state(
     assert checkpoint.load(cut / "last.pt")["ranks"][1]["tally"].shape == (4,)
 
     alone = [*map(str, flags), str(cut)]
-    with pytest.raises(UserError, match="world_size was 3, is 1"):
+    with pytest.raises(UserError, match=r"\(world_size\) was 3, is 1"):
         train_ce.main(alone)
     assert b"\0TORCHELASTIC_MAX_RESTARTS=1\0" in settings[victim]
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
