@@ -76,6 +76,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "checkpoints"
 
 
+def without_first(source: Path, target: Path) -> str:
+    """The path of an .npz file with the images of another but its first training image."""
+    arrays = dict(np.load(source))
+    arrays["train_images"], arrays["train_labels"] = arrays["train_images"][1:], arrays["train_labels"][1:]
+    np.savez(target, **arrays)
+    return str(target)
+
+
 def teacher_file(path: Path, classes: int = 4, arch: str = "densenet_cifar") -> str:
     """The path of a file with the weights of a network, as others save them."""
     from cifar10.models import MODELS

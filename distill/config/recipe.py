@@ -315,6 +315,11 @@ class Recipe:
         return self.method is not None and self.method.needs_teacher_logits
 
     @property
+    def remembers_images(self) -> bool:
+        """Whether the loss has a memory of the training images, which these have to stay for."""
+        return self.features is not None and self.features.remembers_images
+
+    @property
     def loss_weights(self) -> tuple[float, float]:
         """The weights of the term on logits and of the CE term."""
         return self.method.weights if self.method else (0.0, 1.0)

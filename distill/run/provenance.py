@@ -12,11 +12,7 @@ import torch
 from distill.parallel.devices import describe_device
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = (
-    "cifar10/*.py",
-    "distill/*.py",
-    "imagenet/*.py",
-)  # a network or a method of one's own is used when it lies there
+CODE = ("cifar10/*.py", "distill/*.py", "imagenet/*.py")  # a new file here is a network or a method that is found
 WRITTEN = (":(exclude)*.md", ":(exclude)checkpoints/records")  # by results.py, and so by each run of reproduce.sh
 
 

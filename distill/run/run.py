@@ -53,7 +53,7 @@ class Run(RunDirectory):
         grows = "epochs" in changed and self.recipe.epochs > before["epochs"]
         if self.options.extend and grows:
             changed.remove("epochs")
-        remembers = self.recipe.features is not None and self.recipe.features.remembers_images
+        remembers = self.recipe.remembers_images
         if self.options.allow_data_change and "data_digest" in changed and not remembers:
             changed.remove("data_digest")
         if changed:

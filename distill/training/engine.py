@@ -15,6 +15,7 @@ from distill.config.output import format_duration
 from distill.data.datasets import Batch, TestData, TrainingData
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
+from distill.models.class_order import shortened
 from distill.models.classifier import Classifier
 from distill.parallel.devices import generator_states, restore_generators, seed_generators
 from distill.parallel.processes import any_of, gather, on_main, rank, reduce, world_size
@@ -191,19 +192,17 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
         now = {**self.recipe.to_dict(), **self.run.facts}
         grows = now["epochs"] > before["epochs"]
-        remembers = self.recipe.features is not None and self.recipe.features.remembers_images
-        others = self.options.allow_data_change and not remembers
+        others = self.options.allow_data_change and not self.recipe.remembers_images
         allowed = {"epochs": self.options.extend and grows, "data_digest": others}
         changed = [key for key in differing(before, now) if not allowed.get(key)]
         if changed:
             hint = "; --extend allows more epochs" if changed == ["epochs"] and grows else ""
             raise checkpoint.CheckpointError(f"{source} is of another run: {format_diff(changed, before, now)}{hint}")
         ours = list(self.model.student.classes)
-        if (
-            theirs := payload.get("classes", ours)
-        ) != ours:  # other images may be allowed, but outputs that stand for other things are not
+        theirs = payload.get("classes", ours)
+        if theirs != ours:  # other images may be allowed, but not outputs that stand for other things
             raise checkpoint.CheckpointError(
-                f"{source} is of a run on the classes {_short(theirs)}, not {_short(ours)}"
+                f"{source} is of a run on the classes {shortened(theirs)}, not {shortened(ours)}"
             )
         ranks = payload.get("ranks")
         count = len(ranks) if isinstance(ranks, list) else 0
@@ -431,11 +430,6 @@ def fit(
     return Fitted(state.records, test, speed, wall, state.first_loss)
 
 
-def _short(names: Any) -> str:
-    listed = ", ".join(map(str, names or ["unnamed"]))
-    return listed if len(listed) < 100 else f"{listed:.100} ..."
-
-
 def _stopped(trainer: Trainer, stop: StopRequest) -> Stopped:
     number = max(number or 0 for number in gather(stop.signal))
     why = f"by {signal.Signals(number).name}" if number else f"after {trainer.options.steps} steps"
@@ -451,8 +445,7 @@ def _broken(trainer: Trainer, error: BrokenImage) -> UserError:
     trainer.run.record_broken(error.files)
     message = f"{trainer.recipe.arch} stopped at {_where(trainer)}: {error.named}; mended, {_same_command(trainer)} "
     message += "continues"
-    features = trainer.recipe.features
-    if not (features and features.remembers_images):
+    if not trainer.recipe.remembers_images:
         message += "; without them it does with --skip-bad-images --allow-data-change"
     return Stopped(message, 2, already_reported=rank() > 0)
 
