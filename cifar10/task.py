@@ -321,8 +321,21 @@ def announce_training(recipe: Recipe, student: str, data: ImageData, device: tor
         f"teacher: {recipe.arch} has no finished run on {data.name}: it is trained first by CE"
         f"{' from its ImageNet weights' if recipe.pretrained else ''}, {recipe.epochs} epochs, "
         f"lr {recipe.lr:g}, batch {recipe.batch_size}, about {format_duration(times[recipe.arch])}. "
-        f"Cheaper: {advice}. Or name its weights by --teacher-checkpoint FILE."
+        f"Cheaper: {advice}. "
+        f"Or name its weights by --teacher-checkpoint FILE{ready_teacher(recipe.arch, data.classes)}."
     )
+
+
+def ready_teacher(arch: str, classes: Sequence[str]) -> str:
+    """Returns the flags of a trained teacher of these classes that comes with this repository; "" if there is none."""
+    for each in (arch, *CHEAP):
+        path = PUBLISHED / f"{each}-ce.pt"
+        try:
+            if list(checkpoint.load(path)["classes"]) == list(classes):
+                return f", or take trained ones by --teacher-arch {each} --teacher-checkpoint published"
+        except CheckpointError:
+            continue
+    return ""
 
 
 def training_seconds(recipe: Recipe, data: ImageData, device: torch.device) -> float:

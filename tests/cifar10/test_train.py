@@ -222,6 +222,14 @@ def test_a_cheaper_pair_is_suggested(
     assert advice in capsys.readouterr().out
 
 
+def test_a_trained_teacher_of_the_same_classes_is_suggested() -> None:
+    classes = load_data("sample").classes
+    flags = ", or take trained ones by --teacher-arch {} --teacher-checkpoint published"
+    assert task.ready_teacher("resnet152", classes) == flags.format("airbench94")
+    assert task.ready_teacher("densenet40", classes) == flags.format("densenet40")
+    assert task.ready_teacher("densenet40", classes[::-1]) == ""
+
+
 def test_training_seconds(small_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task, "seconds_per_image", lambda *_: 0.5)
     recipe = replace(CE, arch="densenet_cifar", epochs=3)
