@@ -1,6 +1,6 @@
 """View policies for small images: whole batches at once, on the images' device, row by row independent.
 
-All three are integer gathers and float32 arithmetic element by element, whose result depends neither on the batch nor
+All of them are integer gathers and float32 arithmetic element by element, whose result depends neither on the batch nor
 on the number of threads; so a view is the same in any batch, order and process.
 """
 

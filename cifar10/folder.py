@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from distill.data.folders import Labelled, list_images
 from distill.data.pixels import FIRST, is_dim, is_turned, open_image, say_dim, say_turned, to_rgb
-from distill.errors import BrokenImage
+from distill.errors import BrokenImage, CheckpointError
 from distill.files import checkpoint
 from distill.run.directory import CHECKPOINTS
 
@@ -64,7 +64,7 @@ def read_folder(path: Path, workers: int, skip_bad_images: bool) -> dict[str, ND
             return {
                 key: value.numpy() if isinstance(value, Tensor) else np.array(value) for key, value in stored.items()
             }
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             print(f"{error}; decoding again")
     splits = {split: _decode(files[split], split, workers) for split in ("train", "test")}
     _settle(splits, files, skip_bad_images)

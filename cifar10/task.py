@@ -23,7 +23,7 @@ from distill.files import checkpoint
 from distill.models import weights as files
 from distill.models.class_order import ClassNames
 from distill.models.classifier import Classifier, InputSpec
-from distill.models.network import Network, kind_of, theirs
+from distill.models.network import Network, raw_or_ema, torchvision_weights
 from distill.models.weights import Weights
 from distill.options import flag
 from distill.parallel.devices import choose_precision
@@ -100,19 +100,22 @@ class SmallImages(Task[Recipe, Options]):
     def build(self, options: Options) -> tuple[Classifier, str | None]:
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""
         trained, _ = split_validation(len(self.data.train_images), self.recipe.val_split)
-        examples = self.data.train_images[torch.from_numpy(trained[:EXAMPLES])]
+        count = min(EXAMPLES, len(trained))
+        spread = torch.arange(count) * len(trained) // count  # they may come class by class
+        examples = self.data.train_images[torch.from_numpy(trained)[spread]]
         if options.init == "published":
             options = replace(options, init=str(published_file(self.recipe.arch, "--init")))
         return models.build_student(self.recipe, self.data.classes, options, self.device, examples)
 
     def find(self, arch: str) -> Network:
         """Returns a network by its name, as the recipe's flags for the student want it."""
-        return models.find(arch, self.recipe.image_size, theirs(self.recipe.weights))
+        return models.find(arch, self.recipe.image_size, torchvision_weights(self.recipe.weights))
 
     def find_trained(self, arch: str, weights: Weights | None) -> Network:
         """Returns a network as its weights were trained, with the size and normalisation of the recipe's flags."""
         recipe = self.recipe
-        network = models.find_trained(models.resolve(arch), weights, recipe.image_size, theirs(recipe.weights))
+        named = torchvision_weights(recipe.weights)
+        network = models.find_trained(models.resolve(arch), weights, recipe.image_size, named)
         return network.shown(None, recipe.mean, recipe.std)
 
     def class_names(self, weights: Weights) -> ClassNames:  # noqa: ARG002
@@ -146,15 +149,16 @@ class SmallImages(Task[Recipe, Options]):
         Raises UserError.
         """
         arch = recipe.teacher_arch or ""
-        if kind_of(recipe.teacher_weights) and not options.teacher_checkpoint:
+        if raw_or_ema(recipe.teacher_weights) and not options.teacher_checkpoint:
             raise UserError("--teacher-weights raw and ema are of a file: give --teacher-checkpoint FILE")
         if arch in MODELS and recipe.teacher_image_size not in (None, CIFAR_INPUT.size):
             if all(other in MODELS for other in self.recipe.teacher_archs):
                 raise UserError(f"--teacher-image-size is for ImageNet's networks: {arch} sees {SIZE}x{SIZE} images")
             recipe = replace(recipe, teacher_image_size=None)  # it is that of the others
         path = find_file(arch, options) or self._trained(recipe, run)
-        weights = on_main(files.load)(path, kind_of(recipe.teacher_weights), "--teacher-weights") if path else None
-        network = models.find_trained(arch, weights, recipe.teacher_image_size, theirs(recipe.teacher_weights))
+        weights = on_main(files.load)(path, raw_or_ema(recipe.teacher_weights), "--teacher-weights") if path else None
+        named = torchvision_weights(recipe.teacher_weights)
+        network = models.find_trained(arch, weights, recipe.teacher_image_size, named)
         return network.shown(None, recipe.teacher_mean, recipe.teacher_std), weights
 
     def comment(self, teacher: Teacher, weights: Weights | None, report: TeacherReport, options: Options) -> None:
@@ -265,7 +269,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     usual = PRETRAINED_TEACHER
     parts = world_size() * recipe.accumulate  # that a batch is divided into, as the student's can be
     batch_size = min(max(usual.batch_size // parts, 1) * parts, recipe.batch_size)
-    common |= {"image_size": recipe.teacher_image_size, "weights": theirs(recipe.teacher_weights)}
+    common |= {"image_size": recipe.teacher_image_size, "weights": torchvision_weights(recipe.teacher_weights)}
     return replace(usual, **common, batch_size=batch_size, lr=usual.lr * batch_size / usual.batch_size)
 
 
@@ -341,7 +345,7 @@ def ready_teacher(arch: str, classes: Sequence[str]) -> str:
 def training_seconds(recipe: Recipe, data: ImageData, device: torch.device) -> float:
     """Returns about how long all epochs of a recipe take here, without a teacher: some images are tried."""
     with torch.random.fork_rng(devices=[]):
-        network = models.find(recipe.arch, recipe.image_size, theirs(recipe.weights))
+        network = models.find(recipe.arch, recipe.image_size, torchvision_weights(recipe.weights))
         built = network.build(len(data.classes))
     classifier = Classifier(built, network.spec, choose_precision(recipe.precision, device)).to(device)
     count = 32 if device.type == "cpu" else 512  # a GPU has to be filled

@@ -25,7 +25,7 @@ from distill.models import network as networks
 from distill.models import weights
 from distill.models.class_order import ClassNames
 from distill.models.classifier import Classifier, InputSpec
-from distill.models.network import Network, theirs
+from distill.models.network import Network, torchvision_weights
 from distill.models.weights import Weights
 from imagenet.recipes import ImageNetRecipe
 
@@ -69,11 +69,11 @@ def find(name: str, weights: str | None = None) -> Network:
         return _lite(arch, int(match[1]))
     if arch in WSL:
         return _wsl(arch)
-    theirs = torchvision.models.list_models(module=torchvision.models)
-    if arch in theirs:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if arch in names:
         return _torchvision(arch, weights)
     families = [f"efficientnet-b{k}" for k in range(9)] + [f"efficientnet-lite{k}" for k in range(3)]
-    near = difflib.get_close_matches(arch, [*theirs, *families, *WSL], n=4, cutoff=0.5)
+    near = difflib.get_close_matches(arch, [*names, *families, *WSL], n=4, cutoff=0.5)
     listed = f"near it: {', '.join(near)}" if near else "known: torchvision's, efficientnet-b0 to b8, timm:NAME"
     raise UserError(f"unknown architecture {name!r} for ImageNet; {listed}")
 
@@ -91,7 +91,7 @@ def build_student(
     recipe: ImageNetRecipe, classes: Sequence[str], options: Options, device: torch.device
 ) -> tuple[Classifier, str | None]:
     """networks.build_student of the network that `recipe` names, at its size, for the data's `classes`."""
-    network = find(recipe.arch, theirs(recipe.weights)).at(recipe.image_size)
+    network = find(recipe.arch, torchvision_weights(recipe.weights)).at(recipe.image_size)
 
     def named(loaded: Weights) -> ClassNames:
         return class_names(classes, options.class_order, loaded)
@@ -105,7 +105,7 @@ def find_trained(name: str, flag: str | None, loaded: Weights | None) -> Network
     `flag`: of --weights.
     """
     recipe = (loaded.recipe if loaded else None) or {}
-    network = find(name, (theirs(flag) if loaded else flag) or theirs(recipe.get("weights")))
+    network = find(name, (torchvision_weights(flag) if loaded else flag) or torchvision_weights(recipe.get("weights")))
     return network.at(recipe.get("image_size") or (loaded.spec.size if loaded and loaded.spec else None)).shown(loaded)
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from distill.data.folders import Labelled
 from distill.data.pixels import FIRST, say_dim, say_turned
-from distill.errors import BrokenImage, UserError
+from distill.errors import BrokenImage, CheckpointError, UserError
 from distill.files import checkpoint
 from distill.parallel.processes import first_here
 from distill.run.directory import CHECKPOINTS
@@ -48,7 +48,7 @@ def look(files: list[str], what: str, workers: Workers) -> Findings:
             cached = checkpoint.load(cache)
             again = sum(workers.examine(list(cached["broken"]), "torchvision"), Findings())  # a disk may have recovered
             return Findings({}, cached["turned"], cached["dim"]) + again
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             print(f"{error}; looking at all photos again")
     start = time.perf_counter()
     parts = tqdm(workers.examine(files, "torchvision"), f"decoding {what}", -(-len(files) // PART), disable=None)

@@ -12,7 +12,7 @@ from distill.errors import UserError
 from distill.models import weights as files
 from distill.models.class_order import ClassNames
 from distill.models.classifier import Classifier, InputSpec
-from distill.models.network import Network, fetch, kind_of, theirs
+from distill.models.network import Network, fetch, raw_or_ema, torchvision_weights
 from distill.models.weights import Weights
 from distill.parallel.processes import on_main
 from distill.run.run import Run
@@ -88,7 +88,7 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
 
     def find(self, arch: str) -> Network:
         """Returns a network by its name, as the recipe's flags for the student want it."""
-        return models.find(arch, theirs(self.recipe.weights)).at(self.recipe.image_size)
+        return models.find(arch, torchvision_weights(self.recipe.weights)).at(self.recipe.image_size)
 
     def find_trained(self, arch: str, weights: Weights | None) -> Network:
         """Returns a network as its weights were trained, with the size and normalisation of the recipe's flags."""
@@ -137,7 +137,7 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
 
     def _load_file(self, options: ImageNetOptions, recipe: ImageNetRecipe) -> Weights | None:
         """Returns what the file of --teacher-checkpoint holds, if there is one; a file is read once."""
-        file, which = options.teacher_checkpoint, kind_of(recipe.teacher_weights)
+        file, which = options.teacher_checkpoint, raw_or_ema(recipe.teacher_weights)
         if not file or file == RANDOM:
             return None
         if (file, which) not in self._files:

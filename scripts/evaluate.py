@@ -21,12 +21,10 @@ from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option  # noqa: E402
 from scripts.dataset import DATASETS, Dataset  # noqa: E402
-from scripts.trained import InputFlags, kind_of  # noqa: E402
+from scripts.trained import InputFlags, dataset_of  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from distill.inference.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,12 @@ class Evaluate(InputFlags):
 
 def main(argv: Sequence[str]) -> None:
     options = cli.parse_flags(argv, Evaluate(), prog="evaluate.py", description=__doc__ or "", positional="checkpoint")
-    trained = find_run(options)
-    kind = options.dataset or (kind_of(trained.recipe) if trained else "cifar10")
+    cli.check_file(options.json)
+    from distill.inference.trained import find_trained
+    from distill.models.network import raw_or_ema
+
+    trained = find_trained(options.checkpoint, raw_or_ema(options.weights)) if options.checkpoint else None
+    kind = options.dataset or (dataset_of(trained.recipe) if trained else "cifar10")
     dataset = DATASETS[kind]
     if not options.checkpoint and not dataset.published:
         raise UserError("--checkpoint is needed; --help shows an example")
@@ -92,15 +94,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--split {options.split}: {dataset.name} has {dataset.test_split} and train")
     if not dataset.published and options.weights not in (None, "raw", "ema"):
         raise UserError(f"--weights must be one of raw, ema for small images, got {options.weights!r}")
-    cli.check_file(options.json)
     from distill.files import checkpoint
-    from distill.models import network, weights
     from distill.parallel.devices import choose_precision
     from distill.training.evaluation import evaluate
 
     given = trained.weights if trained else None
-    if options.checkpoint and not given:
-        given = weights.load(Path(options.checkpoint), network.kind_of(options.weights))
     arch = options.arch or (given.arch if given else None)
     if not arch:
         of_file = f": {options.checkpoint} does not say what network it is of" if given else ""
@@ -126,17 +124,6 @@ def main(argv: Sequence[str]) -> None:
         show(figures["per_class"])
     if options.json:
         checkpoint.write_atomically(Path(options.json), (json.dumps(figures) + "\n").encode())
-
-
-def find_run(options: Evaluate) -> "Trained | None":
-    """Returns the run that --checkpoint is, or is of, None where it is a file by itself. Raises UserError."""
-    from distill.inference.trained import find_trained
-    from distill.run.directory import is_run
-
-    path = Path(options.checkpoint or "")
-    if not options.checkpoint or not is_run(path if path.is_dir() else path.resolve().parent):
-        return None
-    return find_trained(options.checkpoint, options.weights if options.weights in ("raw", "ema") else None)
 
 
 def by_class(predictions: "Tensor", labels: "Tensor", classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ from distill.options import option  # noqa: E402
 from scripts.trained import NetworkFlags, Opened, open_network  # noqa: E402
 
 if TYPE_CHECKING:
-    from distill.export.check import Answers
     from distill.export.formats import Format, Source
+    from distill.inference.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def write(opened: Opened, form: "Format", path: Path, options: Export) -> None:
     from distill.files.checkpoint import write_atomically
 
     data = opened.task.test_data(opened.classifier.spec)
-    answers = check.predict(opened.classifier, data)
-    source = describe(opened, answers)
+    expected = check.predict(opened.classifier, data)
+    source = describe(opened, expected)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")  # readers go by the ending
     float32 = partial.with_name(f"float32-{partial.name}")
     try:
         form.write(source, partial)
-        found = check.compare(form.load(partial, source), source.classifier, data, answers)
-        print(f"{path.name}: {found}, accuracy {answers.accuracy:.2f} %")
+        found = check.compare(form.load(partial, source), source.classifier, data, expected)
+        print(f"{path.name}: {found}, accuracy {expected.accuracy:.2f} %")
         files = {"float32": partial}
         if options.int8:
             os.replace(partial, float32)
@@ -89,7 +89,7 @@ def write(opened: Opened, form: "Format", path: Path, options: Export) -> None:
     print(f"written: {path}")
 
 
-def describe(opened: Opened, answers: "Answers") -> "Source":
+def describe(opened: Opened, expected: "Predictions") -> "Source":
     """Returns what is written, with all that a file says of it."""
     from distill.export.formats import Source
     from distill.export.portable import Description
@@ -101,8 +101,8 @@ def describe(opened: Opened, answers: "Answers") -> "Source":
         classes=classifier.classes,
         mean=classifier.spec.mean,
         std=classifier.spec.std,
-        accuracy=answers.accuracy,
-        accuracy_images=len(answers.labels),
+        accuracy=expected.accuracy,
+        accuracy_images=len(expected.labels),
         data=task.data.name,
         commit=(trained.summary or trained.last_start).get("commit") or trained.weights.commit or commit(),
         **task.preparation(classifier.spec),

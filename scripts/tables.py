@@ -3,7 +3,7 @@
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,14 @@ def rows(table: str) -> dict[str, Recipe]:
     """The recipe of each row of a table, by its name."""
     taught = replace(RECIPES["short_student_kd"], teacher_arch="densenet40", epochs=10)
     if table == "methods":
-        chosen = {name: best_factor(name) for name in weighed(taught, 1.0)}
+        chosen = {name: best_factor(name) for name in at_factor(taught, 1.0)}
         better = {
-            f"{name}-x{factor:g}": weighed(taught, factor)[name] for name, factor in chosen.items() if factor != 1
+            f"{name}-x{factor:g}": at_factor(taught, factor)[name] for name, factor in chosen.items() if factor != 1
         }
         return by_method(taught) | better
     if table == "tuning":
         found = {
-            f"{name}-x{factor:g}": recipe for factor in FACTORS for name, recipe in weighed(taught, factor).items()
+            f"{name}-x{factor:g}": recipe for factor in FACTORS for name, recipe in at_factor(taught, factor).items()
         }
         return {name: replace(found[name], val_split=HELD_OUT) for name in sorted(found)}
     budget = BUDGETS[table]
@@ -125,7 +125,7 @@ def by_method(taught: Recipe) -> dict[str, Recipe]:
     return {"ce": alone, **{name: plain.with_flags(given) for name, given in flags.items()}}
 
 
-def weighed(taught: Recipe, factor: float) -> dict[str, Recipe]:
+def at_factor(taught: Recipe, factor: float) -> dict[str, Recipe]:
     """Returns the student by each method whose weight is chosen, at `factor` times the weight that `by_method` has."""
     found = {}
     for name, recipe in by_method(taught).items():
@@ -141,7 +141,7 @@ def weighed(taught: Recipe, factor: float) -> dict[str, Recipe]:
 
 def best_factor(name: str) -> float:
     """Returns the factor that is best on held-out images; 1 where it is as good, or not all have the same seeds."""
-    tried = {factor: seeds("tuning", f"{name}-x{factor:g}") for factor in FACTORS}
+    tried = {factor: runs_of("tuning", f"{name}-x{factor:g}") for factor in FACTORS}
     if not all(tried.values()) or len({len(runs) for runs in tried.values()}) > 1:
         return 1.0
     return max(FACTORS, key=lambda factor: (held_out(tried[factor]), factor == 1))
@@ -172,13 +172,13 @@ def results(budget: str = LEADING) -> list[str]:
     head = ["trained by", "accuracy", "gain over CE", "the teacher's accuracy", "n", "epochs", "hours", "weights"]
     found = []
     for name, taught_by in students(budget).items():
-        alone = seeds(budget, name)
+        alone = runs_of(budget, name)
         arch, epochs = (alone[0]["arch"], alone[0]["epochs"]) if alone else ("the student", "-")
         if alone or name == "student":
             cells = ["CE", mean_and_deviation(alone), "", "", f"{len(alone)}", f"{epochs}", hours(alone), weights("CE")]
             found.append(cells)
         for teacher, row in taught_by.items():
-            if taught := seeds(budget, row):
+            if taught := runs_of(budget, row):
                 epochs, own = taught[0]["epochs"], f"{taught[0]['teacher_accuracy']:.2f}"
                 cells = [mean_and_deviation(taught), difference(taught, alone), own, f"{len(taught)}"]
                 cells += [f"{epochs}", hours(taught), weights(f"KD from {teacher}")]
@@ -192,11 +192,11 @@ def accuracies(budget: str) -> list[str]:
     """The lines of the table of CIFAR-10 for one budget: each teacher, and the student alone and taught by it."""
 
     def finetuned(name: str) -> str:
-        runs = seeds(budget, f"{name}-finetuned")
+        runs = runs_of(budget, f"{name}-finetuned")
         return f"{mean_and_deviation(runs)}, n = {len(runs)}" if runs else "-"
 
     def epochs(name: str, runs: Sequence[dict[str, Any]]) -> str:
-        return only(runs, "epochs") if runs else f"{recipes[name].epochs}"
+        return median_of(runs, "epochs") if runs else f"{recipes[name].epochs}"
 
     recipes = rows(budget)
     lines = [
@@ -205,24 +205,24 @@ def accuracies(budget: str) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, taught_by in students(budget).items():
-        alone = seeds(budget, name)
+        alone = runs_of(budget, name)
         original = f" ({ORIGINAL_ALONE})" if name == "student" else ""
         cells = [f"{mean_and_deviation(alone)}{original}", "", "", finetuned(name), epochs(name, alone)]
-        lines.append(f"| none: CE | | {' | '.join(cells)} | {only(alone, 'wall_seconds')} | {len(alone) or '-'} |")
+        lines.append(f"| none: CE | | {' | '.join(cells)} | {median_of(alone, 'wall_seconds')} | {len(alone) or '-'} |")
         for arch, row in taught_by.items():
-            teacher, taught = seeds(budget, f"teacher-{arch}"), seeds(budget, row)
+            teacher, taught = runs_of(budget, f"teacher-{arch}"), runs_of(budget, row)
             theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
             cells = [f"{mean_and_deviation(teacher)}{theirs[0]}", f"{mean_and_deviation(taught)}{theirs[1]}"]
             cells += [difference(taught, alone), difference(teacher, taught)]
             cells += [finetuned(row), f"{epochs(f'teacher-{arch}', teacher)}, {epochs(row, taught)}"]
-            cells += [f"{only(teacher, 'wall_seconds')}, {only(taught, 'wall_seconds')}"]
+            cells += [f"{median_of(teacher, 'wall_seconds')}, {median_of(taught, 'wall_seconds')}"]
             lines.append(f"| {arch} | {' | '.join(cells)} | {len(taught) or '-'} |")
-    return [*lines, "", made(seeds(budget, name) for name in recipes)]
+    return [*lines, "", measured_on({name: runs_of(budget, name) for name in recipes})]
 
 
 def methods() -> list[str]:
     """The lines of the table of methods: a student alone, and taught by each of them; the best first."""
-    found = {name: seeds("methods", name) for name in rows("methods")}
+    found = {name: runs_of("methods", name) for name in rows("methods")}
     lines = [
         "| run | trained by | with | test accuracy | gain over CE | agreement with the teacher | n |",
         "|---|---|---|---|---|---|---|",
@@ -232,7 +232,7 @@ def methods() -> list[str]:
         runs = finished[name]
         used = re.search(r"  with (.*?)(;|$)", runs[0]["formula"] or "")
         gain = "" if name == "ce" else difference(runs, found["ce"])
-        agreement = "" if name == "ce" else only(runs, "agreement", 2)
+        agreement = "" if name == "ce" else median_of(runs, "agreement", 2)
         cells = [
             runs[0]["trained_by"],
             used[1] if used else "",
@@ -245,13 +245,13 @@ def methods() -> list[str]:
     for name, runs in found.items():
         if name not in finished:
             lines.append(f"| `{name}` |  |  | {'diverged' if runs else '-'} | - | - | {len(runs) or '-'} |")
-    return [*lines, "", made(found.values())]
+    return [*lines, "", measured_on(found)]
 
 
 def tuning() -> list[str]:
     """Returns the lines of the table of weights: the accuracy of each method on held-out images, the best one bold."""
     names = list(dict.fromkeys(name.rpartition("-x")[0] for name in rows("tuning")))
-    found = {name: [seeds("tuning", f"{name}-x{factor:g}") for factor in FACTORS] for name in names}
+    found = {name: [runs_of("tuning", f"{name}-x{factor:g}") for factor in FACTORS] for name in names}
     lines = [
         "| method | " + " | ".join(f"{factor:g} times" for factor in FACTORS) + " |",
         "|---" * (1 + len(FACTORS)) + "|",
@@ -261,7 +261,7 @@ def tuning() -> list[str]:
         best = FACTORS.index(best_factor(name))
         cells[best] = f"**{cells[best]}**" if all(tried) and not diverged(tried[best]) else cells[best]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return [*lines, "", made(runs for tried in found.values() for runs in tried)]
+    return [*lines, "", measured_on({name: [run for runs in tried for run in runs] for name, tried in found.items()})]
 
 
 def held_out(runs: Sequence[dict[str, Any]]) -> float:
@@ -284,9 +284,9 @@ def draw(path: Path, budget: str = LEADING) -> None:
     figures.check_packages("matplotlib")
     points: dict[str, list[tuple[str, float, float]]] = {"student, CE": [], "student, KD": [], "teacher": []}
     for name, taught_by in students(budget).items():
-        alone, epochs = seeds(budget, name), "" if name == "student" else f", {name.removeprefix('student-')} epochs"
+        alone, epochs = runs_of(budget, name), "" if name == "student" else f", {name.removeprefix('student-')} epochs"
         for teacher, row in taught_by.items():
-            if taught := seeds(budget, row):
+            if taught := runs_of(budget, row):
                 place = f"{teacher}{epochs}"
                 for line, runs in (("student, CE", alone), ("student, KD", taught)):
                     points[line] += [(place, mean(runs), deviation(runs))] if runs else []
@@ -323,15 +323,29 @@ def linked(name: str, method: type) -> str:
     return f"[`{name}`]({'/'.join(method.__module__.split('.')[1:])}.py)"
 
 
-def made(rows_of_runs: Iterable[Sequence[dict[str, Any]]]) -> str:
-    """What the runs of a table were made on, and by which commits."""
-    runs = [run for row_of_runs in rows_of_runs for run in row_of_runs]
+def measured_on(found: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Returns a line on machines and commits of the runs of a table, and on the teacher's precisions if they differ.
+
+    found: the runs of each row, by its name.
+    """
+    runs = [run for of_row in found.values() for run in of_row]
+    if not runs:
+        return "Measured on: nothing yet."
     devices = sorted({run["device"] for run in runs})
     commits = sorted({re.sub(r"(?<=^\w{7})\w*", "", str(run["commit"])) for run in runs})
-    return f"Measured on: {'; '.join(devices)}; commits {', '.join(commits)}." if runs else "Measured on: nothing yet."
+    line = f"Measured on: {'; '.join(devices)}; commits {', '.join(commits)}."
+    of_precision: dict[str, list[str]] = {}
+    for name, of_row in found.items():
+        known = [run["teacher_precision"] for run in of_row if run.get("teacher_precision")]  # not of a diverged run
+        for precision in sorted({measured["precision"] for measured in known}):
+            of_precision.setdefault(precision, []).append(f"`{name}`")
+    if len(of_precision) > 1:
+        listed = [f"in {precision} for {', '.join(names)}" for precision, names in of_precision.items()]
+        line += f" The teacher ran {'; '.join(listed)}."
+    return line
 
 
-def seeds(budget: str, name: str) -> list[dict[str, Any]]:
+def runs_of(budget: str, name: str) -> list[dict[str, Any]]:
     """The records of a row, one for each seed."""
     paths = (RECORDS / budget).glob(f"{name}-seed*.json")
     return [load(path) for path in sorted(paths) if re.fullmatch(rf"{name}-seed\d+", path.stem)]
@@ -374,6 +388,6 @@ def difference(high: Sequence[dict[str, Any]], low: Sequence[dict[str, Any]]) ->
     return "-" if lacking else f"{mean(high) - mean(low):+.2f}"
 
 
-def only(runs: Sequence[dict[str, Any]], key: str, places: int = 0) -> str:
+def median_of(runs: Sequence[dict[str, Any]], key: str, places: int = 0) -> str:
     """The median of a figure."""
     return f"{statistics.median(run[key] for run in runs):.{places}f}" if runs else "-"

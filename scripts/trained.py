@@ -115,7 +115,7 @@ def open_trained(
     named, arch = trained.path, flags.arch or trained.arch
     if not arch:
         raise UserError(f"--arch is needed: {named} does not say what network it is of")
-    dataset = DATASETS[flags.dataset or kind_of(trained.recipe)]
+    dataset = DATASETS[flags.dataset or dataset_of(trained.recipe)]
     data, classes = flags.data or trained.started_with("data"), names or trained.weights.classes
     if images and not data and "data" not in trained.last_start:
         raise UserError(f"--data is needed: {named} does not say where its images are")
@@ -144,7 +144,7 @@ def _with_classes(trained: "Trained", classes: tuple[str, ...], *, images: bool)
     return trained  # what they are called is compared with what the file calls them
 
 
-def kind_of(recipe: Any) -> str:
+def dataset_of(recipe: Any) -> str:
     """Returns the name of the kind of images that a recipe is for: only that of photos has a decoder."""
     return "imagenet" if "decoder" in recipe else "cifar10"
 

@@ -55,7 +55,6 @@ LAYERS = (
     "report",
 )
 """The packages of distill, from the bottom to the top: each may know those before it."""
-TORCH_FREE = ("losses", "config")
 
 
 def packages(path: Path) -> set[str]:

@@ -22,7 +22,7 @@ from distill.errors import UserError
 from distill.models import network as networks
 from distill.models.class_order import ClassNames
 from distill.models.classifier import Classifier
-from distill.models.network import Network, theirs
+from distill.models.network import Network, torchvision_weights
 from distill.models.weights import Weights
 
 __all__ = ["CIFAR_INPUT", "MODELS", "build_student", "find", "find_trained", "resolve"]
@@ -102,7 +102,7 @@ def build_student(
     examples: Tensor | None = None,
 ) -> tuple[Classifier, str | None]:
     """networks.build_student of the network that `recipe` names, at its size, for the data's `classes`."""
-    network = find(recipe.arch, recipe.image_size, theirs(recipe.weights))
+    network = find(recipe.arch, recipe.image_size, torchvision_weights(recipe.weights))
     if network.spec is not CIFAR_INPUT:
         print(f"{network.arch}: sees the images enlarged to {network.spec.size} pixels")
 

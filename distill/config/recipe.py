@@ -477,8 +477,3 @@ class Options:
             raise UserError("--extend continues a run and --fresh starts a new one: give one of them")
         if self.fresh and self.resume:
             raise UserError("--resume continues a run and --fresh starts a new one: give one of them")
-
-    @property
-    def allowed(self) -> dict[str, bool]:
-        """In what a run may differ from what it began as, in the words of RunDirectory.check."""
-        return {"extend": self.extend, "allow_data_change": self.allow_data_change}

@@ -135,10 +135,6 @@ class TensorData(TrainingData):
         self.image_count, self.device = len(images), images.device
         self.labelled = bool((labels >= 0).all())
 
-    def examples(self, count: int = 5000) -> Tensor:
-        """Returns the first `count` of the images that are trained on, as they are: uint8 (count, H, W, 3)."""
-        return self.images[torch.from_numpy(self.plan.indices[:count]).to(self.device)]
-
     def render(self, selections: Iterable[Selection]) -> Iterator[Batch]:
         """Yields the batch of each selection."""
         return map(self._batch, selections)
@@ -174,6 +170,24 @@ class TestData(Protocol):
         Process `rank` gets its part of `world_size` consecutive ones; each image is in one of them.
         """
         ...
+
+
+PART = 8  # images that follow one another in what `spread` yields
+
+
+def spread(data: TestData, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields about `count` of the images, spread evenly, since they may come class by class; all if there are no more.
+
+    Each is a part of them: their places among all, images uint8 (B, H, W, 3), labels (B,).
+    """
+    total = len(data.labels)
+    parts, taken = (total // PART, count // PART) if total > count else (1, 1)
+    for number in range(taken):
+        part = number * parts // taken
+        first = total * part // parts
+        for images, labels in data.batches(part, parts):
+            yield slice(first, first + len(images)), images, labels
+            first += len(images)
 
 
 @dataclass(frozen=True)

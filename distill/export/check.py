@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.data.datasets import TestData
+from distill.data.datasets import TestData, spread
 from distill.errors import UserError
+from distill.inference.predictions import Predictions
 from distill.models.classifier import Classifier
 
 Run = Callable[[Tensor], Tensor]
 """A file at work: images float32 (B, 3, S, S) in [0, 1] -> logits (B, C)."""
 SMALL = 10_000  # test images that are all looked at
 SOME = 1_000  # of more than these
-PART = 8  # images that follow one another
 DIFFERENCE = 1e-3  # of the largest logit
 AGREEMENT = 99.9  # percent
 
@@ -23,19 +23,6 @@ class ExportError(UserError):
     """A file that could not be made, or is not what it should be."""
 
     exit_code = 1
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the network says to test images: logits (N, C); labels int64 (N,)."""
-
-    logits: Tensor
-    labels: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Percent of the images that are predicted right."""
-        return 100 * (self.logits.argmax(1) == self.labels).double().mean().item()
 
 
 @dataclass(frozen=True)
@@ -49,42 +36,32 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"on {self.images} test images the largest difference of a logit is {self.difference:.1e} of the largest "
-            f"logit, the answers agree on {self.agreement:.2f} %"
+            f"logit, the predicted classes agree on {self.agreement:.2f} %"
         )
 
 
-def spread(data: TestData, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields about `count` of the images, in places that are spread evenly; all of them where there are no more."""
-    total = len(data.labels)
-    if total <= count:
-        yield from data.batches()
-        return
-    parts, taken = total // PART, count // PART
-    for number in range(taken):
-        yield from data.batches(number * parts // taken, parts)
-
-
 def test_images(data: TestData) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the test images that files are compared on."""
-    return spread(data, SOME if len(data.labels) > SMALL else SMALL)
+    """Yields the test images that files are compared on, and their labels."""
+    for _, images, labels in spread(data, SOME if len(data.labels) > SMALL else SMALL):
+        yield images, labels
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, data: TestData) -> Answers:
+def predict(classifier: Classifier, data: TestData) -> Predictions:
     """Returns what `classifier` says to `test_images`."""
     classifier.eval()
     pairs = [(classifier(images), labels) for images, labels in test_images(data)]
     logits, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
-    return Answers(logits, labels)
+    return Predictions(logits, labels, logits.argmax(1))
 
 
 @torch.no_grad()
-def compare(run: Run, classifier: Classifier, data: TestData, answers: Answers) -> Comparison:
+def compare(run: Run, classifier: Classifier, data: TestData, expected: Predictions) -> Comparison:
     """Compares a file with what the network said to the same images. Raises ExportError where they are not the same."""
     given = torch.cat([run(classifier.resize(images) / 255) for images, _ in test_images(data)])
-    largest = answers.logits.abs().max().clamp_min(1e-30)  # a last layer may start from zeros
-    difference = ((given - answers.logits).abs().max() / largest).item()
-    agreement = 100 * (given.argmax(1) == answers.logits.argmax(1)).double().mean().item()
+    largest = expected.logits.abs().max().clamp_min(1e-30)  # a last layer may start from zeros
+    difference = ((given - expected.logits).abs().max() / largest).item()
+    agreement = 100 * (given.argmax(1) == expected.logits.argmax(1)).double().mean().item()
     found = Comparison(len(given), difference, agreement)
     if not (difference <= DIFFERENCE and agreement >= AGREEMENT):  # a NaN is refused too
         raise ExportError(f"the file does not compute what the network does, and is not kept: {found}")

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from distill.data.datasets import TestData
-from distill.export.check import spread
+from distill.data.datasets import TestData, spread
 from distill.models.classifier import Classifier
 
 CALIBRATION_IMAGES = 512
@@ -35,7 +34,7 @@ def quantise(float32: Path, path: Path, batches: Iterator[NDArray[np.float32]]) 
 
 def calibration_images(classifier: Classifier, data: TestData) -> Iterator[NDArray[np.float32]]:
     """Yields CALIBRATION_IMAGES of the training images, in places that are spread evenly, as the network wants them."""
-    for images, _ in spread(data, CALIBRATION_IMAGES):
+    for _, images, _ in spread(data, CALIBRATION_IMAGES):
         yield (classifier.resize(images) / 255).contiguous().numpy()
 
 

@@ -26,7 +26,7 @@ class Connected(nn.Module):
     ) -> None:
         super().__init__()
         self.method = method
-        self.tapped = FeatureExtractor(student, points, after=not method.before_activation)
+        self.extractor = FeatureExtractor(student, points, after=not method.before_activation)
         self.target_shapes = [point.shape for point in targets]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -39,9 +39,9 @@ class Connected(nn.Module):
 
         targets: these features, which a part may want; without them zeros, for a step on trial.
         """
-        logits, features = self.tapped(images)
+        logits, features = self.extractor(images)
         if targets is None:
             targets = [torch.zeros(len(images), *shape, device=images.device) for shape in self.target_shapes]
-        precision = self.tapped.classifier.precision
+        precision = self.extractor.classifier.precision
         with torch.autocast(images.device.type, dtype=precision, enabled=precision != torch.float32):
             return logits, self.method.connect(self.connectors, features, targets)

@@ -58,9 +58,9 @@ class FeatureLoss:
         self.model = Connected(student, self.student_points, self.teacher_points, method, seed)
         norms = [module for module in teacher.network.modules() if isinstance(module, _BatchNorm)]
         self._norms = norms if method.teacher_bn == "batch" else []
-        tapped = FeatureExtractor(teacher.network, self.teacher_points, after=not method.before_activation)
+        extractor = FeatureExtractor(teacher.network, self.teacher_points, after=not method.before_activation)
         self._device = teacher.network.mean.device
-        self._teacher = wrap_inference(tapped, self._device, device_name)
+        self._teacher = wrap_inference(extractor, self._device, device_name)
         self.margins: list[Tensor | None] = []
         if isinstance(method, Overhaul):
             known = [(p.scale, p.shift) for p in self.teacher_points]

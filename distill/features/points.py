@@ -57,7 +57,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Returns (logits, features). Raises UserError if the network does not reach a point."""
-        with _Tap(self.points, self.after) as tap:
+        with _Capture(self.points, self.after) as tap:
             logits = self.classifier(images)
         tensors = [(tap.found.get(point), point.shape) for point in self.points]
         features = [f.flatten(1) if len(shape) == 1 else f for f, shape in tensors if f is not None]
@@ -66,7 +66,7 @@ class FeatureExtractor(nn.Module):
         return logits, features
 
 
-class _Tap(TorchFunctionMode):
+class _Capture(TorchFunctionMode):
     """Keeps the tensors at `points` of the calls made within it. Of one thread, as DataParallel wants it."""
 
     def __init__(self, points: Iterable[FeaturePoint], after: bool) -> None:
@@ -192,6 +192,7 @@ def _watch(classifier: Classifier, name: str, watch: "_Watch | _Layers") -> tupl
 def find_embedding_point(classifier: Classifier, name: str) -> FeaturePoint:
     """Returns where the last layer gets its input, (B, D), or (B, D, 1, 1) as a convolution has it.
 
+    That is before a dropout which stands ahead of it: what is compared with the teacher should not be drawn.
     `name`: of the network, for the message. Raises UserError where the last layer is no such one.
     """
     layers = _Layers()
@@ -203,22 +204,30 @@ def find_embedding_point(classifier: Classifier, name: str) -> FeaturePoint:
 
 
 class _Layers(TorchFunctionMode):
-    """Notes the last call of a linear layer or convolution on what comes from the images."""
+    """Notes the last call of a linear layer or convolution on what comes from the images, or of a dropout before it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[Any] = Counter()
         self.last: FeaturePoint | None = None
+        self.dropout: tuple[int, bool, Tensor] | None = None  # the last: its call, whether in place, what it returned
         self.handles: list[Any] = []
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is F.dropout:
+            self.dropout = self.calls[function], bool((kwargs or {}).get("inplace")), result
         if function in (F.linear, F.conv2d, torch.conv2d) and args[0].grad_fn is not None:
-            shape = tuple(args[0].shape[1:])
-            self.last = FeaturePoint(function, self.calls[function], "what the last layer gets", shape)
+            self.last = FeaturePoint(
+                function, self.calls[function], "what the last layer gets", tuple(args[0].shape[1:])
+            )
+            if self.dropout and self.dropout[2].grad_fn is args[0].grad_fn:
+                call, in_place, _ = self.dropout
+                self.last = replace(self.last, function=F.dropout, call=call, overwritten=in_place)
         self.calls[function] += 1
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 @dataclass

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.errors import CannotReadError as CannotReadError
-from distill.errors import CheckpointError as CheckpointError  # under this name to others too
+from distill.errors import CannotReadError, CheckpointError
 from distill.files.reading import read
 
 LAST, PREVIOUS = "last.pt", "previous.pt"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.data.datasets import TestData
+from distill.errors import CheckpointError
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 
@@ -60,7 +61,7 @@ def predictions_of(classifier: Classifier, test: TestData, data_digest: str, dir
     if path.exists():
         try:
             kept = checkpoint.load(path)
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             print(f"{error}; computing the predictions again")
     if not kept or len(kept["predictions"]) != len(labels):
         classifier.eval()

@@ -39,11 +39,10 @@ class CRD(FeatureMethod):
     name: ClassVar[str] = "crd"
     formula: ClassVar[str] = "contrast(s, memory of t) + contrast(t, memory of s)"
     source: ClassVar[str] = "Tian et al. 2020, arXiv:1910.10699"
-    learns: ClassVar[str] = "a linear embedding of each network; two memories of N x 128 that follow it"
+    learns: ClassVar[str] = "a linear embedding of each network; two memories of N x embedding that follow it"
     pooled: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
     remembers_images: ClassVar[bool] = True
-    zero_at_equality: ClassVar[bool] = False
 
     feature_weight: float = feature_weight_option(0.8)
     embedding: int = option(128, "dimensions in which the two networks are compared", group="features", least=2)

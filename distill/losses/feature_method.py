@@ -49,7 +49,6 @@ class FeatureMethod(Settings):
     correlates_images: ClassVar[bool] = False  # the loss of an image depends on the others in the batch
     needs_labels: ClassVar[bool] = False  # one label for each image
     remembers_images: ClassVar[bool] = False  # has a memory of the training images
-    zero_at_equality: ClassVar[bool] = True
 
     def choose(self, stages: int) -> Sequence[int]:
         """Returns which of the aligned stages are compared, all of them unless a method says otherwise."""

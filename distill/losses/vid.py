@@ -44,7 +44,6 @@ class VID(FeatureMethod):
     formula: ClassVar[str] = "sum over stages of mean ((m(s) - t)^2 / v + log v) / 2"
     source: ClassVar[str] = "Ahn et al. 2019, arXiv:1904.05835"
     learns: ClassVar[str] = "m: three 1x1 convolutions a stage; v: a variance a channel"
-    zero_at_equality: ClassVar[bool] = False
 
     feature_weight: float = feature_weight_option(1.0)
 

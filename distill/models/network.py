@@ -73,9 +73,9 @@ def build_student(
     examples: training images uint8 (N, H, W, 3), for a network that starts from their statistics: one with a method
     `initialise(images)` that takes them normalised, float32 (N, 3, H, W). Raises UserError.
     """
-    if kind_of(recipe.weights) and not options.init:
+    if raw_or_ema(recipe.weights) and not options.init:
         raise UserError("--weights raw and ema are of a file: give --init FILE")
-    loaded = on_main(weights.load)(Path(options.init), kind_of(recipe.weights)) if options.init else None
+    loaded = on_main(weights.load)(Path(options.init), raw_or_ema(recipe.weights)) if options.init else None
     if options.evaluate and loaded and loaded.spec and network.spec.resized and not recipe.image_size:
         network = network.at(loaded.spec.size)
     weights.warn_of_validation(loaded, recipe.val_split, "student")
@@ -124,11 +124,11 @@ def fetch(network: Network, by_hand: str) -> Weights:
         return Weights(f"the published {network.arch}", network.fetch(by_hand), published=True)
 
 
-def kind_of(flag: str | None) -> str | None:
+def raw_or_ema(flag: str | None) -> str | None:
     """`raw` or `ema`, if --weights asks for one of the sets of weights in a file."""
     return flag.lower() if flag and flag.lower() in weights.WHICH else None
 
 
-def theirs(flag: str | None) -> str | None:
+def torchvision_weights(flag: str | None) -> str | None:
     """The name of torchvision's weights, if --weights has one."""
-    return None if kind_of(flag) else flag
+    return None if raw_or_ema(flag) else flag

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distill.errors import UserError
+from distill.errors import CheckpointError, UserError
 from distill.files import checkpoint
 from distill.files.lock import DirectoryLock
 from distill.parallel.processes import on_main, rank
@@ -87,7 +87,7 @@ class RunDirectory:
         try:
             epoch: int | None = checkpoint.load(self.path / BEST).get("epoch")
             return epoch
-        except checkpoint.CheckpointError:
+        except CheckpointError:
             return None
 
     @on_main

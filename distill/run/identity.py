@@ -3,7 +3,7 @@
 from typing import Any
 
 from distill.config.method_flags import FEATURE_FLAGS, METHOD_FLAGS
-from distill.config.recipe import Recipe, flatten
+from distill.config.recipe import Options, Recipe, flatten
 from distill.data.datasets import Images
 from distill.options import flag
 from distill.parallel.devices import replicas
@@ -28,6 +28,18 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     before, now = flatten(before), flatten(now)
     return [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in NOT_COMPARED]
+
+
+def disallowed(before: dict[str, Any], now: dict[str, Any], recipe: Recipe, options: Options) -> list[str]:
+    """Returns those fields of `differing` that the options do not let differ from what a run began as.
+
+    --extend lets `epochs` grow; --allow-data-change lets the images be others, unless they are remembered one by one.
+    """
+    allowed = {
+        "epochs": options.extend and now["epochs"] > before["epochs"],
+        "data_digest": options.allow_data_change and not recipe.remembers_images,
+    }
+    return [key for key in differing(before, now) if not allowed.get(key)]
 
 
 def format_diff(changed: list[str], before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from distill.models.classifier import Classifier, count_parameters
 from distill.parallel.devices import describe_device
 from distill.parallel.processes import on_main, rank
 from distill.run.directory import CONFIG, DIVERGED, SUMMARY, RunDirectory, to_json
-from distill.run.identity import differing, format_counts, format_diff
+from distill.run.identity import disallowed, format_counts, format_diff
 from distill.run.outcome import BEST, describe
 from distill.run.provenance import commit, machine, versions
 
@@ -49,16 +49,10 @@ class Run(RunDirectory):
         before = type(self.recipe).from_dict(config["recipe"]).to_dict()
         before |= {key: value for key, value in config["facts"].items() if key in self.facts}
         now = {**self.recipe.to_dict(), **self.facts}
-        changed = differing(before, now)
-        grows = "epochs" in changed and self.recipe.epochs > before["epochs"]
-        if self.options.extend and grows:
-            changed.remove("epochs")
-        remembers = self.recipe.remembers_images
-        if self.options.allow_data_change and "data_digest" in changed and not remembers:
-            changed.remove("data_digest")
-        if changed:
-            hint = "--extend continues with more epochs, " if changed == ["epochs"] and grows else ""
-            if "data_digest" in changed and not remembers:
+        if changed := disallowed(before, now, self.recipe, self.options):
+            longer = changed == ["epochs"] and now["epochs"] > before["epochs"]
+            hint = "--extend continues with more epochs, " if longer else ""
+            if "data_digest" in changed and not self.recipe.remembers_images:
                 hint += f"--allow-data-change goes on with {format_counts(before, now)}, "
             hint += f"{self.options.elsewhere} starts a new one"
             raise OtherRunError(f"{self.path} holds another run: {format_diff(changed, before, now)}", hint)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.data.datasets import TestData
+from distill.data.datasets import TestData, spread
+from distill.errors import CheckpointError
 from distill.files import checkpoint
 from distill.parallel.devices import choose_precision
 from distill.parallel.processes import first_here
@@ -40,16 +41,14 @@ def examine(teacher: Teacher, test: TestData, data_digest: str, cache: Path) -> 
     if path.exists():
         try:
             cached = checkpoint.load(path)
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             print(f"{error}; measuring the teacher again")
-    if not cached.keys() >= {"logits", "precision"}:
-        logits, exact = _logits(teacher, test)
-        compared = {"images": len(exact), "agreement": agreement(logits[: len(exact)].argmax(1), exact.argmax(1))}
-        compared["error"] = (logits[: len(exact)] - exact).abs().mean().item()
-        cached = {"logits": logits.half(), "precision": {"precision": name, **compared}}
+    if not cached.keys() >= {"logits", "compared"}:
+        logits = torch.cat([teacher.logits(images).cpu() for images, _ in test.batches()])
+        cached = {"logits": logits.half(), "compared": {"precision": name, **_compared(teacher, logits, test)}}
         checkpoint.save_cache(path, cached)
     logits = cached["logits"].float()
-    return TeacherReport(accuracy(logits, test.labels.cpu()), logits, cached["precision"])
+    return TeacherReport(accuracy(logits, test.labels.cpu()), logits, cached["compared"])
 
 
 def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cache: Path) -> TeacherReport:
@@ -67,24 +66,24 @@ def introduce(teacher: Teacher, test: TestData, data_digest: str, name: str, cac
             f"teacher: in {compared['precision']} its arg max agrees with float32 on {compared['agreement']:.2f} % of "
             f"{compared['images']} test images, a logit differs by {compared['error']:.2g} on average"
         )
-    if warning := chance_warning(report.accuracy, report.logits.shape[1]):
-        print(warning)
+    if near_chance(report.accuracy, classes := report.logits.shape[1]):
+        line = f"the teacher's test accuracy, {report.accuracy:.2f} %, is near chance ({100 / classes:.2f} %)"
+        print(f"warning: {line}; wrong weights or data?")
     return report
 
 
 @torch.no_grad()
-def _logits(teacher: Teacher, test: TestData) -> tuple[Tensor, Tensor]:
-    """Returns the teacher's logits (N, C) of all images, and of the first of them those of its network in float32."""
-    network, logits, exact, compared = teacher.network, [], [], 0
-    for images, _ in test.batches():
-        logits.append(teacher.logits(images).cpu())
-        if (wanted := COMPARED - compared) > 0:
-            precision, network.precision = network.precision, choose_precision("float32", network.mean.device)
-            parts = torch.split(images[:wanted].to(network.mean.device), BLOCK["cpu"])
-            exact += [network(part).cpu() for part in parts]
-            network.precision = precision
-            compared += len(images[:wanted])
-    return torch.cat(logits), torch.cat(exact)
+def _compared(teacher: Teacher, logits: Tensor, test: TestData) -> dict[str, Any]:
+    """Returns how the teacher's logits (N, C) compare with those of its network in float32, on some of the images."""
+    network, rounded, exact = teacher.network, [], []
+    precision, network.precision = network.precision, choose_precision("float32", network.mean.device)
+    for places, images, _ in spread(test, COMPARED):
+        rounded.append(logits[places])
+        exact += [network(part.to(network.mean.device)).cpu() for part in torch.split(images, BLOCK["cpu"])]
+    network.precision = precision
+    some, same = torch.cat(rounded), torch.cat(exact)
+    agreeing, error = agreement(some.argmax(1), same.argmax(1)), (some - same).abs().mean().item()
+    return {"images": len(same), "agreement": agreeing, "error": error}
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -97,10 +96,7 @@ def agreement(predictions: Tensor, other: Tensor) -> float:
     return 100 * (predictions == other).double().mean().item()
 
 
-def chance_warning(accuracy: float, classes: int) -> str | None:
-    """A line of warning for a teacher that is hardly better than guessing: within a tenth of the way to 100 %."""
+def near_chance(accuracy: float, classes: int) -> bool:
+    """Whether an accuracy in percent is within a tenth of the way from guessing to 100 %."""
     chance = 100 / classes
-    if accuracy >= chance + 0.1 * (100 - chance):
-        return None
-    line = f"the teacher's test accuracy, {accuracy:.2f} %, is near chance ({chance:.2f} %)"
-    return f"warning: {line}; wrong weights or data?"
+    return accuracy < chance + 0.1 * (100 - chance)

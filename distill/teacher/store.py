@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.data.datasets import TrainingData
-from distill.errors import CannotReadError, UserError
+from distill.errors import CannotReadError, CheckpointError, UserError
 from distill.files import checkpoint
 from distill.losses.top_k import TEMPERATURES, TopKLogits, top_k_logits
 from distill.teacher.teacher import Teacher
@@ -86,7 +86,7 @@ class LogitStore:
         for path in sorted(self.path.glob(f"{view_index:05d}-*.pt")):
             try:
                 which, segment_rows = self._read_segment(path, view_index)
-            except checkpoint.CheckpointError as error:
+            except CheckpointError as error:
                 if path.exists():  # else another process has put it aside or removed it
                     print(f"{error}; its views are computed again")
                     if not isinstance(error, CannotReadError):
@@ -109,7 +109,7 @@ class LogitStore:
         except (KeyError, AttributeError, TypeError, ValueError):
             whole = False
         if not whole:
-            raise checkpoint.CheckpointError(f"{path} is no segment of this store")
+            raise CheckpointError(f"{path} is no segment of this store")
         return which, rows
 
     def write(self, view_index: int, indices: NDArray[np.int64], rows: Tensor) -> None:
@@ -134,7 +134,7 @@ class LogitStore:
             if not (self.path / KEY).exists():
                 checkpoint.write_atomically(self.path / KEY, (json.dumps(self.key, indent=2) + "\n").encode())
             checkpoint.save(self.path / f"{view_index:05d}-{len(indices)}-{uuid.uuid4().hex[:16]}.pt", segment)
-        except (checkpoint.CheckpointError, OSError) as error:
+        except (CheckpointError, OSError) as error:
             self.writes = False
             print(f"warning: {error}; the teacher's logits are not stored from here on")
 

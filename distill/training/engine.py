@@ -12,14 +12,15 @@ import torch
 from tqdm import tqdm
 
 from distill.config.output import format_duration
+from distill.config.recipe import LAST_FLAT_COMMIT
 from distill.data.datasets import Batch, TestData, TrainingData
-from distill.errors import BrokenImage, UserError
+from distill.errors import BrokenImage, CannotReadError, CheckpointError, UserError
 from distill.files import checkpoint
 from distill.models.class_order import shortened
 from distill.models.classifier import Classifier
 from distill.parallel.devices import generator_states, restore_generators, seed_generators
 from distill.parallel.processes import any_of, gather, on_main, rank, reduce, world_size
-from distill.run.identity import differing, format_diff
+from distill.run.identity import differing, disallowed, format_diff
 from distill.run.outcome import BEST, best_epoch, diverged, format_divergence
 from distill.run.run import Run
 from distill.teacher.cached import CachedTeacher
@@ -132,8 +133,8 @@ class Trainer:
         start = checkpoint.load(Path(named)) if named else None  # a wrong path is an error in any case
         try:
             payload, warnings = checkpoint.load_latest(self.run.path)
-        except checkpoint.CheckpointError as error:
-            if not named or isinstance(error, checkpoint.CannotReadError):
+        except CheckpointError as error:
+            if not named or isinstance(error, CannotReadError):
                 raise
             warnings = [str(error)]
         for warning in warnings:
@@ -173,7 +174,7 @@ class Trainer:
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise checkpoint.CheckpointError(f"{source} does not hold a state of this run ({error!r:.160})") from None
+            raise CheckpointError(f"{source} does not hold a state of this run ({error!r:.160})") from None
         self._publish()  # a kill may have come between the checkpoint and these files
 
     def _publish(self) -> None:
@@ -184,30 +185,25 @@ class Trainer:
 
     def _check_same_run(self, payload: dict[str, Any], source: str) -> None:
         if payload.get("format") == 1 and "ranks" in payload:
-            reader = "commit 1791190 is the last that reads it"
-            raise checkpoint.CheckpointError(f"{source} is a checkpoint of format 1, not {FORMAT}: {reader}")
+            reader = f"commit {LAST_FLAT_COMMIT} is the last that reads it"
+            raise CheckpointError(f"{source} is a checkpoint of format 1, not {FORMAT}: {reader}")
         try:
             before = {**type(self.recipe).from_dict(payload["recipe"]).to_dict(), **payload["facts"]}
         except (KeyError, TypeError):
-            raise checkpoint.CheckpointError(f"{source} is no checkpoint of a run") from None
+            raise CheckpointError(f"{source} is no checkpoint of a run") from None
         now = {**self.recipe.to_dict(), **self.run.facts}
-        grows = now["epochs"] > before["epochs"]
-        others = self.options.allow_data_change and not self.recipe.remembers_images
-        allowed = {"epochs": self.options.extend and grows, "data_digest": others}
-        changed = [key for key in differing(before, now) if not allowed.get(key)]
-        if changed:
-            hint = "; --extend allows more epochs" if changed == ["epochs"] and grows else ""
-            raise checkpoint.CheckpointError(f"{source} is of another run: {format_diff(changed, before, now)}{hint}")
+        if changed := disallowed(before, now, self.recipe, self.options):
+            longer = changed == ["epochs"] and now["epochs"] > before["epochs"]
+            hint = "; --extend allows more epochs" if longer else ""
+            raise CheckpointError(f"{source} is of another run: {format_diff(changed, before, now)}{hint}")
         ours = list(self.model.student.classes)
         theirs = payload.get("classes", ours)
         if theirs != ours:  # other images may be allowed, but not outputs that stand for other things
-            raise checkpoint.CheckpointError(
-                f"{source} is of a run on the classes {shortened(theirs)}, not {shortened(ours)}"
-            )
+            raise CheckpointError(f"{source} is of a run on the classes {shortened(theirs)}, not {shortened(ours)}")
         ranks = payload.get("ranks")
         count = len(ranks) if isinstance(ranks, list) else 0
         if count not in (0, world_size()):  # several GPUs may be of one process, or of several
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{source} is of a run in {count} processes, this is one in {world_size()}: NPROC={count} continues it"
             )
 

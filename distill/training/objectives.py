@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
-from distill.data.datasets import Batch, TestData, TrainingData
+from distill.data.datasets import Batch, TestData, TrainingData, spread
 from distill.errors import UserError
 from distill.features.connected import Connected
 from distill.features.loss import FeatureLoss
@@ -260,15 +260,12 @@ def measure_top_k(recipe: Recipe, student: Classifier, test: TestData, report: T
     """
     if not recipe.top_k or not recipe.method:
         return None
-    batches: list[Tensor] = []
-    for images, _ in test.batches():
-        batches.append(student.eval()(images).cpu())
-        if sum(map(len, batches)) >= COMPARED:
-            break
-    logits = torch.cat(batches)[:COMPARED]
+    student.eval()
+    some = spread(test, COMPARED)
+    rows = [(student(images).cpu(), report.logits[places], labels.cpu()) for places, images, labels in some]
+    logits, answers, labels = (torch.cat(column) for column in zip(*rows, strict=True))
     with torch.enable_grad():
-        labels = test.labels[:COMPARED].cpu()
-        error = top_k_error(recipe.method, logits, report.logits[: len(logits)], labels, recipe.top_k)
+        error = top_k_error(recipe.method, logits, answers, labels, recipe.top_k)
     print(
         f"top-k: with {recipe.top_k} logits of an answer the gradient of the term on logits differs by "
         f"{100 * error:.2g} % from that with all, on {len(logits)} test images, the student as before training"

@@ -1,6 +1,6 @@
 """A kind of images as a run needs it: where images come from, how networks for them are built.
 
-cifar10/task.py and imagenet/task.py implement it. The train scripts and the scripts on top know this interface alone.
+cifar10/task.py and imagenet/task.py implement it.
 """
 
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ from distill.run.identity import identify
 from distill.run.paths import find_directory
 from distill.run.run import Run
 from distill.teacher.ensemble import Ensemble, load_members
-from distill.teacher.report import TeacherReport, agreement, chance_warning, introduce
+from distill.teacher.report import TeacherReport, agreement, introduce, near_chance
 from distill.teacher.teacher import Teacher
 from distill.training.engine import Fitted
 from distill.training.evaluation import to_evaluate
@@ -280,7 +280,7 @@ def results(
     named["views"] = data.plan.order.view_count or task.recipe.epochs
     classes = len(task.data.classes)
     learned = fitted.records[-1].get("train_accuracy") or 0.0
-    if chance_warning(fitted.test.accuracy, classes) and not chance_warning(learned, classes):
+    if near_chance(fitted.test.accuracy, classes) and not near_chance(learned, classes):
         print(
             "note: the student does well on training images, and not on test images: in a short run BatchNorm's "
             "running statistics stay behind. More --epochs, or --bn-momentum 0.3, may help"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar10 import task, train_ce, train_kd
+from cifar10 import models, task, train_ce, train_kd
 from cifar10.data import load_data
 from cifar10.models import MODELS
 from cifar10.recipes import RECIPES
@@ -26,6 +26,7 @@ from tests.conftest import teacher_file, without_first
 
 CE = replace(RECIPES["student"], epochs=2, batch_size=8)
 KD = replace(CE, teacher_arch="densenet_cifar", method=kd_loss.KD())
+OURS = str(task.PUBLISHED / "densenet40-ce.pt")
 
 
 @pytest.mark.slow
@@ -174,11 +175,11 @@ def test_evaluate_script(
     ("flags", "message"),
     [
         ([], "--checkpoint is needed"),
-        (["--arch", "resnet18", "--checkpoint", "nowhere.pt"], "cannot read nowhere.pt"),
+        (["--arch", "resnet18", "--checkpoint", "nowhere.pt"], "nowhere.pt does not exist"),
         (["--checkpoint", "x", "--json", "nowhere/x.json"], "--json nowhere/x.json: there is no such directory"),
-        (["--split", "val", "--checkpoint", "x"], "--split val: cifar10 has test and train"),
-        (["--weights", "IMAGENET1K_V2", "--checkpoint", "x"], "--weights must be one of raw, ema for small images"),
-        (["--std", "0.5", "--checkpoint", "x"], "--mean and --std belong together"),
+        (["--split", "val", "--checkpoint", OURS], "--split val: cifar10 has test and train"),
+        (["--weights", "IMAGENET1K_V2", "--checkpoint", OURS], "--weights must be one of raw, ema for small images"),
+        (["--std", "0.5", "--checkpoint", OURS], "--mean and --std belong together"),
     ],
 )
 def test_evaluate_script_mistakes(flags: list[str], message: str) -> None:
@@ -193,7 +194,7 @@ def test_evaluate_script_mistakes(flags: list[str], message: str) -> None:
 def test_a_mistake_of_the_evaluate_script_is_one_line(command: Any) -> None:
     found = command("scripts/evaluate.py", "--arch", "resnet18", "--checkpoint", "nowhere.pt")
     assert found.returncode == 2
-    assert found.stderr.startswith("error: cannot read nowhere.pt")
+    assert found.stderr.startswith("error: nowhere.pt does not exist")
     assert found.stderr.count("\n") == 1
 
 
@@ -220,6 +221,28 @@ def test_a_cheaper_pair_is_suggested(
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(KD, Options(data=str(small_npz), steps=1))
     assert advice in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+def test_a_network_starts_from_images_of_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data may come class by class; here class k has images of the gray value k."""
+    monkeypatch.setattr(task, "EXAMPLES", 10)
+    labels = np.repeat(np.arange(5), 7)
+    images = np.broadcast_to(labels[:, None, None, None], (35, 32, 32, 3)).astype(np.uint8)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "data.npz", **arrays)
+    given: list[torch.Tensor] = []
+    build = models.build_student
+
+    def note(*args: Any) -> Any:
+        given.append(args[-1])
+        return build(*args)
+
+    monkeypatch.setattr(models, "build_student", note)
+    recipe = replace(RECIPES["student"], arch="airbench94", epochs=1, batch_size=8, dropout=0.0, drop_connect=0.0)
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_ce.train(recipe, Options(data=str(tmp_path / "data.npz"), steps=1))
+    assert given[0][:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_trained_teacher_of_the_same_classes_is_suggested() -> None:
@@ -264,12 +287,17 @@ def test_a_finished_run_needs_its_teacher_no_more(home: Path, small_npz: Path) -
 
 
 @pytest.mark.slow
-def test_evaluate_script_knows_the_network_of_our_files(small_npz: Path, tmp_path: Path) -> None:
-    train_ce.train(
-        replace(CE, arch="densenet_cifar", val_split=8), Options(data=str(small_npz), output=str(tmp_path / "run"))
-    )
-    for name in ("last.pt", "best.pt"):
+def test_evaluate_script_knows_the_network_of_our_files(
+    small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(CE, arch="densenet_cifar", val_split=8)
+    summary = train_ce.train(recipe, Options(data=str(small_npz), output=str(tmp_path / "run")))
+    assert summary is not None
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    best = max(lines, key=lambda line: line["val_accuracy"])
+    for name, accuracy in (("last.pt", summary["test_accuracy"]), ("best.pt", best["test_accuracy"])):
         evaluate.main(["--checkpoint", str(tmp_path / "run" / name), "--data", str(small_npz)])
+        assert f"accuracy {accuracy:.2f} %" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -83,9 +83,6 @@ def test_defaults_of_the_two_commands() -> None:
     assert (RECIPES["kd"].teacher_arch, RECIPES["kd"].method) == ("resnext29_2x64d", KD(T=3.0, w=0.8))
 
 
-EVEN = {"kd_weight": 1, "ce_weight": 1}
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

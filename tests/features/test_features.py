@@ -198,9 +198,9 @@ def test_features_are_those_of_a_hand_written_forward(name: str) -> None:
     build, by_hand = BY_HAND[name]
     network = build()
     places = find_feature_points(network, name)
-    tapped, pixels = FeatureExtractor(network, places).eval(), images(2, network.spec.size)
+    extractor, pixels = FeatureExtractor(network, places).eval(), images(2, network.spec.size)
     with torch.no_grad():
-        logits, found = tapped(pixels)
+        logits, found = extractor(pixels)
         expected = by_hand(network.network, network.normalise(pixels))
         torch.testing.assert_close(logits, network(pixels))
     assert len(found) == len(expected)
@@ -208,10 +208,13 @@ def test_features_are_those_of_a_hand_written_forward(name: str) -> None:
         assert tuple(feature.shape[1:]) == place.shape
         assert (feature < 0).any()
         torch.testing.assert_close(feature, other)
-    # in training the gradient goes through the features and the network's own use of them
-    logits, found = tapped.train()(pixels)
-    (logits.sum() + sum(feature.float().sum() for feature in found)).backward()
-    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+    # in training the gradient of the features reaches the first layer
+    _, found = extractor.train()(pixels)
+    sum(feature.float().square().sum() for feature in found).backward()  # type: ignore[union-attr]
+    first = next(network.parameters()).grad
+    assert first is not None
+    assert torch.isfinite(first).all()
+    assert first.any()
 
 
 @pytest.mark.slow
@@ -237,6 +240,9 @@ def test_every_network_has_stages_and_margins(arch: str) -> None:
     assert vectors.shape == (3, last.in_features)
     scale = 1 if not arch.startswith("airbench") else (logits / last(vectors)).mean()
     torch.testing.assert_close(scale * last(vectors), logits, rtol=1e-4, atol=1e-4)
+    if arch == "efficientnet_b0":
+        network.network.set_dropout(0.5, 0.0)
+        assert FeatureExtractor(network.train(), [embedding])(images(3))[1][0].all(), "it is after dropout"
     network.train(mode)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
@@ -359,7 +365,7 @@ def test_replicas_in_threads_keep_their_own_features() -> None:
     replicas = [copy.deepcopy(loss.model).eval() for _ in range(3)]
     together, parts = threading.Barrier(3), images(6).split(2)
     for replica in replicas:  # each waits for the others in the middle of its network
-        replica.tapped.classifier.network.layers[8].register_forward_hook(lambda *_: (together.wait(60), None)[1])
+        replica.extractor.classifier.network.layers[8].register_forward_hook(lambda *_: (together.wait(60), None)[1])
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda replica, part: replica(part), replicas, parts))
     logits, features = loss.model.eval()(images(6))

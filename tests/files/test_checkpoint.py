@@ -14,8 +14,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from distill.errors import CheckpointError
 from distill.files import checkpoint
-from distill.files.checkpoint import CheckpointError
 from distill.models import weights
 
 PAYLOAD = {

@@ -211,13 +211,15 @@ def test_a_broken_photo_in_a_worker_and_a_dead_worker(photos: Path, tmp_path: Pa
         rendered = workers.render(PhotoViews("crop", 32), jobs(files_of(photos)))
         next(rendered)
         server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-        for pid in (server, *(process.pid for process in multiprocessing.active_children())):
+        workers_before = {process.pid for process in multiprocessing.active_children()}
+        assert workers_before
+        for pid in (server, *workers_before):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # as a scheduler may signal all of a job
                 os.kill(pid or 0, number)
         time.sleep(0.2)
         os.kill(server, 0)
         next(rendered)
-        assert all(process.is_alive() for process in multiprocessing.active_children())
+        assert {process.pid for process in multiprocessing.active_children()} == workers_before
         for process in multiprocessing.active_children():
             process.kill()
         start = time.monotonic()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.data.datasets import TensorTestData
+from distill.data.datasets import TensorTestData, spread
 from distill.errors import UserError
-from distill.teacher.report import agreement, chance_warning, examine
+from distill.teacher import report
+from distill.teacher.report import agreement, examine, near_chance
 from distill.teacher.teacher import FLOAT16_MAX, Teacher
 from tests.runs import CPU, small_network, teaching, train
 
@@ -104,6 +105,37 @@ def test_several_devices_answer_whole_blocks_in_turn() -> None:
     assert seen == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(("total", "count"), [(100, 24), (97, 24), (20, 24), (24, 24)])
+def test_some_test_images_are_spread_evenly(total: int, count: int) -> None:
+    numbers = torch.arange(total)
+    test = TensorTestData(numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3), numbers, batch_size=7)
+    places, images, labels = zip(*spread(test, count), strict=True)
+    chosen = torch.cat([numbers[part] for part in places])
+    assert torch.equal(torch.cat(images)[:, 0, 0, 0].long(), chosen)
+    assert torch.equal(torch.cat(labels), chosen)
+    assert len(chosen.unique()) == len(chosen)
+    if total <= count:
+        assert torch.equal(chosen, numbers)
+    else:
+        assert abs(len(chosen) - count) <= 3
+        assert chosen.diff().max() <= total / 3
+
+
+def test_teacher_is_compared_on_images_that_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "COMPARED", 16)
+    network = small_network(seed=1)
+    network.precision = torch.bfloat16
+    teacher = Teacher(network)
+    images = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = examine(teacher, TensorTestData(images, torch.zeros(64, dtype=torch.long)), "data", tmp_path)
+    some = torch.cat([images[:8], images[32:40]])
+    rounded = teacher.logits(some)
+    network.precision = torch.float32
+    error = (rounded - network(some)).abs().mean().item()
+    assert found.precision["images"] == 16
+    assert found.precision["error"] == pytest.approx(error, rel=1e-4)
+
+
 def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = small_network(seed=1)
     network.precision = torch.bfloat16
@@ -130,8 +162,8 @@ def test_teacher_is_examined_once(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_warning_near_chance() -> None:
-    assert chance_warning(92.0, 10) is None
-    assert "near chance (10.00 %)" in (chance_warning(12.0, 10) or "")
-    assert chance_warning(52.0, 2)
-    assert chance_warning(58.0, 2) is None
+    assert near_chance(12.0, 10)
+    assert not near_chance(92.0, 10)
+    assert near_chance(52.0, 2)
+    assert not near_chance(58.0, 2)
     assert agreement(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 2, 0, 3])) == 75

@@ -25,7 +25,7 @@ from cifar10.data import load_data, prepare
 from cifar10.models import CIFAR_INPUT, MODELS
 from distill.config.recipe import Options
 from distill.data.datasets import Batch
-from distill.errors import UserError
+from distill.errors import CannotReadError, CheckpointError, UserError
 from distill.files import checkpoint
 from distill.models import probe as trial
 from distill.models.classifier import Classifier
@@ -343,7 +343,7 @@ def test_resume_starts_a_run_from_a_named_checkpoint(
     with pytest.raises(Stopped, match="at epoch 3, step 3"):
         train(tmp_path / "again", small_npz, options=Options(resume=named, steps=3))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "load_latest", Mock(side_effect=checkpoint.CannotReadError("a passing error")))
+        patch.setattr(checkpoint, "load_latest", Mock(side_effect=CannotReadError("a passing error")))
         with pytest.raises(UserError, match="a passing error"):  # the named one would throw it back
             train(tmp_path / "again", small_npz, options=Options(resume=named))
     train(tmp_path / "again", small_npz, options=Options(resume=named))
@@ -380,7 +380,7 @@ def test_absurd_state(small_npz: Path, tmp_path: Path, change: dict[str, Any]) -
     train(tmp_path / "run", small_npz)
     payload = checkpoint.load(tmp_path / "run" / "last.pt")
     checkpoint.save(tmp_path / "absurd.pt", payload | change)
-    with pytest.raises(checkpoint.CheckpointError, match=r"absurd\.pt"):
+    with pytest.raises(CheckpointError, match=r"absurd\.pt"):
         train(tmp_path / "other", small_npz, options=Options(resume=str(tmp_path / "absurd.pt")))
 
 
@@ -389,7 +389,7 @@ def test_gpus_of_one_process_are_not_those_of_several(small_npz: Path, tmp_path:
     train(tmp_path / "run", small_npz)
     payload = checkpoint.load(tmp_path / "run" / "last.pt")
     checkpoint.save(tmp_path / "run" / "last.pt", payload | {"ranks": 4 * payload["ranks"]})
-    with pytest.raises(checkpoint.CheckpointError, match="a run in 4 processes, this is one in 1: NPROC=4 continues"):
+    with pytest.raises(CheckpointError, match="a run in 4 processes, this is one in 1: NPROC=4 continues"):
         train(tmp_path / "run", small_npz, replace(RECIPE, epochs=4), Options(extend=True))
 
 
@@ -397,9 +397,7 @@ def test_a_checkpoint_of_the_former_format(small_npz: Path, tmp_path: Path) -> N
     train(tmp_path / "run", small_npz)
     payload = checkpoint.load(tmp_path / "run" / "last.pt")
     checkpoint.save(tmp_path / "run" / "last.pt", payload | {"format": 1})
-    with pytest.raises(
-        checkpoint.CheckpointError, match="of format 1, not 2: commit 1791190 is the last that reads it"
-    ):
+    with pytest.raises(CheckpointError, match="of format 1, not 2: commit 1791190 is the last that reads it"):
         train(tmp_path / "run", small_npz)
 
 
