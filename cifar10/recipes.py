@@ -122,8 +122,8 @@ AIRBENCH94_TEACHER = replace(
 """The teacher that a CPU trains soonest. Of its author's choices (Jordan 2024, arXiv:2404.00498) it has the momentum,
 the rate for BatchNorm's biases, reflected padding and alternating flips, but no label smoothing: without that the
 network is as accurate and teaches better (README.md beside this file, "On CPU cores"). On 5,000 held-out images after 4
-epochs: these with label smoothing of 0.2 90.34, without it 89.94, without the rate for BatchNorm's biases 90.02, none of
-them 89.54.
+epochs: these with label smoothing of 0.2 90.34, without it 89.94, without the rate for BatchNorm's biases 90.02, none
+of them 89.54.
 
 bash scripts/trainCE.sh --recipe airbench94_teacher
 Accuracy: 94.00 (one seed). Time: 56 minutes on 1 CPU core that multiplies bfloat16, beside another run.

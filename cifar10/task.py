@@ -101,7 +101,7 @@ class SmallImages(Task[Recipe, Options]):
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""
         trained, _ = split_validation(len(self.data.train_images), self.recipe.val_split)
         count = min(EXAMPLES, len(trained))
-        spread = torch.arange(count) * len(trained) // count  # they may come class by class
+        spread = torch.arange(count) * len(trained) // max(count, 1)  # they may come class by class
         examples = self.data.train_images[torch.from_numpy(trained)[spread]]
         if options.init == "published":
             options = replace(options, init=str(published_file(self.recipe.arch, "--init")))
@@ -155,9 +155,11 @@ class SmallImages(Task[Recipe, Options]):
             if all(other in MODELS for other in self.recipe.teacher_archs):
                 raise UserError(f"--teacher-image-size is for ImageNet's networks: {arch} sees {SIZE}x{SIZE} images")
             recipe = replace(recipe, teacher_image_size=None)  # it is that of the others
+        named = torchvision_weights(recipe.teacher_weights)
+        if named and arch in MODELS:
+            raise UserError(f"--teacher-weights {named} is a name for ImageNet's networks: {arch} has none of it")
         path = find_file(arch, options) or self._trained(recipe, run)
         weights = on_main(files.load)(path, raw_or_ema(recipe.teacher_weights), "--teacher-weights") if path else None
-        named = torchvision_weights(recipe.teacher_weights)
         network = models.find_trained(arch, weights, recipe.teacher_image_size, named)
         return network.shown(None, recipe.teacher_mean, recipe.teacher_std), weights
 

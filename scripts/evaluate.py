@@ -103,10 +103,12 @@ def main(argv: Sequence[str]) -> None:
     if not arch:
         of_file = f": {options.checkpoint} does not say what network it is of" if given else ""
         raise UserError(f"--arch is needed{of_file}")
-    run_decoder = trained.recipe.get("decoder") if trained else None
-    options = replace(options, decoder=options.decoder or run_decoder or "torchvision")
-    data = options.data or (trained.started_with("data") if trained else None)
-    with dataset.open(*settings(dataset, replace(options, data=data), arch)) as task:
+    if trained:  # files are read as the run read them
+        skips = options.skip_bad_images or trained.last_start.get("skip_bad_images", False)
+        decoder, data = options.decoder or trained.recipe.get("decoder"), options.data or trained.started_with("data")
+        options = replace(options, skip_bad_images=skips, decoder=decoder, data=data)
+    options = replace(options, decoder=options.decoder or "torchvision")
+    with dataset.open(*settings(dataset, options, arch)) as task:
         found = task.find_trained(arch, given)
         given = given or task.published(found, "--checkpoint")
         classifier = task.build_classifier(found, given, choose_precision(options.precision, task.device))

@@ -181,6 +181,7 @@ def load_teacher(
     recipe = dataset.recipe_type.from_dict(dict(trained.recipe))
     recipe = replace(recipe, teacher_precision=facts.get("teacher_precision") or "auto")
     named = {name: getattr(options, name) for name in ("workers", "class_order", "device")}
+    named |= {key: value for key, value in trained.last_start.items() if key in ("class_order", "skip_bad_images")}
     named |= {"kd": True} if hasattr(options_type, "kd") else {}
     file = trained.started_with("teacher_checkpoint")
     settings = options_type(data=data, teacher_checkpoint=file, **named)

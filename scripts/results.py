@@ -85,7 +85,7 @@ def row(path: Path) -> tuple[str, ...]:
 def given_teachers(paths: Sequence[Path]) -> list[tuple[str, ...]]:
     """A line for each teacher that is not among the runs itself, with its accuracy on their test images."""
     found = [summary for summary in map(read, paths) if summary]
-    known = {summary.get("arch") for summary in found}
+    known = {run.get("arch") for run in found if run.get("arch") != run.get("teacher_arch")}  # in self-distillation not
     pairs = {(run.get("teacher_arch"), run.get("teacher_accuracy")) for run in found}
     return [
         ("the teacher", arch, "-", "-", "-", f"{accuracy:.2f} %", "-", "-")

@@ -121,7 +121,7 @@ def open_trained(
         raise UserError(f"--data is needed: {named} does not say where its images are")
     if not images and not classes and not flags.data:
         raise UserError(f"--classes or --data is needed: {named} does not name what its outputs stand for")
-    recipe, options = _settings(dataset, flags, arch, trained.recipe, data)
+    recipe, options = _settings(dataset, flags, arch, trained, data)
     given = None if images or not classes else Named(classes)
     with dataset.open(recipe, options, given) as task:
         network = task.find_trained(arch, trained.weights)
@@ -149,12 +149,15 @@ def dataset_of(recipe: Any) -> str:
     return "imagenet" if "decoder" in recipe else "cifar10"
 
 
-def _settings(dataset: Dataset, flags: NetworkFlags, arch: str, recipe: Any, data: str | None) -> tuple[Any, Any]:
-    """Returns recipe and options of a run whose student is the network."""
+def _settings(
+    dataset: Dataset, flags: NetworkFlags, arch: str, trained: "Trained", data: str | None
+) -> tuple[Any, Any]:
+    """Returns recipe and options of a run whose student is the network; files are read as its own run read them."""
     named = {name: getattr(flags, name) for name in ("mean", "std", "weights", "image_size")}
-    if hasattr(dataset.recipe_type, "decoder") and "decoder" in recipe:
-        named["decoder"] = recipe["decoder"]
+    if hasattr(dataset.recipe_type, "decoder") and "decoder" in trained.recipe:
+        named["decoder"] = trained.recipe["decoder"]
     options = {name: getattr(flags, name) for name in ("workers", "class_order", "device")}
+    options["skip_bad_images"] = trained.last_start.get("skip_bad_images", False)
     return dataset.recipe_type(arch=arch, **named), dataset.options_type(data=data, **options)
 
 

@@ -232,7 +232,7 @@ class Recipe:
             return
         name = f"--features {self.features.name}"
         if self.sizes:
-            raise UserError(f"{name} compares features of one size: leave out --sizes")
+            raise UserError(f"{name} compares features of one size: give --sizes none")
         if self.compile:
             raise UserError(f"{name} watches the networks at work, which --compile leaves no trace of: give one")
         if self.features.correlates_images and self.batch_size < 2 * self.accumulate:

@@ -134,5 +134,5 @@ def smaller_batch(batch_size: int, lr: float, images: int) -> str:
 
     Nothing where there are too few images for that.
     """
-    size = 2 ** max((images // 4).bit_length() - 1, 0)
+    size = 2 ** max((max(images, 0) // 4).bit_length() - 1, 0)
     return f"; try --batch-size {size} --lr {lr * size / batch_size:.3g}" if size > 1 else ""

@@ -49,12 +49,19 @@ class ClassNames:
             theirs = count
         return self._order(theirs, ours, source)
 
+    def are_others(self, theirs: Sequence[str]) -> bool:
+        """Whether `theirs`, the names in a file, are as many as the data's, but others."""
+        count = [str(number) for number in range(len(self.names))]
+        unnamed = _match(count, theirs, {}) is not None or _match(count, self.names, {}) is not None
+        same = unnamed or _match(theirs, self.names, self.aliases) is not None
+        return self.mode != "ignore" and len(theirs) == len(self.names) and not same
+
     def _order(self, theirs: Sequence[str], ours: Sequence[str], source: str) -> list[int] | None:
         order = _match(theirs, ours, self.aliases)
         if order is None:
-            hint = "--class-order ignore takes them to be the same, number by number"
-            if len(theirs) != len(ours):
-                hint = f"they must be the same; trainCE.sh, or train.sh, with --init {source} trains it for these"
+            hint = f"trainCE.sh, or train.sh, with --init {source} trains it for these"
+            if len(theirs) == len(ours):
+                hint += "; --class-order ignore takes them to be the same, number by number"
             raise UserError(f"{source} knows the classes {shortened(theirs)}, the data has {shortened(ours)}: {hint}")
         if order == list(range(len(order))):
             return None
@@ -92,17 +99,21 @@ def shortened(names: Sequence[str]) -> str:
     return f"{', '.join(names[:5])}, ..., {names[-1]} ({len(names)})"
 
 
+def last_layer(network: nn.Module, build: Callable[[int], nn.Module], classes: int) -> list[str]:
+    """Returns the keys of a network of `classes` that have another shape where `build` makes it for one class more."""
+    with torch.random.fork_rng(devices=[]):
+        wider = build(classes + 1).state_dict()
+    return [key for key, value in network.state_dict().items() if value.shape != wider[key].shape]
+
+
 @torch.no_grad()
 def put_in_order(classifier: Classifier, order: Sequence[int], build: Callable[[int], nn.Module], source: str) -> None:
     """Makes output k of the network what its output order[k] was, by the order of the rows in its last layer.
 
-    The last layer is what has another shape in the network that `build` makes for one class more. Raises UserError
-    where that does not move the outputs.
+    Raises UserError where that does not move the outputs.
     """
     network, count = classifier.network, len(order)
-    with torch.random.fork_rng(devices=[]):
-        wider = build(count + 1).state_dict()
-    last = [value for key, value in network.state_dict().items() if value.shape != wider[key].shape]
+    last = [network.state_dict()[key] for key in last_layer(network, build, count)]
     size, device = classifier.spec.size, classifier.mean.device
     noise = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images, was_training = classifier.normalise(noise.to(device)), network.training

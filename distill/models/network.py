@@ -78,7 +78,7 @@ def build_student(
     loaded = on_main(weights.load)(Path(options.init), raw_or_ema(recipe.weights)) if options.init else None
     if options.evaluate and loaded and loaded.spec and network.spec.resized and not recipe.image_size:
         network = network.at(loaded.spec.size)
-    weights.warn_of_validation(loaded, recipe.val_split, "student")
+    weights.warn_of_origin(loaded, recipe.val_split, "student")
     network = network.shown(loaded, recipe.mean, recipe.std)
     names = classes(loaded or Weights("", {})).names
     torch.manual_seed(recipe.seed)
@@ -94,7 +94,7 @@ def build_student(
         load_into(student, loaded, network, classes(loaded), new_head=not options.evaluate)
         return student.to(device), checkpoint.digest(built.state_dict())
     initialise: Callable[[Tensor], None] | None = getattr(built, "initialise", None)
-    if initialise and examples is not None:
+    if initialise and examples is not None and len(examples):
         initialise(student.normalise(examples.cpu()))
     return student.to(device), None
 
@@ -102,12 +102,17 @@ def build_student(
 def _built(network: Network, num_classes: int, settings: dict[str, float | None]) -> nn.Module:
     """The network with those of `settings` that are given; one of 0 may be of something that it does not have."""
     given = {key: value for key, value in settings.items() if value is not None}
-    try:
-        return network.build(num_classes=num_classes, **given)
-    except TypeError:
-        if any(given.values()):
-            raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given") from None
-    return network.build(num_classes=num_classes)
+    without = [{}, *({key} for key, value in given.items() if not value), {key for key, value in given.items()}]
+    for left_out in without:
+        kept = {key: value for key, value in given.items() if key not in left_out}
+        if any(given[key] for key in left_out):
+            break
+        try:
+            return network.build(num_classes=num_classes, **kept)
+        except TypeError:
+            if not kept:
+                raise
+    raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given")
 
 
 def load_into(

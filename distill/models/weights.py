@@ -11,7 +11,7 @@ from distill.errors import CheckpointError
 from distill.files import checkpoint
 from distill.files.reading import read
 from distill.files.stand_ins import Array
-from distill.models.class_order import ClassNames, put_in_order
+from distill.models.class_order import ClassNames, last_layer, put_in_order, shortened
 from distill.models.classifier import Classifier, InputSpec
 
 RAW = ("student", "net", "state_dict", "model_state_dict", "model", "module", "network", "weights", "params")
@@ -34,6 +34,7 @@ class Weights:
     note: str = ""
     published: bool = False  # by the network's authors
     commit: str | None = None  # of this repository, that trained them
+    epochs_left: int = 0  # of the run whose last checkpoint they are
 
     @property
     def title(self) -> str:
@@ -41,11 +42,14 @@ class Weights:
         return "its published weights" if self.published else self.source
 
 
-def warn_of_validation(weights: Weights | None, val_split: int, who: str) -> None:
-    """Prints a warning if fewer than `val_split` images were held out where the weights of `who` were trained.
+def warn_of_origin(weights: Weights | None, val_split: int, who: str) -> None:
+    """Prints a warning if the run that the weights of `who` are from is unfinished, or held out too few images.
 
-    A file of others does not tell.
+    These are fewer than `val_split`. A file of others does not tell.
     """
+    if weights and weights.epochs_left:
+        left = f"of which {weights.epochs_left} epochs are left"
+        print(f"warning: the {who} is of the run {weights.source}, {left}: its weights will be others")
     if weights and weights.recipe is not None and weights.recipe.get("val_split", 0) < val_split:
         print(f"warning: the {who} may have seen images of the validation part: what is chosen on it is too optimistic")
 
@@ -75,6 +79,7 @@ def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weigh
     recipe = fields.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else None
     arch = (recipe or fields).get("arch")
+    left = max(recipe.get("epochs", 0) - fields.get("epoch", 0), 0) if recipe and "ranks" in fields else 0
     spec, classes, commit = _spec(fields.get("input")), _classes(fields), fields.get("commit")
     return Weights(
         str(path),
@@ -85,6 +90,7 @@ def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weigh
         recipe,
         note,
         commit=commit if isinstance(commit, str) else None,
+        epochs_left=left,
     )
 
 
@@ -146,14 +152,20 @@ def give(
 ) -> None:
     """Loads `weights` into a network, its outputs in the data's order of classes; what is assumed is printed.
 
-    build: makes the same network for any number of classes. new_head: where the weights are of another number of
-    classes the last layer stays as it is. Raises UserError where they do not fit.
+    build: makes the same network for any number of classes. new_head: where the weights are of other classes the
+    last layer stays as it is. Raises UserError where they do not fit.
     """
     if weights.note:
         print(weights.note)
     network = classifier.network
     state = fitted(weights.state, network, weights.source)
     whole, new = with_own_head(network, state, weights.source) if new_head else (state, False)
+    if new_head and not new and classes.are_others(weights.classes):
+        own = {key: network.state_dict()[key] for key in last_layer(network, build, len(classes.names))}
+        whole, new = {**whole, **own}, True
+        known, new_keys = f"{weights.source} knows the classes {shortened(weights.classes)}", ", ".join(own)
+        kept = "--class-order ignore keeps them"
+        print(f"note: {known}, the data has {shortened(classes.names)}: {new_keys} are new; {kept}")
     order = None if new else classes.order_of(weights.classes, weights.source)
     checkpoint.apply_weights(network, whole, weights.source)
     if order:

@@ -19,7 +19,8 @@ from distill.run.identity import disallowed, format_counts, format_diff
 from distill.run.outcome import BEST, describe
 from distill.run.provenance import commit, machine, versions
 
-STARTED_WITH = ("data", "teacher_checkpoint", "init")  # options that a start records, beside the directory it began in
+STARTED_WITH = ("data", "teacher_checkpoint", "init", "class_order", "skip_bad_images")
+"""Options that a start records, beside the directory it began in."""
 
 
 class Run(RunDirectory):

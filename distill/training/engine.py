@@ -355,7 +355,8 @@ class Trainer:
         if "val" in evaluations and (not best or evaluations["val"].accuracy > best["val_accuracy"]):
             network = self.model.evaluated
             weights = {"student": network.network.state_dict(), "arch": self.recipe.arch, "epoch": state.epoch + 1}
-            on_main(checkpoint.save)(self.run.path / BEST, {**weights, **network.described()})
+            weights |= {"recipe": self.recipe.to_dict(), **network.described()}
+            on_main(checkpoint.save)(self.run.path / BEST, weights)
         state.records.append(record)
         state.epoch, state.step = state.epoch + 1, 0
         state.tally.sums.zero_()

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from distill.config.recipe import Options, Recipe
 from distill.data.datasets import Images, TestData
-from distill.errors import BrokenImage, out_of_memory
+from distill.errors import BrokenImage, UserError, out_of_memory
 from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from distill.parallel.processes import any_of, broadcast_buffers, gather, rank, rank_and_world_size, reduce
 from distill.run.paths import find_directory
+from distill.run.run import Run
 from distill.training.metrics import Tally
 
 Settings = TypeVar("Settings", bound=Options)
@@ -101,12 +102,21 @@ def _logits(network: Classifier, images: Tensor) -> Tensor:
 
 
 def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
-    """Returns `options` whose init is what --evaluate asks for: --resume, --init, or the run's last checkpoint."""
+    """Returns `options` whose init is what --evaluate asks for: --resume, --init, or the run's last checkpoint.
+
+    Raises UserError where the directory of the run holds another one, or none.
+    """
     if not options.evaluate:
         return options
-    named = options.resume or options.init
-    path = find_directory(options, recipe, data.name, data.digest)
-    return replace(options, init=named or str(path / checkpoint.LAST))
+    if options.resume or options.init:
+        return replace(options, init=options.resume or options.init)
+    run = Run(find_directory(options, recipe, data.name, data.digest), recipe, options)
+    run.check()
+    file = run.path / checkpoint.LAST
+    if not file.exists():
+        raise UserError(f"--evaluate: there is no {file}; name a file by --init FILE, or evaluate it by evaluate.py")
+    print(f"evaluating {file}")
+    return replace(options, init=str(file))
 
 
 def evaluate_student(student: Classifier, test: TestData) -> dict[str, Any]:

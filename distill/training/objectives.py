@@ -190,9 +190,9 @@ def build_loss(
     assert method
     if method.standardize or method.divides_by_deviation:
         start_last_layer(student, recipe.arch, method, recipe.seed)
+    check_loss(recipe, data.labelled)
     if not recipe.features:
         return distillation(recipe, data.labelled)
-    check_features(recipe, data)
     names = (recipe.arch, recipe.teacher_arch or "the teacher")
     features = FeatureLoss(
         student, teacher, names, recipe.features, seed=recipe.seed, device_name=device_name, data=data
@@ -226,21 +226,20 @@ def start_last_layer(student: Classifier, arch: str, method: Method, seed: int) 
 
 
 def distillation(recipe: Recipe, labelled: bool = True) -> Distillation:
-    """Returns what `recipe` minimises on logits. Raises ValueError, and UserError for too few images in a process."""
+    """Returns what `recipe` minimises on logits. Raises ValueError."""
     method = recipe.method
     assert method
-    if method.correlates_images:
-        _check_share(recipe, f"--method {method.name}")
     return Distillation(method, recipe.label_smoothing, labelled)
 
 
-def check_features(recipe: Recipe, data: TrainingData) -> None:
-    """Raises UserError where the method on features of `recipe` cannot take the data, or a process's share of it."""
-    features = recipe.features
-    assert features
-    if features.correlates_images:
+def check_loss(recipe: Recipe, labelled: bool) -> None:
+    """Raises UserError where the methods of `recipe` cannot take the data, or a process's share of a batch."""
+    method, features = recipe.method, recipe.features
+    if method and method.correlates_images:
+        _check_share(recipe, f"--method {method.name}")
+    if features and features.correlates_images:
         _check_share(recipe, f"--features {features.name}")
-    if features.needs_labels and not data.labelled:
+    if features and features.needs_labels and not labelled:
         raise UserError(f"the training images have no labels, which --features {features.name} wants")
 
 

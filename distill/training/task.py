@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from distill.models.class_order import ClassNames
 from distill.models.classifier import Classifier, InputSpec
 from distill.models.network import Network, load_into
 from distill.models.probe import check_size
-from distill.models.weights import Weights, warn_of_validation
+from distill.models.weights import Weights, warn_of_origin
 from distill.parallel.devices import choose_teacher_precision, start
 from distill.parallel.processes import on_main
 from distill.run.directory import CHECKPOINTS
@@ -31,11 +32,13 @@ from distill.run.paths import find_directory
 from distill.run.run import Run
 from distill.teacher.ensemble import Ensemble, load_members
 from distill.teacher.report import TeacherReport, agreement, introduce, near_chance
+from distill.teacher.store import Encoding
 from distill.teacher.teacher import Teacher
 from distill.training.engine import Fitted
 from distill.training.evaluation import to_evaluate
+from distill.training.objectives import check_loss
 from distill.training.stop import Diverged
-from distill.training.wrap import check_batch_norm
+from distill.training.wrap import check_batch_norm, check_machine
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -187,7 +190,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
                 f"{network.arch} has no finished run on {self.data.name}: train it, or name its weights by "
                 "--teacher-checkpoint FILE"
             )
-        warn_of_validation(weights, recipe.val_split, "teacher")
+        warn_of_origin(weights, recipe.val_split, "teacher")
         precision = recipe.teacher_precision
         if run and precision == "auto":
             precision = run.recorded("teacher_precision") or "auto"
@@ -208,6 +211,11 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
     def check_student(self, student: Classifier) -> None:
         """Raises UserError for what cannot be trained, before hours are spent on a teacher."""
         check_batch_norm(student, self.recipe.arch, self.recipe, self.options.device)
+        check_machine(self.device, self.recipe, self.options.device)
+        check_loss(self.recipe, getattr(self.data, "labelled", True))
+        Encoding(len(self.data.classes), self.recipe.top_k)
+        if self.options.resume:
+            on_main(checkpoint.load)(Path(self.options.resume))
         if self.recipe.features:
             find_points(student, self.recipe.arch, self.recipe.features)
             network = self.teacher_network()

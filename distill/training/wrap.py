@@ -89,11 +89,10 @@ def wrap_parallel(network: nn.Module, device: torch.device, recipe: Recipe, devi
     ones by `sync_bn`. One process that has several devices: DataParallel, where those of the first device count.
     `compile` as well. Raises UserError for what cannot be had.
     """
+    check_machine(device, recipe, device_name)
     if recipe.sync_bn:
-        if device.type != "cuda" or (world_size() == 1 and replicas(device_name) > 1):
-            raise UserError("--sync-bn takes CUDA and a process for each GPU: NPROC=2 bash scripts/...")
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]  # of its children
-    step = _compile(network, device, recipe, device_name) if recipe.compile else network
+    step = _compile(network, device, recipe) if recipe.compile else network
     if world_size() > 1:
         # Otherwise, and with static_graph, it regroups the gradients after the first step of each start: from three
         # processes on, sums in another order, so that a run that is continued ends in other bits (torch 2.15). Where it
@@ -137,11 +136,18 @@ def check_batch_norm(
     raise error
 
 
-def _compile(network: nn.Module, device: torch.device, recipe: Recipe, device_name: str) -> nn.Module:
-    if world_size() == 1 and replicas(device_name) > 1:
+def check_machine(device: torch.device, recipe: Recipe, device_name: str) -> None:
+    """Raises UserError for what --sync-bn and --compile want and this machine does not have."""
+    several = world_size() == 1 and replicas(device_name) > 1
+    if recipe.sync_bn and (device.type != "cuda" or several):
+        raise UserError("--sync-bn takes CUDA and a process for each GPU: NPROC=2 bash scripts/...")
+    if recipe.compile and several:
         raise UserError("--compile takes one GPU, --device cuda:0, or a process for each: NPROC=2 bash scripts/...")
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
+    if recipe.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "c++", "clang++"))):
         raise UserError("--compile needs a C++ compiler such as g++, which is not on the PATH")
+
+
+def _compile(network: nn.Module, device: torch.device, recipe: Recipe) -> nn.Module:
     print("compiling the student: the first step takes a minute or so")
     # CUDA graphs take the launches of many small kernels off the CPU; DistributedDataParallel's hooks stand between.
     # In a graph's memory the gradients of one part would not outlive the forward pass of the next.

@@ -19,8 +19,9 @@ from cifar10.recipes import RECIPES
 from distill.config.recipe import Options
 from distill.errors import UserError
 from distill.files import checkpoint
-from distill.losses import kd_loss
+from distill.losses import METHODS, kd_loss
 from distill.models import weights
+from distill.training import objectives
 from scripts import evaluate, results
 from tests.conftest import teacher_file, without_first
 
@@ -138,7 +139,11 @@ def test_evaluate_flag(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFi
     found = train_ce.train(CE, replace(options, evaluate=True))
     assert found is not None
     assert found["accuracy"] == summary["test_accuracy"]
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"accuracy {found['accuracy']:.2f} %  top-5 100.00 %")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith(f"accuracy {found['accuracy']:.2f} %  top-5 100.00 %")
+    assert f"evaluating {tmp_path / 'run' / 'last.pt'}" in said
+    with pytest.raises(UserError, match="holds another run: --lr was"):
+        train_ce.train(replace(CE, lr=0.5), replace(options, evaluate=True))
 
 
 @pytest.mark.slow
@@ -268,6 +273,47 @@ def test_a_teacher_of_another_recipe_is_told(small_npz: Path, capsys: pytest.Cap
     with pytest.raises(UserError, match="stopped after 1 steps"):
         train_kd.train(KD, Options(data=str(small_npz), steps=1))
     assert "has a recipe of its own: --epochs 1 for 2" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (
+            {"top_k": 3, "teacher_weights": "IMAGENET1K_V1"},
+            {},
+            "IMAGENET1K_V1 is a name for ImageNet's",
+        ),
+        ({"top_k": 4}, {}, "--top-k 4 must be less than the 4 classes"),
+        ({"sync_bn": True}, {}, "--sync-bn takes CUDA"),
+        ({}, {"resume": "nowhere.pt"}, "cannot read nowhere.pt"),
+        ({"method": METHODS["dist"](), "batch_size": 2}, {}, "--method dist correlates across the images of a process"),
+        ({"val_split": 40}, {}, "--batch-size 8 is more than the 40 training images less 40 of --val-split$"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_teacher_is_trained(
+    small_npz: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(task.SmallImages, "_trained", Mock(side_effect=AssertionError("a teacher is trained")))
+    if "batch_size" in changes:  # a process has one image of a batch
+        monkeypatch.setattr(objectives, "world_size", lambda: 2)
+    recipe = replace(KD, arch="airbench94", dropout=0.0, drop_connect=0.0, **changes)
+    with pytest.raises(UserError, match=message):
+        train_kd.train(recipe, Options(data=str(small_npz), **options))
+
+
+@pytest.mark.usefixtures("home")
+def test_an_unfinished_teacher_is_told(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = replace(CE, arch="densenet_cifar")
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_ce.train(teacher, Options(data=str(small_npz), output=str(tmp_path / "teacher"), steps=1))
+    with pytest.raises(UserError, match="stopped after 1 steps"):
+        train_kd.train(KD, Options(data=str(small_npz), teacher_checkpoint=str(tmp_path / "teacher"), steps=1))
+    assert "warning: the teacher is of the run" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("home")

@@ -342,7 +342,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("ce", "--data sample --init nowhere.pt", "cannot read nowhere.pt: No such file"),
     ("ce", "--data sample --init pyproject.toml", "pyproject.toml is damaged or no checkpoint"),
     ("ce", "--data sample --init distill", "distill is not a file"),
-    ("ce", "--data sample -e --output nowhere", "cannot read nowhere/last.pt"),
+    ("ce", "--data sample -e --output nowhere", "--evaluate: there is no nowhere/last.pt"),
     ("ce", "--data sample --output pyproject.toml", "cannot use pyproject.toml as a run's directory"),
     ("kd", "--data sample --teacher-checkpoint nowhere.pt", "cannot read nowhere.pt"),
 ]

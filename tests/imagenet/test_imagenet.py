@@ -418,6 +418,9 @@ def test_names_and_settings() -> None:
     )
     rates = small.network._global_params  # type: ignore[union-attr]
     assert (rates.dropout_rate, rates.drop_connect_rate) == (0.1, 0.3)  # type: ignore[union-attr]
+    none = replace(STANDARD, arch="mobilenet_v2", dropout=0.0, drop_connect=0.0, image_size=32)
+    without, _ = models.build_student(none, FIVE, Options(), CPU)  # it has dropout only
+    assert [module.p for module in without.modules() if isinstance(module, torch.nn.Dropout)] == [0.0]
 
 
 @pytest.mark.slow

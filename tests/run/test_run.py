@@ -83,6 +83,7 @@ def test_a_start_records_what_the_run_is(tmp_path: Path) -> None:
     assert config["facts"] == FACTS
     assert len(config["starts"]) == 2
     start = {"time", "argv", "cwd", "data", "teacher_checkpoint", "init", "commit", "versions", "machine"}
+    start |= {"class_order", "skip_bad_images"}
     assert set(config["starts"][0]) == start
 
 
