@@ -206,9 +206,12 @@ def accuracies(budget: str) -> list[str]:
     ]
     for name, taught_by in students(budget).items():
         alone = runs_of(budget, name)
+        longer = "" if name == "student" else f"; student of {name.removeprefix('student-')} epochs"
         original = f" ({ORIGINAL_ALONE})" if name == "student" else ""
         cells = [f"{mean_and_deviation(alone)}{original}", "", "", finetuned(name), epochs(name, alone)]
-        lines.append(f"| none: CE | | {' | '.join(cells)} | {median_of(alone, 'wall_seconds')} | {len(alone) or '-'} |")
+        lines.append(
+            f"| none: CE{longer} | | {' | '.join(cells)} | {median_of(alone, 'wall_seconds')} | {len(alone) or '-'} |"
+        )
         for arch, row in taught_by.items():
             teacher, taught = runs_of(budget, f"teacher-{arch}"), runs_of(budget, row)
             theirs = [f" ({figure:.2f})" for figure in ORIGINAL[arch]] if arch in ORIGINAL else ["", ""]
@@ -216,7 +219,7 @@ def accuracies(budget: str) -> list[str]:
             cells += [difference(taught, alone), difference(teacher, taught)]
             cells += [finetuned(row), f"{epochs(f'teacher-{arch}', teacher)}, {epochs(row, taught)}"]
             cells += [f"{median_of(teacher, 'wall_seconds')}, {median_of(taught, 'wall_seconds')}"]
-            lines.append(f"| {arch} | {' | '.join(cells)} | {len(taught) or '-'} |")
+            lines.append(f"| {arch}{longer} | {' | '.join(cells)} | {len(taught) or '-'} |")
     return [*lines, "", measured_on({name: runs_of(budget, name) for name in recipes})]
 
 

@@ -111,5 +111,7 @@ def test_one_backward() -> None:
 
 
 def test_flags_are_parsed_before_torch_is_loaded() -> None:
-    code = "import sys; import cifar10.train_kd, cifar10.train_ce, distill.config.cli; sys.exit('torch' in sys.modules)"
+    packages = [f"{kind}.{entry}" for kind in ("cifar10", "imagenet") for entry in ("train_ce", "train_kd", "recipes")]
+    modules = ", ".join([*packages, "distill.config.cli", "scripts.dataset", "scripts.trained"])
+    code = f"import sys; import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

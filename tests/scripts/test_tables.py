@@ -130,8 +130,8 @@ def test_a_student_that_trains_longer(tmp_path: Path) -> None:
     lines = tables.accuracies("cpu")
     assert lines[3] == "| airbench94 | - | 92.00 | +2.00 | - | - | 30, 60 | -, 12 | 1 |"
     assert lines[-4:-2] == [
-        "| none: CE | | 91.00 |  |  | - | 150 | 12 | 1 |",
-        "| airbench94 | - | 94.00 | +3.00 | - | - | 30, 150 | -, 12 | 1 |",
+        "| none: CE; student of 150 epochs | | 91.00 |  |  | - | 150 | 12 | 1 |",
+        "| airbench94; student of 150 epochs | - | 94.00 | +3.00 | - | - | 30, 150 | -, 12 | 1 |",
     ]
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "README.md").write_text("no weights")
