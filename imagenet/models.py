@@ -6,6 +6,7 @@ et al. 2018, arXiv:1805.00932. `timm:NAME`: timm's. Those that are no core depen
 """
 
 import difflib
+import hashlib
 import importlib
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ from distill.models.weights import Weights
 from imagenet.recipes import ImageNetRecipe
 
 CLASSES = 1000
-WNID = re.compile(r"n\d{8}")
+SYNSETS = "791ce0333040dd249d13133f90d28ef0263ffc01e5de0afd85b3e32048d7d456"
+"""sha256 of the synsets of ImageNet-1k, n01440764 to n15075141, in order with blanks between them."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 EFFICIENTNET_SIZES = (224, 240, 260, 300, 380, 456, 528, 600, 672)
@@ -114,8 +116,8 @@ def class_names(names: Sequence[str], mode: str, loaded: Weights) -> ClassNames:
     usual = {"the order of ImageNet's classes": torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]}
     if loaded.published:
         usual["the order of ImageNet's classes, numbered"] = [str(number) for number in range(CLASSES)]
-    if loaded.published and len(names) == CLASSES and all(map(WNID.fullmatch, names)):
-        mode = "ignore"  # folders of WNIDs are in the order of ImageNet's classes
+    if loaded.published and hashlib.sha256(" ".join(names).encode()).hexdigest() == SYNSETS:
+        mode = "ignore"  # the folders are called by ImageNet's synsets, and its classes are in the order of those
     return ClassNames(tuple(names), mode, usual=usual)
 
 

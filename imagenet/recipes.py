@@ -55,7 +55,7 @@ class ImageNetOptions(Options):
         None, "directory with train/CLASS/* and val/CLASS/* images", group="data and files", flags=("-d",)
     )
     workers: int = option(
-        8, "processes that decode; 0: none beside this one", group="data and files", flags=("-j",), least=0, most=256
+        8, "decoders of each process; 0: it decodes itself", group="data and files", flags=("-j",), least=0, most=256
     )
     loader_minutes: float = option(
         5.0, "minutes to wait for a batch of the workers; then the run ends", group="data and files", above=0

@@ -1,6 +1,7 @@
 """ImageNet's validation photos as they are published, without class folders: their classes, from the usual files."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from distill.errors import UserError
@@ -19,11 +20,11 @@ def classes_of(root: Path, files: list[str], classes: list[str]) -> list[str]:
     """
     for name in BY_NAME:
         if map_file := _find(root, name):
-            named = {Path(words[0]).stem: words[1] for words in _lines(map_file, 2)}
-            missing = [file for file in files if Path(file).stem not in named]
-            if missing:
+            named = _by_name(map_file)
+            found = [named.get(Path(file).name, named.get(Path(file).stem)) for file in files]
+            if missing := [file for file, word in zip(files, found, strict=True) if word is None]:
                 raise UserError(f"{map_file} does not name {missing[0]}, nor {len(missing) - 1} others in val")
-            return _named([named[Path(file).stem] for file in files], classes, map_file)
+            return _named([word for word in found if word], classes, map_file)
     for name in BY_ORDER:
         if map_file := _find(root, name):
             listed = [words[0] for words in _lines(map_file, 1)]
@@ -52,6 +53,20 @@ def _lines(file: Path, least: int) -> list[list[str]]:
         if len(row) < least:
             raise UserError(f"{file}: {' '.join(row)[:60]!r} is no line FILE CLASS")
     return rows
+
+
+def _by_name(map_file: Path) -> dict[str, str]:
+    """Returns FILE -> CLASS of the lines of a file, by names with their endings, and without where one alone has it.
+
+    Raises UserError for a file that has two classes.
+    """
+    named: dict[str, str] = {}
+    for words in _lines(map_file, 2):
+        name = Path(words[0]).name
+        if named.setdefault(name, words[1]) != words[1]:
+            raise UserError(f"{map_file} gives {name} two classes, {named[name]} and {words[1]}")
+    stems = Counter(Path(name).stem for name in named)
+    return {Path(name).stem: word for name, word in named.items() if stems[Path(name).stem] == 1} | named
 
 
 def _of_the_kit(root: Path, map_file: Path, numbers: list[str]) -> list[str]:

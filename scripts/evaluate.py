@@ -21,7 +21,7 @@ from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option  # noqa: E402
 from scripts.dataset import DATASETS, Dataset  # noqa: E402
-from scripts.trained import InputFlags, dataset_of  # noqa: E402
+from scripts.trained import InputFlags, dataset_of, print_notes  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,6 +109,8 @@ def main(argv: Sequence[str]) -> None:
         options = replace(options, skip_bad_images=skips, decoder=decoder, data=data)
     options = replace(options, decoder=options.decoder or "torchvision")
     with dataset.open(*settings(dataset, options, arch)) as task:
+        if trained:
+            print_notes(trained, task)
         found = task.find_trained(arch, given)
         given = given or task.published(found, "--checkpoint")
         classifier = task.build_classifier(found, given, choose_precision(options.precision, task.device))

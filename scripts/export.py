@@ -16,6 +16,7 @@ computes something else is not kept. --int8 quantises the ONNX file after traini
 measures it on all test images.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,13 @@ from scripts.trained import NetworkFlags, Opened, open_network  # noqa: E402
 if TYPE_CHECKING:
     from distill.export.formats import Format, Source
     from distill.inference.predictions import Predictions
+
+
+WEIGHTS_INPUT = (
+    "RGB in [0, 1], less mean, divided by std, (N, 3, size, size); the network is built by the code of `commit`: "
+    "cifar10/models or imagenet/models.py"
+)
+"""What the network of bare weights takes."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,21 @@ def main(argv: Sequence[str]) -> None:
     from distill.export.formats import find_format
 
     form = find_format(path)
+    if path.suffix == ".safetensors":
+        check_json(path.with_suffix(".json"))
     with open_network(given[0], options, images=True) as opened:
         write(opened, form, path, options)
+
+
+def check_json(path: Path) -> None:
+    """Raises UserError where the .json beside the weights cannot be written, or is a file of something else."""
+    cli.check_file(str(path), "--to")
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {"accuracy_images": 0}
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, dict) or "accuracy_images" not in known:
+        raise UserError(f"{path} is not the description of such a file, and would be overwritten: choose another --to")
 
 
 def write(opened: Opened, form: "Format", path: Path, options: Export) -> None:
@@ -81,7 +102,8 @@ def write(opened: Opened, form: "Format", path: Path, options: Export) -> None:
             files = {"float32": float32, "int8": partial}
         measure(source, files)
         if path.suffix == ".safetensors":
-            write_atomically(path.with_suffix(".json"), (source.description.json() + "\n").encode())
+            description = replace(source.description, input=WEIGHTS_INPUT)
+            write_atomically(path.with_suffix(".json"), (description.json() + "\n").encode())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ class Publish:
     run: str | None = option(None, "directory of a finished run on small images", group="what")
     data: str | None = option(None, "what it is measured on: 'sample', a directory or a .npz file", group="what")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="how")
+    replace: bool = option(False, "replace a file of a network that was trained on other images", group="what")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if summary is None:
         raise UserError(f"{run} is not finished")
     from cifar10.task import PUBLISHED, SmallImages
+    from distill.files import checkpoint
 
     name = summary["data"]["name"]
     if not summary.get("data_content"):
@@ -65,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{run} was trained on {name}, with other images than those of --data")
     path = PUBLISHED / f"{summary['arch']}-{summary['objective']}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not options.replace and checkpoint.load(path)["data_content"] != data.content:
+        raise UserError(f"{path} is of a network that was trained on other images; --replace takes this one instead")
     new = path.with_name(f"{path.name}.new")  # the former file stays where this one cannot be measured
     try:
         write(new, run, summary, data.classes)

@@ -24,6 +24,7 @@ from distill.errors import UserError  # noqa: E402
 from distill.options import flag  # noqa: E402
 from scripts import tables  # noqa: E402
 
+SAME = 0.3  # points by which the accuracy of a teacher, as it teaches, may differ from that of its run
 PAGES = {  # the tables of each page
     "README.md": ("results",),
     "cifar10/README.md": (*tables.BUDGETS, "methods", "tuning"),
@@ -85,12 +86,13 @@ def row(path: Path) -> tuple[str, ...]:
 def given_teachers(paths: Sequence[Path]) -> list[tuple[str, ...]]:
     """A line for each teacher that is not among the runs itself, with its accuracy on their test images."""
     found = [summary for summary in map(read, paths) if summary]
-    known = {run.get("arch") for run in found if run.get("arch") != run.get("teacher_arch")}  # in self-distillation not
+    known = [(run.get("arch"), run.get("test_accuracy") or 0.0) for run in found]
     pairs = {(run.get("teacher_arch"), run.get("teacher_accuracy")) for run in found}
     return [
         ("the teacher", arch, "-", "-", "-", f"{accuracy:.2f} %", "-", "-")
         for arch, accuracy in sorted(pairs, key=str)
-        if arch and arch not in known and accuracy is not None
+        if arch and accuracy is not None
+        if not any(arch == own and abs(accuracy - measured) < SAME for own, measured in known)
     ]
 
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     if recipe.val_split:
         measured = {"held-out accuracy, best epoch": "val_accuracy", "test accuracy, best epoch": "test_accuracy"}
     columns = ("T", "w", *measured)
-    print("\n| " + " | ".join((*columns, "agreement with the teacher", "seconds")) + " |")
+    print("\n| " + " | ".join((*columns, "agreement with the teacher, last epoch", "seconds")) + " |")
     print("|---" * (len(columns) + 2) + "|")
     for T, w, summary in rows:
         if not summary:

@@ -5,13 +5,16 @@ launch.sh, which says what the variables of the environment mean.
 """
 
 import argparse
+import fcntl
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from distill.config import cli  # noqa: E402
 from distill.config.environment import PLACE, announced, cores, not_met  # noqa: E402
 from distill.errors import UserError  # noqa: E402
+
+SIOCGIFADDR = 0x8915  # Linux: asks for the address of an interface
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,26 @@ def main(argv: Sequence[str]) -> int:
     heard += ["SIGHUP"] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup has it ignored
     if launch.nodes == 1 and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo, too, asks a name server for this machine's address
+    elif launch.nodes > 1 and (interface := _interface(launch.address, launch.port)):
+        # or gloo tells the others what this machine's name stands for, which by Debian's /etc/hosts is 127.0.1.1
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     words = ["--nproc-per-node", str(processes), "--signals-to-handle", ",".join(heard)]
     words += ["--max-restarts", str(launch.restarts)]
     with tempfile.TemporaryDirectory(prefix="distill-torchrun-") as logs:  # torchrun's own would stay
         return start([*_meeting(launch), *words, "--log-dir", logs, *argv], launch)
+
+
+def _interface(address: str, port: int) -> str | None:
+    """Returns the name of this machine's interface that leads to `address`; None where that cannot be told."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                asked = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(asked[20:24]) == own:
+                    return name
+    return None
 
 
 def _devices(argv: Sequence[str]) -> int:

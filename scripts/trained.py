@@ -126,7 +126,7 @@ def open_trained(
     with dataset.open(recipe, options, given) as task:
         network = task.find_trained(arch, trained.weights)
         classifier = task.build_classifier(network, trained.weights, choose_precision(precision, task.device))
-        yield Opened(trained, dataset, task, classifier, arch, data, _notes(trained, task))
+        yield Opened(trained, dataset, task, classifier, arch, data, print_notes(trained, task))
 
 
 def _with_classes(trained: "Trained", classes: tuple[str, ...], *, images: bool) -> "Trained":
@@ -161,7 +161,7 @@ def _settings(
     return dataset.recipe_type(arch=arch, **named), dataset.options_type(data=data, **options)
 
 
-def _notes(trained: "Trained", task: "Task[Any, Any]") -> list[str]:
+def print_notes(trained: "Trained", task: "Task[Any, Any]") -> list[str]:
     """Prints, and returns, what a person should know of a run before its figures are used."""
     notes = [trained.unfinished] if trained.unfinished else []
     digest = (trained.config.get("facts") or {}).get("data_digest")

@@ -5,12 +5,14 @@ transparent pixels is not part of the picture. 16 bits are scaled to 8, floats a
 orientation is ignored, as torchvision's ImageFolder ignores it.
 """
 
+import errno
 import io
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from distill.errors import BrokenImage, too_many_files
 
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 DIM = 4096  # the largest value of 12 bits is below: in a file of 16 that is nearly black
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+PAUSES = (0.1, 1.0)  # seconds before a read is tried again
 FIRST = 1000  # training files of which it is said how many EXIF would turn
 
 
@@ -35,16 +39,28 @@ def open_image(file: str, largest: int) -> Iterator[tuple[Image.Image, bytes]]:
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # reading a FIFO would wait for ever
             raise ValueError("not a regular file")
-        content = Path(file).read_bytes()
+        content = _read(file)
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > largest:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {largest:,}")
             yield image, content
     except Exception as error:  # decoders raise nearly anything on damaged input
-        if too_many_files(error):  # nothing is wrong with this one
+        if too_many_files(error) or isinstance(error, MemoryError):  # nothing is wrong with this one
             raise
         reason = re.sub(r":? ?(<_io\.BytesIO object[^>]*>|'[^']*/[^']*')$", "", " ".join(str(error).split()))
         raise BrokenImage({file: f"{type(error).__name__}: {reason[:120]}"}) from None
+
+
+def _read(file: str) -> bytes:
+    """Returns the content of a file; where a disk of the network fails for a moment it is asked again."""
+    for pause in PAUSES:
+        try:
+            return Path(file).read_bytes()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return Path(file).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -68,6 +84,15 @@ def is_turned(image: Image.Image) -> bool:
         return image.getexif().get(ORIENTATION) in range(2, 9)
     except Exception:  # damaged metadata do no harm to pixels
         return False
+
+
+def count_turned(files: Sequence[str]) -> int:
+    """Returns how many of the files EXIF would turn, as far as Pillow reads them."""
+    turned = 0
+    for file in files:
+        with suppress(Exception), Image.open(file) as image:  # which errors there are is told where pixels are read
+            turned += is_turned(image)
+    return turned
 
 
 def is_dim(image: Image.Image) -> bool:

@@ -127,6 +127,8 @@ def write_onnx(source: Source, path: Path) -> None:
         program = trace(source)
         try:
             onnx_file.write(program, path)
+        except OSError:  # of the file, not of the network
+            raise
         except Exception as error:
             raise not_exported(source, error) from None
     onnx_file.describe(path, source.description)

@@ -35,7 +35,8 @@ class Description:
     accuracy: percent of `accuracy_images` test images, in float32; accuracy_int8: of all of them after quantisation.
     resized: pixels of the short side before the centre of `size` pixels is cut out; `size` itself where a whole image
     is resized to a square. first_resized: pixels of the square that a whole image is resized to before that, bicubic;
-    None where it is not. commit: of the run where that is known, else of what wrote the file.
+    None where it is not; what comes of it is resized to `size` in floats, and limited to 0 to 255, not rounded. input:
+    what the network takes. commit: of the run where that is known, else of what wrote the file.
     """
 
     arch: str
@@ -51,6 +52,7 @@ class Description:
     commit: str | None
     accuracy_int8: float | None = None
     first_resized: int | None = None
+    input: str = "RGB, float32 in [0, 1], (N, 3, size, size); mean and std are applied inside"
 
     def texts(self) -> dict[str, str]:
         """Returns the fields as text: numbers and names as they are, lists as JSON."""

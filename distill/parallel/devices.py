@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel
 
 from distill.config.environment import Ranks, announced, cores, find_ranks, not_met
 from distill.errors import UserError
-from distill.parallel.processes import local_rank, rank, world_size
+from distill.parallel.processes import local_rank, patient_group, rank, world_size
 
 
 def start(name: str, *, deterministic: bool = False) -> torch.device:
@@ -58,6 +58,7 @@ def _join(ranks: Ranks, device: torch.device) -> None:
     try:
         with announced(others):
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            patient_group()
     except (dist.DistError, ValueError) as error:  # ValueError: of a port that is out of range
         raise not_met(others, os.environ["MASTER_PORT"], error) from None
     if ranks.rank:

@@ -8,7 +8,7 @@ With one process everything here does nothing.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -87,6 +87,15 @@ def on_main(work: Callable[P, Result]) -> Callable[P, Result]:
     return call
 
 
+@cache
+def patient_group() -> dist.ProcessGroup:
+    """Returns the group in which processes wait for what one of them does, longer than a step of training may take.
+
+    It is made as soon as all have met: to make it later would itself wait for a process that has ended since.
+    """
+    return dist.new_group(timeout=timedelta(days=1), backend="gloo")  # type: ignore[return-value]
+
+
 @contextmanager
 def first_here() -> Iterator[None]:
     """The first process of each machine enters alone, the others when it is done and has filled the caches.
@@ -96,8 +105,7 @@ def first_here() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    # what the first one does may take longer than a collective of training should
-    patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")
+    patient = patient_group()
     done = bool(local_rank())
     try:
         if not done:

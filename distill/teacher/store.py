@@ -10,6 +10,7 @@ views are computed again.
 import json
 import re
 import shutil
+import sys
 import time
 import uuid
 from contextlib import suppress
@@ -136,7 +137,8 @@ class LogitStore:
             checkpoint.save(self.path / f"{view_index:05d}-{len(indices)}-{uuid.uuid4().hex[:16]}.pt", segment)
         except (CheckpointError, OSError) as error:
             self.writes = False
-            print(f"warning: {error}; the teacher's logits are not stored from here on")
+            warning = f"warning: {error}; the teacher's logits are not stored from here on"
+            print(warning, file=sys.stderr)  # of every process: each has its own disk to fail
 
     def tidy(self) -> int:
         """Returns the bytes of all segments; removes what processes that were killed inside a save left behind."""

@@ -146,6 +146,12 @@ def test_what_the_environment_asks_for(environment: dict[str, str], expected: to
     assert torchrun.read(environment) == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_the_interface_that_leads_to_an_address() -> None:
+    assert torchrun._interface("127.0.0.1", 29500) == "lo"
+    assert torchrun._interface("no.such.host.invalid", 29500) is None
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

@@ -1,5 +1,6 @@
 """Image files of every mode become RGB by one rule, for small images and photos; or are refused with the reason."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from cifar10 import folder
+from distill.data import pixels
 from distill.data.pixels import is_dim, is_turned, open_image, say_dim, say_turned
 from distill.errors import BrokenImage
 from imagenet.decoding import Box, examine, read_box, read_centre
@@ -194,6 +196,30 @@ def test_a_small_folder_says_what_is_odd(tmp_path: Path) -> None:
     assert "note: 2 of the first 5 training files carry an EXIF orientation, which is ignored" in found
     assert found.count("train/dog/c.png: 16 bits, but no value from 4096 on") == 1
     assert "tensor([255, 255, 255]" in found
+
+
+def test_a_disk_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.png"
+    Image.fromarray(GREY).save(file)
+    content, errors = file.read_bytes(), [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "no answer")]
+    slept: list[float] = []
+    monkeypatch.setattr(pixels.time, "sleep", slept.append)
+
+    def read(_: Path) -> bytes:
+        if errors:
+            raise errors.pop()
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with open_image(str(file), 10**6) as (image, _):
+        assert image.size == (32, 32)
+    assert slept == [0.1, 1.0]
+    errors += [OSError(errno.EIO, "no answer")] * 3
+    with pytest.raises(BrokenImage, match="no answer"), open_image(str(file), 10**6):
+        pass
+    errors[:] = [MemoryError()]  # type: ignore[list-item]
+    with pytest.raises(MemoryError), open_image(str(file), 10**6):
+        pass
 
 
 def test_a_pipe_named_like_an_image_is_not_waited_for(tmp_path: Path) -> None:

@@ -94,7 +94,13 @@ def test_files_for_torch(run: Path, tmp_path: Path, ending: str) -> None:
     state = formats.weights.load(file).state
     assert checkpoint.digest(dict(state)) == checkpoint.digest({key: average(run)[key] for key in state})
     if ending == ".safetensors":
-        assert json.loads((tmp_path / "student.json").read_text())["classes"][2] == "bird"
+        description = json.loads((tmp_path / "student.json").read_text())
+        assert description["classes"][2] == "bird"
+        assert "less mean, divided by std" in description["input"]
+        (tmp_path / "other.json").write_text('{"mine": 1}')
+        with pytest.raises(UserError, match=r"other\.json is not the description of such a file"):
+            export.main([str(run), "--to", str(tmp_path / "other.safetensors")])
+        assert (tmp_path / "other.json").read_text() == '{"mine": 1}'
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import distill.teacher.teacher
 from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
 from distill.training.stop import Stopped
-from imagenet import survey, train_ce, train_kd
+from imagenet import survey, train_ce, train_kd, val_map
 from imagenet.augment import PhotoViews
 from imagenet.data import load_data
 from imagenet.loader import Job, Workers
@@ -267,12 +267,18 @@ def test_a_flat_val_is_read_with_the_usual_files(kind: str, own: Path, flat: dic
     assert again.val_labels.tolist() == found.val_labels.tolist()
 
 
+def test_files_of_one_stem_have_their_own_classes(tmp_path: Path) -> None:
+    (tmp_path / "val_map.txt").write_text("a.jpg n1\na.png n0\nb.jpeg n1\n")
+    assert val_map.classes_of(tmp_path, ["val/a.png", "val/a.jpg", "val/b.jpg"], ["n0", "n1"]) == ["n0", "n1", "n1"]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, r"val has photos but no class folders: sort them into val/CLASS/, or put val_map\.txt beside it"),
         ({"val_map.txt": "x.JPEG 0\n"}, r"val_map\.txt does not name .*ILSVRC2012_val_00000001\.JPEG, nor 7 others"),
         ({"val_map.txt": "x.JPEG\n"}, r"'x\.JPEG' is no line FILE CLASS"),
+        ({"val_map.txt": "x.JPEG n0\nx.JPEG n1\n"}, r"val_map\.txt gives x\.JPEG two classes, n0 and n1"),
         ({"ILSVRC2012_validation_ground_truth.txt": "1\n"}, "has 1 lines for the 8 photos"),
         ({"ILSVRC2012_validation_ground_truth.txt": "1\n" * 8}, r"put its map_clsloc\.txt beside it"),
         ({"ILSVRC2012_validation_ground_truth.txt": "9\n" * 8, "map_clsloc.txt": KIT}, "does not name number 9"),

@@ -1,5 +1,6 @@
 """Names decide which output stands for which class: of teachers, of --init, of what is evaluated."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,11 @@ def photo_order(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> list
 
 def test_published_weights_of_photos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """WNIDs need no word; numbers are those of ImageNet's classes, however folders of them are sorted."""
-    assert photo_order(tuple(f"n{k:08d}" for k in range(1000)), monkeypatch) is None
+    synsets = tuple(f"n{k:08d}" for k in range(1000))
+    assert photo_order(synsets, monkeypatch) is None  # others than ImageNet's
+    assert "does not name its classes: taken to be in the data's order, n00000000, " in capsys.readouterr().out
+    monkeypatch.setattr(photo_models, "SYNSETS", hashlib.sha256(" ".join(synsets).encode()).hexdigest())
+    assert photo_order(synsets, monkeypatch) is None
     assert capsys.readouterr().out == ""
     assert photo_order(tuple(f"class {k:04d}" for k in range(1000)), monkeypatch) is None
     assert "does not name its classes: taken to be in the data's order, class 0000, " in capsys.readouterr().out

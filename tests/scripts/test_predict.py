@@ -243,7 +243,19 @@ def test_an_unfinished_run_is_allowed_and_labelled(
     said = capsys.readouterr().out
     assert "last.pt does not load: previous.pt is taken" in said
     assert f"note: {path} is not finished: 1 of 2 epochs" in said
+    evaluate.main([str(path)])
+    assert f"note: {path} is not finished: 1 of 2 epochs" in capsys.readouterr().out
     assert RunDirectory(path).has_begun()
+
+
+@pytest.mark.slow
+def test_images_that_exif_would_turn_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name, exif=exif if name == "b.jpg" else None)
+    predict.main([str(run), str(tmp_path)])
+    assert "note: 1 of 2 images carry an EXIF orientation, which is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from cifar10 import task, train_ce, train_kd
 from cifar10.models import CIFAR_INPUT
 from distill.config.recipe import Options, Recipe
 from distill.errors import UserError
+from distill.files import checkpoint
 from distill.models.classifier import Classifier
 from scripts import model_size, precompute, publish, sweep
 
@@ -90,7 +91,6 @@ def test_stores_are_listed_verified_and_removed(
 @pytest.mark.slow
 def test_verify_finds_a_wrong_answer(flags: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whole files with other numbers in them: only asking again can tell."""
-    from distill.files import checkpoint
 
     precompute.main([*flags, "--views", "1"])
     (path,) = (home / "stores").glob("*/0*.pt")
@@ -239,6 +239,10 @@ def test_published_weights(
     file = tmp_path / "published" / "densenet_cifar-ce.pt"
     assert hashlib.sha256(file.read_bytes()).hexdigest() in text
     saved = torch.load(file, weights_only=True)
+    checkpoint.save(file, {**checkpoint.load(file), "data_content": "of other images"})
+    with pytest.raises(UserError, match="was trained on other images; --replace takes this one instead"):
+        publish.main([str(run), *data])
+    publish.main([str(run), *data, "--replace"])
     average = torch.load(run / "last.pt", weights_only=True)["average"]
     assert all(torch.equal(saved["student"][key], average[key].half()) for key in average if "num" not in key)
     capsys.readouterr()
