@@ -149,6 +149,7 @@ def test_the_batch_job_saves_and_is_queued_again(job: Path, small_npz: Path, tmp
         (commands / name).chmod(0o755)
     settings = {"PATH": f"{commands}:{os.environ['PATH']}", "OUTPUT": str(output), "PYTHON": sys.executable}
     settings |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[0-1]"}
+    settings["OMP_NUM_THREADS"] = "1"  # both machines are this one: with as many threads as cores they wait on another
     flags = ["--data", str(small_npz), "--arch", "densenet_cifar", "--batch-size", "8", "--device", "cpu"]
     flags += ["--teacher-arch", "densenet_cifar", "--teacher-checkpoint", teacher_file(tmp_path / "teacher.pth")]
     flags += ["--epochs", "2", "--save-minutes", "0", "--output", str(output)]

@@ -43,7 +43,7 @@ def test_precompute_ends_where_nothing_can_be_stored(
         patch.setattr("distill.teacher.store.checkpoint.write_atomically", Mock(side_effect=OSError(28, "full")))
         with pytest.raises(UserError, match="has what was stored before that"):
             precompute.main([*flags, "--views", "2"])
-    assert "warning: [Errno 28] full; the teacher's logits are not stored from here on" in capsys.readouterr().out
+    assert "warning: [Errno 28] full; the teacher's logits are not stored from here on" in capsys.readouterr().err
     assert precompute.main([*flags, "--views", "2"]) == 0
 
 

@@ -189,8 +189,7 @@ def test_a_full_disk_costs_the_store_not_the_run(
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)  # type: ignore[attr-defined]
     assert same(answers(answering(data, teacher, store)), expected)
-    said = capsys.readouterr().out
-    assert said.count("the teacher's logits are not stored from here on") == 1
+    assert capsys.readouterr().err.count("the teacher's logits are not stored from here on") == 1
     monkeypatch.undo()
     assert not segments(store)
 
