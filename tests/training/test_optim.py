@@ -20,7 +20,7 @@ from distill.models.classifier import Classifier
 from distill.parallel.devices import images_at_once
 from distill.training.evaluation import evaluate
 from distill.training.metrics import Tally
-from distill.training.objectives import CrossEntropy, Step, distillation
+from distill.training.objectives import CrossEntropy, Step, check_loss, distillation
 from distill.training.optim import WeightAverage, build_optimizer, learning_rate
 from distill.training.stop import Diverged, Stopped
 from tests.runs import CPU, RECIPE, small_network, taught, teaching, train
@@ -273,10 +273,10 @@ def test_distillation_is_the_weighted_sum() -> None:
 def test_dist_wants_two_images_in_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(teacher_arch="resnet18", method=DIST(), batch_size=4, warmup=0)
     monkeypatch.setattr("distill.training.objectives.world_size", lambda: 2)
-    assert distillation(recipe).parts == ("kd", "ce")
+    check_loss(recipe, labelled=True)
     monkeypatch.setattr("distill.training.objectives.world_size", lambda: 4)
     with pytest.raises(UserError, match="--batch-size 4 is too small for 4 of them"):
-        distillation(recipe)
+        check_loss(recipe, labelled=True)
 
 
 def test_cross_entropy_of_mixed_images() -> None:
