@@ -20,7 +20,7 @@ from distill.models.classifier import Classifier
 from distill.parallel.devices import images_at_once
 from distill.training.evaluation import evaluate
 from distill.training.metrics import Tally
-from distill.training.objectives import CrossEntropy, Step, check_loss, distillation
+from distill.training.objectives import CrossEntropy, Step, check_loss
 from distill.training.optim import WeightAverage, build_optimizer, learning_rate
 from distill.training.stop import Diverged, Stopped
 from tests.runs import CPU, RECIPE, small_network, taught, teaching, train
