@@ -4,7 +4,8 @@
 
 A file is checkpoints/published/ARCH-ce.pt or ARCH-kd.pt, with weights, recipe, data and commit; its accuracy is that of
 the very file. `--teacher-checkpoint published` takes the one of the teacher's architecture. A file of that name, if
-there is one, is replaced once the new one has been measured.
+there is one, is replaced once the new one has been measured; one of a network that was trained on other images only with
+--replace.
 """
 
 import hashlib
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{run} was trained on {name}, with other images than those of --data")
     path = PUBLISHED / f"{summary['arch']}-{summary['objective']}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not options.replace and checkpoint.load(path)["data_content"] != data.content:
+    if path.exists() and not options.replace and checkpoint.load(path).get("data_content") != data.content:
         raise UserError(f"{path} is of a network that was trained on other images; --replace takes this one instead")
     new = path.with_name(f"{path.name}.new")  # the former file stays where this one cannot be measured
     try:
