@@ -4,8 +4,8 @@
 
 A file is checkpoints/published/ARCH-ce.pt or ARCH-kd.pt, with weights, recipe, data and commit; its accuracy is that of
 the very file. `--teacher-checkpoint published` takes the one of the teacher's architecture. A file of that name, if
-there is one, is replaced once the new one has been measured; one of a network that was trained on other images only with
---replace.
+there is one, is replaced once the new one has been measured; one of a network that was trained on other images only
+with --replace.
 """
 
 import hashlib

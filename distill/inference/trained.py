@@ -89,6 +89,8 @@ def find_trained(named: str, which: str | None = None) -> Trained:
     path = Path(named)
     if not path.exists():
         raise UserError(f"{named} does not exist: name a run's directory or a file of weights")
+    if path.is_dir() and not is_run(path) and (path / checkpoint.LAST).is_file():  # copied without its config.json
+        path = path / checkpoint.LAST
     if path.is_dir():
         return _of_run(path, path / checkpoint.LAST, which, named)
     if is_run(path.resolve().parent):

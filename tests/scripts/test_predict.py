@@ -200,6 +200,9 @@ def test_what_a_run_knows(run: Path, folder: Path, tmp_path: Path, capsys: pytes
     assert found.started_with("data") == str(folder)
     assert [record["epoch"] for record in found.records] == [1, 2]
     assert find_trained(str(run / "last.pt")).weights.classes == load_data(str(folder)).classes
+    (tmp_path / "copy").mkdir()
+    shutil.copy(run / "last.pt", tmp_path / "copy")
+    assert find_trained(str(tmp_path / "copy")).weights.classes == load_data(str(folder)).classes
     average = find_trained(str(run)).weights.state
     raw = find_trained(str(run), "raw").weights.state
     assert any(not torch.equal(average[key], raw[key]) for key in raw)
