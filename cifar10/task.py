@@ -100,9 +100,7 @@ class SmallImages(Task[Recipe, Options]):
     def build(self, options: Options) -> tuple[Classifier, str | None]:
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""
         trained, _ = split_validation(len(self.data.train_images), self.recipe.val_split)
-        count = min(EXAMPLES, len(trained))
-        spread = torch.arange(count) * len(trained) // max(count, 1)  # they may come class by class
-        examples = self.data.train_images[torch.from_numpy(trained)[spread]]
+        examples = self.data.train_images[torch.from_numpy(trained)[evenly(len(trained), EXAMPLES)]]
         if options.init == "published":
             options = replace(options, init=str(published_file(self.recipe.arch, "--init")))
         return models.build_student(self.recipe, self.data.classes, options, self.device, examples)
@@ -240,10 +238,16 @@ def published_file(arch: str, flag: str) -> Path:
     raise UserError(f"{flag} published: there is none of {arch}, but of {', '.join(archs) or 'nothing'}")
 
 
+def evenly(total: int, count: int) -> Tensor:
+    """Returns `count` places among `total` images, spread evenly, since these may come class by class; at most all."""
+    count = min(count, total)
+    return torch.arange(count) * total // max(count, 1)
+
+
 def compare_normalisations(network: Classifier, test: TensorTestData, *flags: str) -> str:
     """Returns a line with the accuracies of `network` under the usual normalisations, and the `flags` for the best."""
-    step = -(-len(test.labels) // COMPARED)  # images may come class by class
-    some, given = TensorTestData(test.images[::step], test.labels[::step]), network.spec
+    places = evenly(len(test.labels), COMPARED).to(test.images.device)
+    some, given = TensorTestData(test.images[places], test.labels[places]), network.spec
     specs = {title: replace(given, mean=mean, std=std) for title, (mean, std) in NORMALISATIONS.items()}
     current = next((title for title, spec in specs.items() if spec == given), "the one that it has")
     accuracies = {}

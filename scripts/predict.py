@@ -84,7 +84,7 @@ def answer(opened: Opened, files: Sequence[str], options: Predict) -> tuple[list
     """Prints a line for each file; returns what was predicted, and file -> cause of those that cannot be read."""
     from tqdm import tqdm
 
-    from distill.data.pixels import count_turned
+    from distill.data.pixels import FIRST, count_turned, say_turned
     from distill.inference.predict import predict
 
     classifier, rows, broken = opened.classifier, list[dict[str, Any]](), dict[str, str]()
@@ -104,12 +104,8 @@ def answer(opened: Opened, files: Sequence[str], options: Predict) -> tuple[list
         rows.append({"file": file, "predictions": [{"class": name, "probability": value} for name, value in pairs]})
         print(f"{file}  {'  '.join(f'{name} {100 * value:.2f} %' for name, value in pairs)}")
     bar.close()
-    if turned := count_turned([row["file"] for row in rows]):
-        print(
-            f"note: {turned} of {len(rows)} images carry an EXIF orientation, which is ignored, as in training: "
-            "`mogrify -auto-orient FILES` (ImageMagick) turns them, for a network that has learned upright ones",
-            file=sys.stderr,
-        )
+    some = [row["file"] for row in rows[:FIRST]]
+    say_turned(count_turned(some), len(some), "images", sys.stderr)
     return rows, broken
 
 

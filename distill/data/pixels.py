@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 DIM = 4096  # the largest value of 12 bits is below: in a file of 16 that is nearly black
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 PAUSES = (0.1, 1.0)  # seconds before a read is tried again
-FIRST = 1000  # training files of which it is said how many EXIF would turn
+FIRST = 1000  # files of which it is said how many EXIF would turn
 
 
 @contextmanager
@@ -100,12 +100,13 @@ def is_dim(image: Image.Image) -> bool:
     return _scale(image) == 1 << 16 and int(np.asarray(image).max()) < DIM
 
 
-def say_turned(turned: int, looked_at: int) -> None:
-    """Prints how many of the first training files EXIF would turn, if any."""
+def say_turned(turned: int, looked_at: int, what: str = "training files", to: TextIO | None = None) -> None:
+    """Prints how many of the first files EXIF would turn, if any, to standard output or to `to`."""
     if turned:
         print(
-            f"note: {turned} of the first {looked_at} training files carry an EXIF orientation, which is ignored: "
-            "`mogrify -auto-orient FILES` (ImageMagick) turns them"
+            f"note: {turned} of the first {looked_at} {what} carry an EXIF orientation, which is ignored: "
+            "`mogrify -auto-orient FILES` (ImageMagick) turns them",
+            file=to,
         )
 
 

@@ -11,6 +11,10 @@ from distill.errors import UserError
 from distill.models.classifier import Classifier
 
 
+class OtherClasses(UserError):
+    """A file that names other classes than the data has."""
+
+
 @dataclass(frozen=True)
 class ClassNames:
     """The classes of the data, in its order, and how names of a file of weights are compared with them.
@@ -27,8 +31,8 @@ class ClassNames:
     def order_of(self, theirs: Sequence[str], source: str) -> list[int] | None:
         """Returns for each class of the data the number that it has in the file `source`, None where all are the same.
 
-        theirs: the names in the file, () where it has none. What is assumed or done is printed. Raises UserError where
-        the file names other classes.
+        theirs: the names in the file, () where it has none. What is assumed or done is printed. Raises OtherClasses
+        where the file names others.
         """
         if self.mode == "ignore" or tuple(theirs) == self.names:
             return None
@@ -49,20 +53,15 @@ class ClassNames:
             theirs = count
         return self._order(theirs, ours, source)
 
-    def are_others(self, theirs: Sequence[str]) -> bool:
-        """Whether `theirs`, the names in a file, are as many as the data's, but others."""
-        count = [str(number) for number in range(len(self.names))]
-        unnamed = _match(count, theirs, {}) is not None or _match(count, self.names, {}) is not None
-        same = unnamed or _match(theirs, self.names, self.aliases) is not None
-        return self.mode != "ignore" and len(theirs) == len(self.names) and not same
-
     def _order(self, theirs: Sequence[str], ours: Sequence[str], source: str) -> list[int] | None:
         order = _match(theirs, ours, self.aliases)
         if order is None:
             hint = f"trainCE.sh, or train.sh, with --init {source} trains it for these"
             if len(theirs) == len(ours):
                 hint += "; --class-order ignore takes them to be the same, number by number"
-            raise UserError(f"{source} knows the classes {shortened(theirs)}, the data has {shortened(ours)}: {hint}")
+            raise OtherClasses(
+                f"{source} knows the classes {shortened(theirs)}, the data has {shortened(ours)}: {hint}"
+            )
         if order == list(range(len(order))):
             return None
         print(

@@ -1,6 +1,7 @@
 """A network that a name stands for: how it is built, what it wants to see, where its published weights come from."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,17 +103,13 @@ def build_student(
 def _built(network: Network, num_classes: int, settings: dict[str, float | None]) -> nn.Module:
     """The network with those of `settings` that are given; one of 0 may be of something that it does not have."""
     given = {key: value for key, value in settings.items() if value is not None}
-    without = [{}, *({key} for key, value in given.items() if not value), {key for key, value in given.items()}]
-    for left_out in without:
-        kept = {key: value for key, value in given.items() if key not in left_out}
-        if any(given[key] for key in left_out):
-            break
-        try:
+    for left_out in (None, *(key for key, value in given.items() if not value)):
+        with suppress(TypeError):
+            kept = {key: value for key, value in given.items() if key != left_out}
             return network.build(num_classes=num_classes, **kept)
-        except TypeError:
-            if not kept:
-                raise
-    raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given")
+    if any(given.values()):
+        raise UserError(f"--dropout, --drop-connect: {network.arch} does not have what is given")
+    return network.build(num_classes=num_classes)
 
 
 def load_into(

@@ -11,7 +11,7 @@ from distill.errors import CheckpointError
 from distill.files import checkpoint
 from distill.files.reading import read
 from distill.files.stand_ins import Array
-from distill.models.class_order import ClassNames, last_layer, put_in_order, shortened
+from distill.models.class_order import ClassNames, OtherClasses, last_layer, put_in_order, shortened
 from distill.models.classifier import Classifier, InputSpec
 
 RAW = ("student", "net", "state_dict", "model_state_dict", "model", "module", "network", "weights", "params")
@@ -160,13 +160,16 @@ def give(
     network = classifier.network
     state = fitted(weights.state, network, weights.source)
     whole, new = with_own_head(network, state, weights.source) if new_head else (state, False)
-    if new_head and not new and classes.are_others(weights.classes):
+    try:
+        order = None if new else classes.order_of(weights.classes, weights.source)
+    except OtherClasses:
+        if not new_head:
+            raise
         own = {key: network.state_dict()[key] for key in last_layer(network, build, len(classes.names))}
-        whole, new = {**whole, **own}, True
+        whole, order = {**whole, **own}, None
         known, new_keys = f"{weights.source} knows the classes {shortened(weights.classes)}", ", ".join(own)
         kept = "--class-order ignore keeps them"
         print(f"note: {known}, the data has {shortened(classes.names)}: {new_keys} are new; {kept}")
-    order = None if new else classes.order_of(weights.classes, weights.source)
     checkpoint.apply_weights(network, whole, weights.source)
     if order:
         put_in_order(classifier, order, build, weights.source)

@@ -213,7 +213,7 @@ class Task(ABC, Generic[AnyRecipe, AnyOptions]):
         check_batch_norm(student, self.recipe.arch, self.recipe, self.options.device)
         check_machine(self.device, self.recipe, self.options.device)
         check_loss(self.recipe, getattr(self.data, "labelled", True))
-        Encoding(len(self.data.classes), self.recipe.top_k)
+        Encoding(len(self.data.classes), self.recipe.top_k)  # which knows how large K may be
         if self.options.resume:
             on_main(checkpoint.load)(Path(self.options.resume))
         if self.recipe.features:

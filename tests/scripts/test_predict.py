@@ -258,7 +258,7 @@ def test_images_that_exif_would_turn_are_told(run: Path, tmp_path: Path, capsys:
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (32, 32)).save(tmp_path / name, exif=exif if name == "b.jpg" else Image.Exif())
     predict.main([str(run), str(tmp_path)])
-    assert "note: 1 of 2 images carry an EXIF orientation, which is ignored" in capsys.readouterr().err
+    assert "note: 1 of the first 2 images carry an EXIF orientation, which is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.slow
