@@ -148,13 +148,18 @@ def unlucky(npz: str, directory: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    with processes.leaving():
+        devices.start("cpu")
+        cases(argv)
+
+
+def cases(argv: list[str]) -> None:
     if argv[0] == "broken":
         survey.FIRST, survey.look = 0, lambda *_: survey.Findings()
         end = argv.index("--")
         for output in argv[end + 1 :]:
             train_ce.main([*argv[1:end], "--output", output])
         return
-    devices.start("cpu")
     if argv[0] == "nan":
         unlucky(argv[1], Path(argv[2]))
         return

@@ -1,6 +1,7 @@
 """A network with the normalisation that it carries along."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.models.depthwise import SmallMaps
 from distill.options import channels
 
 
@@ -76,8 +78,12 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: uint8 (B, H, W, 3) -> logits float32 (B, C)."""
-        with torch.autocast(images.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-            logits: Tensor = self.network(self.normalise(images))
+        pixels = self.normalise(images)
+        here = images.device.type
+        lower = self.precision != torch.float32
+        plain = here != "cpu" or lower or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        with torch.autocast(here, dtype=self.precision, enabled=lower), nullcontext() if plain else SmallMaps():
+            logits: Tensor = self.network(pixels)
         return logits.float()
 
     def normalise(self, images: Tensor) -> Tensor:

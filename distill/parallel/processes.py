@@ -28,21 +28,26 @@ Result = TypeVar("Result")
 def leaving() -> Iterator[None]:
     """Leaves the other processes after good work, also if --steps has ended it; after an error the launcher ends them.
 
-    An interpreter that ends while it is still connected may abort, code 134 (torch 2.15 and before).
+    An interpreter that ends while it is still connected may abort, code 134 (torch 2.15 and before). Who had met them
+    before goes on with them: to meet a second time at the same port may wait for ever, as a process may still find the
+    first store there.
     """
+    met_before = dist.is_initialized()
     try:
         yield
     except UserError as error:
-        if not error.exit_code:
+        if not error.exit_code and not met_before:
             _leave()
         raise
-    _leave()
+    if not met_before:
+        _leave()
 
 
 def _leave() -> None:
     if dist.is_initialized():
         any_of(False)  # rank 0 has the listening socket, and must not go first
         dist.destroy_process_group()
+        patient_group.cache_clear()
 
 
 def rank() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 
 from cifar10 import train_ce
 from cifar10.data import load_data, prepare
@@ -45,6 +46,17 @@ def test_who_has_done_good_work_leaves_the_others(
     except Stopped:
         assert code is not None
     assert ended == expected
+
+
+def test_who_had_met_the_others_before_goes_on_with_them(tmp_path: Path) -> None:
+    """One script of several runs: to meet twice at one port may wait for ever."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with joined.leaving():
+            pass
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
 
 
 def processes(count: int, *words: object) -> "subprocess.CompletedProcess[str]":
