@@ -13,6 +13,7 @@ usual           today's usual switches: channels_last, bfloat16 autocast, the sa
 ce              our CE step
 empty_store     our KD step where no view is answered yet
 full_store      our KD step where all are
+ce_torch        with --only ce_torch: the same without models/depthwise.py
 ce_contiguous   with --contiguous: CE in float32, contiguous, as the original's
 kd_standardized, dkd, nkd, dist, overhaul, at, crd, ...
                 with --methods: our step by other methods, the store full where they want logits; each process takes
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -106,7 +107,7 @@ def chosen(options: Benchmark) -> tuple[str, ...]:
     if options.only is None:
         asked = ((options.contiguous, ("ce_contiguous",)), (options.peers, PEERS), (options.methods, METHODS))
         return (*ROWS, *(row for wanted, more in asked if wanted for row in more))
-    every = (*ROWS, "ce_contiguous", *PEERS, *METHODS)
+    every = (*ROWS, "ce_torch", "ce_contiguous", *PEERS, *METHODS)
     if options.contiguous or options.peers or options.methods:
         raise UserError("--only names all rows: leave out --contiguous, --peers and --methods")
     names = options.only.split(",")
@@ -163,7 +164,7 @@ def serve(pipe: Connection, row: str, options: Benchmark) -> None:
 
     from distill.parallel.devices import devices, start
 
-    is_ours = row in ("ce", "empty_store", "full_store", *METHODS)
+    is_ours = row in ("ce", "ce_torch", "empty_store", "full_store", *METHODS)
     device = start(options.device) if is_ours else devices(options.device)[0]
     torch.manual_seed(0)
     steps: Iterator[None]
@@ -208,6 +209,7 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     from cifar10.data import load_data, prepare
     from cifar10.models import MODELS, build_student, find
     from distill.data.datasets import TrainingData
+    from distill.models import classifier
     from distill.models.classifier import Classifier
     from distill.parallel.devices import choose_teacher_precision
     from distill.run.run import Run
@@ -235,8 +237,10 @@ def ours(options: Benchmark, row: str, device: Any) -> Iterator[None]:
     student, _ = build_student(recipe, images.classes, Options(), device)
     aim: Objective = CrossEntropy()
     cached: CachedTeacher | None = None
+    if row == "ce_torch":
+        setattr(classifier, "SmallMaps", nullcontext)  # noqa: B010 mypy knows it as no name of that module
     with tempfile.TemporaryDirectory() as name:
-        if row != "ce":
+        if row not in ("ce", "ce_torch"):
             network = find(MODELS.resolve(options.teacher_arch))
             built, precision = network.build(len(images.classes)), choose_teacher_precision("auto", device)
             teacher = Teacher(Classifier(built, network.spec, precision).to(device))
