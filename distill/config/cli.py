@@ -222,6 +222,8 @@ def parse(
     if settled.show_recipe:
         print(json.dumps({"recipe": name, **recipe.to_dict()}, indent=2))
         raise SystemExit(0)
+    if "finetune" in name and not (recipe.pretrained or settled.init or settled.resume):
+        raise UserError(f"--recipe {name} goes on from trained weights: give it --init FILE, as a run's best.pt")
     return recipe, settled
 
 

@@ -289,6 +289,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ) for value in values],
     ("kd", "--device cuda:99", "--device cuda:99"),
     ("kd", "--recipe best", "--recipe must be one of kd"),
+    ("kd", "--recipe cpu_student_finetune", "--recipe cpu_student_finetune_kd goes on from trained weights: give it"),
     ("kd", "--tempreature 3", "unknown argument --tempreature"),
     ("kd", "--teacher resnet18", "unknown argument --teacher; near it: --teacher-arch, --teacher-image-size"),
     ("kd", "--epoch 3", "near it: --epochs"),
