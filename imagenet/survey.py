@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
@@ -15,6 +16,9 @@ from distill.parallel.processes import first_here
 from distill.run.directory import CHECKPOINTS
 from distill.training.evaluation import raise_broken
 from imagenet.loader import PART, Findings, Workers
+
+SECTION = 20_000
+"""Photos that are remembered together: what was cut decodes no more of them again."""
 
 
 class Photos(Protocol):
@@ -42,20 +46,37 @@ def survey(training: Photos, tests: Mapping[str, Photos], workers: Workers) -> N
 
 def look(files: list[str], what: str, workers: Workers) -> Findings:
     """What is to be said of files; remembered as long as none of them changes."""
-    cache = CHECKPOINTS / "cache" / f"survey-{_stamp(files)}.pt"
-    if cache.exists():
-        try:
-            cached = checkpoint.load(cache)
-            again = sum(workers.examine(list(cached["broken"]), "torchvision"), Findings())  # a disk may have recovered
-            return Findings({}, cached["turned"], cached["dim"]) + again
-        except CheckpointError as error:
-            print(f"{error}; looking at all photos again")
-    start = time.perf_counter()
-    parts = tqdm(workers.examine(files, "torchvision"), f"decoding {what}", -(-len(files) // PART), disable=None)
-    findings = sum(parts, Findings())
-    print(f"{len(files)} {what} decoded once, in {time.perf_counter() - start:.1f} s")
-    checkpoint.save_cache(cache, {"broken": findings.broken, "turned": findings.turned, "dim": findings.dim})
-    return findings
+    sections = [files[begin : begin + SECTION] for begin in range(0, len(files), SECTION)]
+    caches = [CHECKPOINTS / "cache" / f"survey-{_stamp(section)}.pt" for section in sections]
+    found = {cache: _remembered(cache, workers) for cache in caches}
+    new = {cache: section for cache, section in zip(caches, sections, strict=True) if found[cache] is None}
+    if new:
+        start, count = time.perf_counter(), sum(map(len, new.values()))
+        parts = sum(-(-len(section) // PART) for section in new.values())
+        with tqdm(desc=f"decoding {what}", total=parts, disable=None) as bar:
+            for cache, section in new.items():
+                findings = Findings()
+                for part in workers.examine(section, "torchvision"):
+                    findings += part
+                    bar.update()
+                known = {"broken": findings.broken, "turned": findings.turned, "dim": findings.dim}
+                checkpoint.save_cache(cache, known)
+                found[cache] = findings
+        print(f"{count} {what} decoded once, in {time.perf_counter() - start:.1f} s")
+    return sum(filter(None, found.values()), Findings())
+
+
+def _remembered(cache: Path, workers: Workers) -> Findings | None:
+    """Returns what `cache` says; the files that were broken are looked at again, as a disk may have recovered."""
+    if not cache.exists():
+        return None
+    try:
+        cached = checkpoint.load(cache)
+    except CheckpointError as error:
+        print(f"{error}; looking at its photos again")
+        return None
+    again = sum(workers.examine(list(cached["broken"]), "torchvision"), Findings())
+    return Findings({}, cached["turned"], cached["dim"]) + again
 
 
 def without_broken(listed: dict[str, Labelled], workers: Workers) -> dict[str, Labelled]:

@@ -18,7 +18,7 @@ from distill.training.stop import Stopped
 from imagenet import survey, train_ce, train_kd, val_map
 from imagenet.augment import PhotoViews
 from imagenet.data import load_data
-from imagenet.loader import Job, Workers
+from imagenet.loader import Findings, Job, Workers
 from imagenet.models import find
 from tests.parallel.test_processes import processes
 
@@ -93,6 +93,29 @@ def test_what_was_broken_is_looked_at_again(own: Path, monkeypatch: pytest.Monke
         patch.setattr(Path, "read_bytes", fails)
         assert list(survey.look(files, "photos", Workers(0)).broken) == [str(own / "val" / "n1" / "25.JPEG")]
     assert not survey.look(files, "photos", Workers(0)).broken
+
+
+def test_a_survey_that_is_cut_goes_on(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(file) for file in sorted((own / "train").rglob("*.*"))]
+    broken(Path(files[3]))
+    monkeypatch.setattr(survey, "SECTION", 10)
+    examine, seen = Workers.examine, []
+
+    def cut(workers: Workers, names: list[str], decoder: str) -> Iterator[Findings]:
+        seen.append(len(names))
+        if names == files[20:]:
+            raise KeyboardInterrupt
+        return examine(workers, names, decoder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workers, "examine", cut)
+        with pytest.raises(KeyboardInterrupt):
+            survey.look(files, "photos", Workers(0))
+    assert seen == [10, 10, len(files) - 20]
+    assert list(survey.look(files, "photos", Workers(0)).broken) == [files[3]]
+    assert f"{len(files) - 20} photos decoded once" in capsys.readouterr().out
 
 
 @pytest.mark.slow
