@@ -10,18 +10,17 @@ Prints: accuracy 92.34 %  top-5 99.71 %  loss 0.2512  images 10000  images/s 412
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.config import cli  # noqa: E402
-from distill.config.recipe import Options, Recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.options import option  # noqa: E402
-from scripts.dataset import DATASETS, Dataset  # noqa: E402
-from scripts.trained import InputFlags, dataset_of, print_notes  # noqa: E402
+from scripts.dataset import DATASETS  # noqa: E402
+from scripts.trained import InputFlags, dataset_of, print_notes, settings  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,12 +102,12 @@ def main(argv: Sequence[str]) -> None:
     if not arch:
         of_file = f": {options.checkpoint} does not say what network it is of" if given else ""
         raise UserError(f"--arch is needed{of_file}")
+    decoder, data, skips = options.decoder, options.data, options.skip_bad_images
     if trained:  # files are read as the run read them
-        skips = options.skip_bad_images or trained.last_start.get("skip_bad_images", False)
-        decoder, data = options.decoder or trained.recipe.get("decoder"), options.data or trained.started_with("data")
-        options = replace(options, skip_bad_images=skips, decoder=decoder, data=data)
-    options = replace(options, decoder=options.decoder or "torchvision")
-    with dataset.open(*settings(dataset, options, arch)) as task:
+        decoder, data = decoder or trained.recipe.get("decoder"), data or trained.started_with("data")
+        skips = skips or trained.last_start.get("skip_bad_images", False)
+    recipe, usual = settings(dataset, options, arch, data=data, decoder=decoder or "torchvision", skip_bad_images=skips)
+    with dataset.open(recipe, usual) as task:
         if trained:
             print_notes(trained, task)
         found = task.find_trained(arch, given)
@@ -157,14 +156,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2f} %"
         mistaken = f"  mostly taken for {row['taken_for']} ({row['mistaken']:.2f} %)" if row["taken_for"] else ""
         print(f"{row['class']:{width}}  {accuracy:>8}  of {row['images']} images{mistaken}")
-
-
-def settings(dataset: Dataset, options: Evaluate, arch: str) -> tuple[Recipe, Options]:
-    """Returns recipe and options of a run whose student is the network that is evaluated."""
-    names = ["mean", "std", "weights", "image_size"] + ["decoder"] * hasattr(dataset.recipe_type, "decoder")
-    recipe = dataset.recipe_type(arch=arch, **{name: getattr(options, name) for name in names})
-    names = ["data", "workers", "skip_bad_images", "class_order", "device"]
-    return recipe, dataset.options_type(**{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":

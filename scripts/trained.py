@@ -121,7 +121,9 @@ def open_trained(
         raise UserError(f"--data is needed: {named} does not say where its images are")
     if not images and not classes and not flags.data:
         raise UserError(f"--classes or --data is needed: {named} does not name what its outputs stand for")
-    recipe, options = _settings(dataset, flags, arch, trained, data)
+    # files are read as its own run read them
+    decoder, skips = trained.recipe.get("decoder"), trained.last_start.get("skip_bad_images", False)
+    recipe, options = settings(dataset, flags, arch, data=data, decoder=decoder, skip_bad_images=skips)
     given = None if images or not classes else Named(classes)
     with dataset.open(recipe, options, given) as task:
         network = task.find_trained(arch, trained.weights)
@@ -149,16 +151,16 @@ def dataset_of(recipe: Any) -> str:
     return "imagenet" if "decoder" in recipe else "cifar10"
 
 
-def _settings(
-    dataset: Dataset, flags: NetworkFlags, arch: str, trained: "Trained", data: str | None
+def settings(
+    dataset: Dataset, flags: InputFlags, arch: str, *, data: str | None, decoder: str | None, skip_bad_images: bool
 ) -> tuple[Any, Any]:
-    """Returns recipe and options of a run whose student is the network; files are read as its own run read them."""
+    """Returns recipe and options of a run whose student is the network. decoder: of photos; else it is not used."""
     named = {name: getattr(flags, name) for name in ("mean", "std", "weights", "image_size")}
-    if hasattr(dataset.recipe_type, "decoder") and "decoder" in trained.recipe:
-        named["decoder"] = trained.recipe["decoder"]
+    if decoder and hasattr(dataset.recipe_type, "decoder"):
+        named["decoder"] = decoder
     options = {name: getattr(flags, name) for name in ("workers", "class_order", "device")}
-    options["skip_bad_images"] = trained.last_start.get("skip_bad_images", False)
-    return dataset.recipe_type(arch=arch, **named), dataset.options_type(data=data, **options)
+    options |= {"data": data, "skip_bad_images": skip_bad_images}
+    return dataset.recipe_type(arch=arch, **named), dataset.options_type(**options)
 
 
 def print_notes(trained: "Trained", task: "Task[Any, Any]") -> list[str]:
