@@ -52,7 +52,9 @@ def rewrite(network: nn.Module, dtype: torch.dtype, example: Tensor) -> Rewritte
         try:
             changed = way(copy.deepcopy(best))
             logits = changed(images)
-        except Exception:  # torch.fx raises nearly anything; operators may be absent in another torch
+            if dtype != torch.float32:
+                copy.deepcopy(changed).to(dtype)(images.to(dtype))
+        except Exception:  # torch.fx raises nearly anything; another torch or processor may lack operators
             break
         if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():
             break

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,21 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "float32" and device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
+    if name == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+        _say_slow()
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Returns whether oneDNN has bfloat16 on this CPU, emulated or not; elsewhere torch computes it far slower."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(supported and supported())
+
+
+@cache
+def _say_slow() -> None:
+    print("note: on this processor bfloat16 takes several times as long as float32")
 
 
 def choose_teacher_precision(name: str, device: torch.device) -> torch.dtype:

@@ -48,6 +48,14 @@ def test_who_has_done_good_work_leaves_the_others(
     assert ended == expected
 
 
+def test_slow_bfloat16_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: False)
+    devices._say_slow.cache_clear()
+    for name in ("float32", "auto", "bfloat16", "bfloat16"):
+        devices.choose_precision(name, CPU)
+    assert capsys.readouterr().out.count("on this processor bfloat16 takes several times as long") == 1
+
+
 def test_who_had_met_the_others_before_goes_on_with_them(tmp_path: Path) -> None:
     """One script of several runs: to meet twice at one port may wait for ever."""
     dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
