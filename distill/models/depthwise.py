@@ -23,8 +23,9 @@ class SmallMaps(TorchFunctionMode):
     ) -> Any:
         if func is torch.conv2d and not kwargs and len(args) == 7:
             x, weight, bias, stride, padding, dilation, groups = args
-            depthwise = groups == x.shape[1] == len(weight) and tuple(dilation) == (1, 1)
-            if depthwise and bias is None and not isinstance(padding, str) and weight.requires_grad:
+            pairs = isinstance(stride, tuple) and isinstance(padding, tuple)  # as modules have them
+            depthwise = groups == x.shape[1] == len(weight) and dilation == (1, 1)
+            if depthwise and pairs and bias is None and weight.requires_grad:
                 sides = [
                     (side + 2 * p - k) // s + 1 < k
                     for side, p, k, s in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True)

@@ -81,6 +81,20 @@ def test_other_convolutions_are_torchs_own(size: int, words: dict[str, Any], tak
     assert all(map(torch.equal, found, expected))
 
 
+def test_numbers_in_place_of_pairs_are_torchs_own(taken: list[torch.Size]) -> None:
+    weight = nn.Parameter(torch.randn(8, 1, 5, 5))
+    with SmallMaps():
+        for given in (
+            (1, 2, 1),
+            ((1, 1), 2, (1, 1)),
+            (1, (2, 2), (1, 1)),
+            ((1, 1), (2, 2), 1),
+            ([1, 1], [2, 2], [1, 1]),
+        ):
+            torch.conv2d(torch.randn(2, 8, 2, 2), weight, None, *given, 8).sum().backward()
+    assert not taken
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_network_takes_them_in_training(precision: torch.dtype, taken: list[torch.Size]) -> None:
     """EfficientNet-B0 at 16 pixels; in float64 its gradients are those that torch has."""
