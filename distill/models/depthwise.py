@@ -51,25 +51,26 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             words = (None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), len(weight), (True, False, False))
             of_x = torch.ops.aten.convolution_backward(gradient, x, weight, *words)[0]
-        return of_x, weight_gradient(x, gradient, weight.shape, ctx.stride, ctx.padding), None, None
+        return of_x, weight_gradient(x, gradient, weight, ctx.stride, ctx.padding), None, None
 
 
 def weight_gradient(
-    x: Tensor, gradient: Tensor, shape: torch.Size, stride: tuple[int, int], padding: tuple[int, int]
+    x: Tensor, gradient: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:
-    """Returns the gradient of weights of `shape` (C, 1, K, L); x: (B, C, H, W); gradient: of the output (B, C, M, N).
+    """Returns the gradient of `weight` (C, 1, K, L); x: (B, C, H, W); gradient: of the output (B, C, M, N).
 
     The products of each pixel of x with each one of the output, summed over the images, are a small matrix a channel.
     Each weight has the sum of those whose pixels it connects.
     """
-    channels = shape[0]
+    channels = len(weight)
     # contiguous: bmm multiplies others one after the other
     pixels = x.permute(1, 0, 2, 3).reshape(channels, len(x), -1).contiguous()  # (C, B, H W)
     outputs = gradient.permute(1, 0, 2, 3).reshape(channels, len(x), -1).contiguous()  # (C, B, M N)
     products = torch.bmm(pixels.transpose(1, 2), outputs).reshape(channels, -1)
     rows, columns = (
         (torch.arange(side)[:, None, None] == torch.arange(out)[:, None] * s + torch.arange(k) - p).to(x.dtype)
-        for side, out, k, s, p in zip(x.shape[2:], gradient.shape[2:], shape[2:], stride, padding, strict=True)
+        for side, out, k, s, p in zip(x.shape[2:], gradient.shape[2:], weight.shape[2:], stride, padding, strict=True)
     )  # 1 where pixel and output meet in that row or column of the kernel: (H, M, K) and (W, N, L)
     pairs = torch.einsum("hmk,wnl->hwmnkl", rows, columns).reshape(products.shape[1], -1)
-    return (products @ pairs).reshape(shape)
+    # strides as the weight's, which DistributedDataParallel wants
+    return torch.empty_like(weight).copy_((products @ pairs).view(weight.shape))

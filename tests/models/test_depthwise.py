@@ -18,9 +18,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     shapes: list[torch.Size] = []
     own = depthwise.weight_gradient
 
-    def note(x: Tensor, gradient: Tensor, shape: torch.Size, *rest: Any) -> Tensor:
-        shapes.append(shape)
-        return own(x, gradient, shape, *rest)
+    def note(x: Tensor, gradient: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        shapes.append(weight.shape)
+        found = own(x, gradient, weight, *rest)
+        assert found.stride() == weight.stride()  # or DistributedDataParallel warns, and copies
+        return found
 
     monkeypatch.setattr(depthwise, "weight_gradient", note)
     return shapes
@@ -50,7 +52,7 @@ def test_gradients_are_those_of_torch(
 ) -> None:
     torch.manual_seed(1)
     x = torch.randn(6, 8, *size, dtype=torch.float64).to(memory_format=layout)
-    convolution = nn.Conv2d(8, 8, kernel, stride, padding, groups=8, bias=False).double()
+    convolution = nn.Conv2d(8, 8, kernel, stride, padding, groups=8, bias=False).double().to(memory_format=layout)
     expected = gradients(convolution, x)
     assert not taken
     with SmallMaps():
