@@ -24,6 +24,7 @@ from distill.run.directory import CHECKPOINTS
 
 SIZE = 32
 PART = 256  # images that are decoded ahead of those that a network sees
+AT_ONCE = 4096  # files given to the threads together: each is a task, of 2 kB
 LARGEST = 30_000_000  # pixels of one image file; more is a mistake or a decompression bomb
 
 Pixels = NDArray[np.uint8]
@@ -128,7 +129,8 @@ def _decode(files: Labelled, name: str, workers: int) -> Split:
         ThreadPoolExecutor(max(1, workers)) as pool,
     ):  # Pillow decodes without holding the interpreter's lock
         warnings.simplefilter("ignore")  # of large images, which are refused, and of odd metadata
-        decoded = pool.map(_decode_file, (file for file, _ in files), chunksize=64)
+        parts = (files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE))
+        decoded = (found for part in parts for found in pool.map(_decode_file, [file for file, _ in part]))
         for i, found in enumerate(tqdm(decoded, f"decoding {name}", len(files), disable=None)):
             if isinstance(found, BrokenImage):
                 good[i] = False
@@ -138,7 +140,8 @@ def _decode(files: Labelled, name: str, workers: int) -> Split:
             split.resized += found.resized
             split.turned += found.turned and i < FIRST
             split.dim += [files[i][0]] if found.dim else []
-    split.images, split.labels = images[good], split.labels[good]
+    if not good.all():
+        split.images, split.labels = images[good], split.labels[good]
     return split
 
 

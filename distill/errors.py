@@ -38,9 +38,10 @@ def lost_process(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a MemoryError or RuntimeError says that memory ran out, on the host or on a device."""
+    """Whether a MemoryError, OSError or RuntimeError says that memory ran out, on the host or on a device."""
     words = ("out of memory", "allocate memory", "ALLOC_FAILED")  # of CUDA, of the CPU, of cuBLAS
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    told = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return told or any(word in str(error) for word in words)
 
 
 def too_many_files(error: BaseException) -> bool:

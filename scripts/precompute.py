@@ -107,7 +107,8 @@ def work(task: Any, options: Any) -> int:
     recipe = task.recipe
     training, _ = task.prepare(task.find(recipe.arch).spec)
     teacher, report = task.load_teacher(recipe, options)
-    view_count = training.plan.order.view_count or recipe.epochs
+    # as many as the run of these flags shows, or as --views says
+    view_count = recipe.views or min(recipe.epochs, training.plan.order.view_count or recipe.epochs)
     recipe, options = replace(recipe, epochs=view_count), replace(options, store=True)
     cached = cache_teachers(recipe, options, task.data, training, Ensemble(recipe.teacher_archs, (teacher,), report))
     assert cached

@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     theirs = config["recipe"].get("pretrained") and not config["starts"][0].get("init")
     started_from = "from ImageNet weights" if theirs else "finetuned"
     line = describe(path, summary, accuracy, started_from if config["facts"]["init_digest"] else "")
-    README.write_text(with_line(README.read_text(), line))
+    checkpoint.write_atomically(README, with_line(README.read_text(), line).encode())
     print(line)
 
 

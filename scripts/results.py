@@ -161,7 +161,7 @@ def record(table: str, runs: Sequence[Path]) -> bool:
             raise UserError(f"{path} is not what a run leaves ({error!r})") from None
         content = {**summary, **facts, "starts": starts, "last_epoch": last, "recipe": recipe.to_dict()}
         (tables.RECORDS / table).mkdir(parents=True, exist_ok=True)
-        (tables.RECORDS / table / f"{path.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        _write(tables.RECORDS / table / f"{path.name}.json", json.dumps(content, indent=1) + "\n")
         kept = True
     return kept
 
@@ -191,9 +191,16 @@ def write_pages(check: bool) -> bool:
         if check:
             print(f"{page}'s tables are not those of checkpoints/records/: python scripts/results.py writes them")
         else:
-            (ROOT / page).write_text(new)
+            _write(ROOT / page, new)
             print(f"{page}: its tables were written anew")
     return bool(stale)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that another job may read meanwhile."""
+    from distill.files.checkpoint import write_atomically  # loads torch
+
+    write_atomically(path, text.encode())
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill.errors import BrokenImage, too_many_files
+from distill.errors import BrokenImage, out_of_memory, too_many_files
 
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 DIM = 4096  # the largest value of 12 bits is below: in a file of 16 that is nearly black
@@ -45,7 +45,7 @@ def open_image(file: str, largest: int) -> Iterator[tuple[Image.Image, bytes]]:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than {largest:,}")
             yield image, content
     except Exception as error:  # decoders raise nearly anything on damaged input
-        if too_many_files(error) or isinstance(error, MemoryError):  # nothing is wrong with this one
+        if too_many_files(error) or out_of_memory(error):  # nothing is wrong with this one
             raise
         reason = re.sub(r":? ?(<_io\.BytesIO object[^>]*>|'[^']*/[^']*')$", "", " ".join(str(error).split()))
         raise BrokenImage({file: f"{type(error).__name__}: {reason[:120]}"}) from None

@@ -22,7 +22,8 @@ from torch import Tensor
 from distill.errors import CannotReadError, CheckpointError, out_of_memory
 from distill.files import stand_ins as inert
 
-ENCODER = b"_codecs\nencode\n"
+EXPANDING = (b"_codecs\nencode\n", b"bytearray\n")  # what a pickle might fill the memory with
+FULL = "its pickle might fill the memory: it calls bytearray, or _codecs.encode for something else than bytes"
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files of torch.save from before 1.6 begin with
 NEVER = (  # modules of which no trainer keeps anything beside weights; commands is subprocess's name of before
     *("os", "posix", "nt", "sys", "subprocess", "commands", "importlib", "runpy", "pickle", "socket", "shutil"),
@@ -155,18 +156,19 @@ def _check_program(path: Path, archive: zipfile.ZipFile) -> None:
 def _check_pickles(path: Path, archive: zipfile.ZipFile) -> None:
     """A pickle of torch.save must not be one that fills the memory."""
     for name in archive.namelist():
-        if name.endswith(".pkl") and ENCODER in (pickled := archive.read(name)) and inert.expands(pickled):
-            raise CheckpointError(f"{path} refused: it calls _codecs.encode for something else than bytes")
+        pickled = archive.read(name) if name.endswith(".pkl") else b""
+        if any(call in pickled for call in EXPANDING) and inert.expands(pickled):
+            raise CheckpointError(f"{path} refused: {FULL}")
 
 
 def _check_old(path: Path) -> None:
     """The same for a file of before torch 1.6: a row of pickles, and the numbers of the tensors after them."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        last = content.rfind(ENCODER)
+        last = max(map(content.rfind, EXPANDING))
         try:
             while last >= 0 and file.tell() <= last:
                 if inert.expands(file):
-                    raise CheckpointError(f"{path} refused: it calls _codecs.encode for something else than bytes")
+                    raise CheckpointError(f"{path} refused: {FULL}")
         except ValueError as error:
             if isinstance(error, CheckpointError):
                 raise

@@ -98,10 +98,10 @@ ENCODE = "_codecs encode"  # torch calls it, for bytes
 
 
 def expands(pickled: bytes | IO[bytes]) -> bool:
-    """Whether a pickle calls _codecs.encode for anything but to spell out bytes, as Python does.
+    """Whether a pickle calls bytearray, or _codecs.encode for anything but to spell out bytes, as Python does.
 
-    Called on its own result, with `hex` for example, it doubles it each time: a short pickle would fill the memory.
-    Raises ValueError for what is no pickle.
+    A short pickle would fill the memory: bytearray takes a size, and _codecs.encode, called on its own result with
+    `hex` for example, doubles it each time. Raises ValueError for what is no pickle.
     """
     encoders: set[Any] = set()
     latin: set[Any] = set()  # memo numbers of the string `latin1`
@@ -115,6 +115,8 @@ def expands(pickled: bytes | IO[bytes]) -> bool:
         fetched = argument if opcode.name in ("BINGET", "LONG_BINGET") else None
         pushed = "latin1" if fetched in latin or argument == "latin1" else opcode.name
         if expected and expected.pop(0) not in (pushed, opcode.name):
+            return True
+        if opcode.name == "GLOBAL" and str(argument).endswith(" bytearray"):
             return True
         if fetched in encoders or (opcode.name == "GLOBAL" and argument == ENCODE):
             pushed, expected = "encoder", ["BINUNICODE", "latin1", "TUPLE2", "REDUCE"]

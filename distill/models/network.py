@@ -29,6 +29,7 @@ class Network:
     None, is the network's own. TypeError for a setting that it does not have.
     fetch(by_hand): its published weights. Raises UserError that ends with `by_hand` when they cannot be had.
     adapt: published or saved weights -> the same under the names that the network has today.
+    plain: the same at its own size, where it is for images of another one.
     """
 
     arch: str
@@ -36,21 +37,23 @@ class Network:
     build: Callable[..., nn.Module]
     fetch: Callable[[str], Mapping[str, Tensor]]
     adapt: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    plain: "Network | None" = None
 
     def at(self, size: int | None) -> "Network":
         """The same for images of another size, if one is given. Raises UserError when it is built, if it has none."""
         if not size or size == self.spec.size:
             return self
+        plain = self.plain or self
 
         def build(num_classes: int, **given: Any) -> nn.Module:
             try:
-                return self.build(num_classes=num_classes, image_size=size, **given)
+                return plain.build(num_classes=num_classes, image_size=size, **given)
             except (AssertionError, ValueError, RuntimeError) as error:
                 cause = " ".join(str(error).split())[:120]
                 raise UserError(f"{self.arch} cannot be built for images of {size} pixels: {cause}") from None
 
-        resized = round(self.spec.resized * size / self.spec.size)
-        return replace(self, spec=replace(self.spec, size=size, resized=resized), build=build)
+        resized = round(plain.spec.resized * size / plain.spec.size)
+        return replace(self, spec=replace(self.spec, size=size, resized=resized), build=build, plain=plain)
 
     def shown(self, loaded: Weights | None, mean: str | None = None, std: str | None = None) -> "Network":
         """The same with the normalisation that a file tells, or that is given."""
@@ -76,6 +79,8 @@ def build_student(
     """
     if raw_or_ema(recipe.weights) and not options.init:
         raise UserError("--weights raw and ema are of a file: give --init FILE")
+    if (named := torchvision_weights(recipe.weights)) and not recipe.pretrained and not options.init:
+        raise UserError(f"--weights {named} is which of the published weights to start from: give --pretrained as well")
     loaded = on_main(weights.load)(Path(options.init), raw_or_ema(recipe.weights)) if options.init else None
     if options.evaluate and loaded and loaded.spec and network.spec.resized and not recipe.image_size:
         network = network.at(loaded.spec.size)

@@ -238,7 +238,8 @@ def fits(
     if needed > limit_gb * 1e9:
         most = int(limit_gb * 1e9 // (2 * images * encoding.width))
         most -= most % 2 if even else 0
-        return False, f"{line}, more than --store-limit {limit_gb:g} GB; --views {most} fits" if most else line
+        fitting = f"; --views {most} fits" if most else ""
+        return False, f"{line}, more than --store-limit {limit_gb:g} GB{fitting}"
     if needed - present > free:
         return False, f"{line}, but {existing} has {size(free)} left"
     return True, line

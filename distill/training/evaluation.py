@@ -109,6 +109,7 @@ def to_evaluate(options: Settings, recipe: Recipe, data: Images) -> Settings:
     if not options.evaluate:
         return options
     if options.resume or options.init:
+        print(f"evaluating {options.resume or options.init}")
         return replace(options, init=options.resume or options.init)
     run = Run(find_directory(options, recipe, data.name, data.digest), recipe, options)
     run.check()

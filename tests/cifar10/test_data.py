@@ -187,6 +187,7 @@ def test_flipped_bits_in_a_compressed_npz(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- folders
 def test_folder_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_folder(tmp_path / "my pets ü", ("a cat", "dög"))
+    monkeypatch.setattr(folder, "AT_ONCE", 4)
     first = load_data(str(root))
     assert (first.name, first.classes) == ("my pets ü", ("a cat", "dög"))
     assert first.train_labels.tolist() == [0, 0, 0, 1, 1, 1]

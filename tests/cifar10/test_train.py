@@ -144,6 +144,9 @@ def test_evaluate_flag(small_npz: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"evaluating {tmp_path / 'run' / 'last.pt'}" in said
     with pytest.raises(UserError, match="holds another run: --lr was"):
         train_ce.train(replace(CE, lr=0.5), replace(options, evaluate=True))
+    file = str(tmp_path / "run" / "last.pt")
+    assert train_ce.train(CE, replace(options, evaluate=True, output=None, init=file)) is not None
+    assert f"evaluating {file}\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

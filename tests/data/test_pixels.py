@@ -217,9 +217,12 @@ def test_a_disk_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeypat
     errors += [OSError(errno.EIO, "no answer")] * 3
     with pytest.raises(BrokenImage, match="no answer"), open_image(str(file), 10**6):
         pass
-    errors[:] = [MemoryError()]  # type: ignore[list-item]
-    with pytest.raises(MemoryError), open_image(str(file), 10**6):
-        pass
+    lacking = (MemoryError(), OSError(errno.ENOMEM, "no"), RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    for error in lacking:
+        errors[:] = [error]  # type: ignore[list-item]
+        with pytest.raises(type(error)) as raised, open_image(str(file), 10**6):
+            pass
+        assert raised.value is error
 
 
 def test_a_pipe_named_like_an_image_is_not_waited_for(tmp_path: Path) -> None:

@@ -408,6 +408,13 @@ def test_names_and_settings() -> None:
     with pytest.raises(UserError, match="torchvision's weights of resnet50 are IMAGENET1K_V1, IMAGENET1K_V2, not V3"):
         models.find("resnet50", "V3")
     assert models.find("resnet50", "imagenet1k_v2").spec.resized == 232
+    with pytest.raises(UserError, match="--weights IMAGENET1K_V1 is which of the published weights to start from"):
+        models.build_student(replace(STANDARD, arch="resnet18", weights="IMAGENET1K_V1"), FIVE, Options(), CPU)
+    again = models.find("resnet18").at(64).at(160)
+    assert again.spec == models.find("resnet18").at(160).spec
+    assert again.build(num_classes=5)(torch.zeros(1, 3, 160, 160)).shape == (1, 5)
+    with pytest.raises(UserError, match=r"vit_b_16 cannot be built for images of 65 pixels: \D+$"):
+        models.find("vit_b_16").at(64).at(65).build(num_classes=5)
     student, digest = models.build_student(replace(STANDARD, arch="resnet18", image_size=64), FIVE, Options(), CPU)
     assert (student.spec.size, student.spec.resized, digest) == (64, 73, None)
     assert student(torch.zeros(2, 80, 80, 3, dtype=torch.uint8)).shape == (2, 5)

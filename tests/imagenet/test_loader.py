@@ -1,9 +1,14 @@
 """Loader processes on machines that lack something: open files, memory files, semaphores, a short TMPDIR."""
 
 import errno
+import multiprocessing
 import os
 import resource
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from multiprocessing import current_process, util
 from pathlib import Path
@@ -16,7 +21,7 @@ from cifar10.folder import _decode_file
 from imagenet import loader
 from imagenet.augment import PhotoViews
 from imagenet.decoding import read_centre
-from imagenet.loader import AT_MOST, Job, Workers
+from imagenet.loader import AT_MOST, Job, LoaderError, Workers
 
 POLICY = PhotoViews("crop", 8)
 
@@ -56,6 +61,55 @@ def test_the_soft_limit_is_raised_as_far_as_it_goes(limits: tuple[int, int], mon
     assert found == [(300 if limits[1] == 300 else 512, limits[1])]
     loader._allow_files(40)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("victim", range(3))
+@pytest.mark.parametrize("jobs", [0, 12], ids=["idle", "busy"])
+def test_a_worker_that_dies_takes_the_others_along(jobs: int, victim: int) -> None:
+    """Whichever it is: the others, whom SIGTERM does not end, are not waited for."""
+    start = time.monotonic()
+    with Workers(3) as workers:
+        for future in [workers._submitted(time.sleep, 0.2) for _ in range(3)]:
+            workers._result(future)
+        futures = [workers._submitted(time.sleep, 1) for _ in range(jobs)]
+        others = multiprocessing.active_children()
+        os.kill(list(workers._pool._processes)[victim], signal.SIGKILL)  # type: ignore[union-attr]
+        answers = map(workers._result, futures or iter(lambda: workers._submitted(time.sleep, 0.1), None))
+        with pytest.raises(LoaderError, match="a loader worker has died"):
+            list(answers)
+    assert not any(process.is_alive() for process in others)
+    assert time.monotonic() - start < 30
+
+
+STOPPED = """
+import time
+from imagenet.loader import Workers
+
+if __name__ == "__main__":
+    with Workers(1, minutes=4 / 60) as workers:
+        workers._result(workers._submitted(time.sleep, 0.01))
+        future = workers._submitted(time.sleep, 6.5)
+        print("waiting", flush=True)
+        workers._result(future)
+    print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    """For longer than a worker may take: nobody is late by that."""
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(loader.__file__).parent.parent)}
+    command = [sys.executable, str(tmp_path / "stopped.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.read() == "done\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("policy", [POLICY, PhotoViews("randaugment", 32)], ids=lambda policy: policy.policy)

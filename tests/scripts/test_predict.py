@@ -78,6 +78,11 @@ def test_photos_are_prepared_as_in_evaluation(photos: Path, tmp_path: Path) -> N
     summary = json.loads((path / "summary.json").read_text())
     predict.main([str(path), str(photos / "val"), "--workers", "0", "--json", str(tmp_path / "p.json")])
     assert right(tmp_path / "p.json", photos / "val") == summary["test_accuracy"]
+    other = ["--image-size", "96", "--workers", "0", "--json"]  # than it was trained for
+    predict.main([str(path), str(photos / "val"), *other, str(tmp_path / "p.json")])
+    evaluate.main([str(path), *other, str(tmp_path / "e.json")])
+    accuracy = json.loads((tmp_path / "e.json").read_text())["accuracy"]
+    assert right(tmp_path / "p.json", photos / "val") == accuracy
     (tmp_path / "0.jpg").write_bytes(b"nothing")
     with pytest.raises(UserError, match="1 of 9 images could not be read, 8 are answered"):
         predict.main([str(path), str(tmp_path / "0.jpg"), str(photos / "val"), "--json", str(tmp_path / "q.json")])

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("home")
 
 @pytest.mark.slow
 def test_precompute_fills_what_training_reads(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert precompute.main([*flags, "--views", "2"]) == 0
+    assert precompute.main([*flags, "--epochs", "2"]) == 0
     assert "80 views are in" in capsys.readouterr().out
-    assert precompute.main([*flags, "--views", "3"]) == 0
+    assert precompute.main([*flags, "--epochs", "1", "--views", "3"]) == 0
     said = capsys.readouterr().out
     assert "view 2 of 3: 0 computed by this call" in said
     assert "120 views are in" in said

@@ -247,6 +247,8 @@ def test_size_is_told_before_anything_is_allocated(tmp_path: Path) -> None:
     assert not fit
     assert "256 GB at most, more than --store-limit 50 GB; --views 19 fits" in line
     assert "--views 18 fits" in fits(100, 1_281_167, Encoding(1000), 50, tmp_path, even=True)[1]
+    line = "1 views of 14,197,122 images, 21841 logits: 620 GB at most, more than --store-limit 50 GB"
+    assert fits(1, 14_197_122, Encoding(21841), 50, tmp_path) == (False, line)
     assert not fits(1, 10**9, Encoding(10**6), 1e9, tmp_path)[0]  # more than the disk has
 
 
