@@ -25,6 +25,7 @@ from distill.config.environment import PLACE, announced, cores, not_met  # noqa:
 from distill.errors import UserError  # noqa: E402
 
 SIOCGIFADDR = 0x8915  # Linux: asks for the address of an interface
+ELSEWHERE = "198.51.100.1"  # an address of no machine (RFC 5737), to which the default route leads
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _interface(address: str, port: int) -> str | None:
-    """Returns the name of this machine's interface that leads to `address`; None where that cannot be told."""
+    """Returns the name of this machine's interface that leads to `address`, or away from it, if that is its own.
+
+    None where that cannot be told.
+    """
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))  # sends nothing
         own = probe.getsockname()[0]
+        if own.startswith("127.") and not address.startswith(("127.", "localhost")):
+            return _interface(ELSEWHERE, port)  # machine 0 asks for its own name
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # it has no address
                 asked = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))

@@ -33,14 +33,15 @@ class Diverged(Stopped):
 class StopRequest:
     """While entered: a signal only sets a flag, read at the next step boundary; a second signal ends at once.
 
-    Under torchrun a second one within 30 s is the same request: a scheduler signals every process of a job, and
-    torchrun passes on what it gets.
+    A second one that comes soon after is the same request. A terminal that is lost sends SIGHUP twice, and a machine
+    that shuts down SIGTERM and SIGHUP: within 2 s, though a second SIGINT is a person's. Under torchrun within 30 s: a
+    scheduler signals every process of a job, and torchrun passes on what it gets.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._since = 0.0
-        self._grace = 30.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        self._launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> "StopRequest":
         heard = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup has it so
@@ -56,9 +57,10 @@ class StopRequest:
         return self.signal is not None
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
+        grace = 30.0 if self._launched else 0.0 if number == signal.SIGINT else 2.0
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since >= self._grace:
+        elif time.monotonic() - self._since >= grace:
             os._exit(128 + number)  # no handler and no cleaning up in between; a save is atomic at any instant
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -150,6 +151,20 @@ def test_what_the_environment_asks_for(environment: dict[str, str], expected: to
 def test_the_interface_that_leads_to_an_address() -> None:
     assert torchrun._interface("127.0.0.1", 29500) == "lo"
     assert torchrun._interface("no.such.host.invalid", 29500) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_the_interface_of_machine_0_is_not_that_of_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Debian's /etc/hosts its name is 127.0.1.1, which the other machines cannot reach."""
+
+    class Socket(socket.socket):
+        def connect(self, address: Any) -> None:
+            super().connect(("127.0.1.1", *address[1:]) if address[0] == "host0" else address)
+
+    monkeypatch.setattr(torchrun.socket, "socket", Socket)
+    found = torchrun._interface("host0", 29500)
+    assert found == torchrun._interface(torchrun.ELSEWHERE, 29500)  # None without a default route
+    assert found != "lo"
 
 
 @pytest.mark.parametrize(

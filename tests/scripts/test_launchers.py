@@ -124,6 +124,25 @@ def test_the_batch_job_is_sound(job: Path) -> None:
     assert found.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("code", "asked"),
+    [(0, ""), (2, ""), (138, "scontrol requeue 7\n"), (143, "sleep 3600\n")],
+    ids=["done", "failed", "before its time is over", "preempted"],
+)
+def test_what_the_batch_job_asks_of_slurm(code: int, asked: str, job: Path, tmp_path: Path) -> None:
+    """Preempted, it waits for Slurm, which does not queue again what has ended by itself."""
+    for name in ("srun", "scontrol", "sleep"):
+        said = f'[ {name} = scontrol ] && [ "$1" = show ] || echo {name} "$@" >> {tmp_path}/asked\n'
+        (tmp_path / name).write_text(f"#!/bin/sh\n{f'exit {code}' if name == 'srun' else said}")
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    settings |= {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "host0"}
+    found = bash(str(job), cwd=ROOT, **settings)
+    assert found.returncode == code, found.stderr
+    file = tmp_path / "asked"
+    assert (file.read_text() if file.exists() else "") == asked
+
+
 SRUN = """#!{python}
 # As Slurm's: the command on two machines; in the first start SIGUSR1 to their processes when they have saved.
 import os, pathlib, signal, subprocess, sys, time
