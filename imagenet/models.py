@@ -62,16 +62,17 @@ def find(name: str, weights: str | None = None) -> Network:
 
     Raises UserError, with near names, for an unknown one.
     """
+    arch, names = name.lower(), torchvision.models.list_models(module=torchvision.models)
+    if weights and arch not in names and is_known(name):
+        raise UserError(f"--weights {weights} is a name of torchvision's weights, which there are none of for {name}")
     if name.startswith("timm:"):
         return _timm(name)
-    arch = name.lower()
     if match := re.fullmatch(r"efficientnet-b([0-8])", arch):
         return _efficientnet(arch, int(match[1]))
     if match := re.fullmatch(r"efficientnet-lite([0-2])", arch):
         return _lite(arch, int(match[1]))
     if arch in WSL:
         return _wsl(arch)
-    names = torchvision.models.list_models(module=torchvision.models)
     if arch in names:
         return _torchvision(arch, weights)
     families = [f"efficientnet-b{k}" for k in range(9)] + [f"efficientnet-lite{k}" for k in range(3)]

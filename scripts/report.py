@@ -78,7 +78,7 @@ def measure(found: Sequence["Trained"], options: ReportFlags) -> "Report":
     from distill.report.networks import Reported, Student, as_student, find_teacher
     from distill.report.page import Report
 
-    names, data = unique_names(found), next(filter(None, (trained.started_with("data") for trained in found)), None)
+    names, data = unique_names(found), data_beside(found)
     taught = [k for k, trained in enumerate(found) if trained.recipe.get("teacher_arch")]
     shown, networks = (taught or [0])[0], list[Reported]()
     first, pictures, sources = None, tuple[str, ...](), list[tuple[Dataset, str | None]]()
@@ -99,7 +99,7 @@ def measure(found: Sequence["Trained"], options: ReportFlags) -> "Report":
     for k in taught:
         others = [other for other in networks if other is not networks[k]] + further
         teacher = find_teacher(found[k], others) or recorded_teacher(found[k], *sources[k], first, options, notes)
-        if teacher and teacher.digest not in {other.digest for other in others}:
+        if teacher and not any(teacher is other for other in others):
             teacher = replace(teacher, name=teacher.name or f"teacher of {names[k]}")
             further.append(teacher)
         students.append(as_student(networks[k], teacher, networks))
@@ -113,6 +113,16 @@ def measure(found: Sequence["Trained"], options: ReportFlags) -> "Report":
         pictures=pictures,
         notes=tuple(notes),
     )
+
+
+def data_beside(found: Sequence["Trained"]) -> str | None:
+    """Returns the images of the first of the networks that is in a run, for those in none; None where none is."""
+    runs = [trained for trained in found if "data" in trained.last_start]
+    if not runs:
+        return None
+    from cifar10.data import DEFAULT  # loads torch
+
+    return runs[0].started_with("data") or str(DEFAULT)
 
 
 def flags_for(trained: "Trained", options: ReportFlags, data: str | None, place: int, count: int) -> ReportFlags:
@@ -148,7 +158,7 @@ def examine(opened: Opened, name: str) -> "Reported":
     parameters = count_parameters(classifier.network)
     precision = str(classifier.precision).removeprefix("torch.")
     weights = checkpoint.digest(classifier.network.state_dict())
-    return Reported(name, opened.arch, predictions, weights, parameters, precision, trained, notes)
+    return Reported(name, opened.arch, predictions, weights, parameters, precision, trained, classifier.spec, notes)
 
 
 def recorded_teacher(

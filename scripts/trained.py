@@ -65,6 +65,7 @@ class NetworkFlags(InputFlags):
     weights: str | None = option(
         None, "raw or ema, where a file holds weights and their average", group="network", choices=("raw", "ema")
     )
+    skip_bad_images: bool = option(False, "leave out broken image files, up to 0.1 %% or one", group="how")
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,12 @@ def open_trained(
     if not images and not classes and not flags.data:
         raise UserError(f"--classes or --data is needed: {named} does not name what its outputs stand for")
     # files are read as its own run read them
-    decoder, skips = trained.recipe.get("decoder"), trained.last_start.get("skip_bad_images", False)
+    decoder = trained.recipe.get("decoder")
+    skips = flags.skip_bad_images or trained.last_start.get("skip_bad_images", False)
     recipe, options = settings(dataset, flags, arch, data=data, decoder=decoder, skip_bad_images=skips)
     given = None if images or not classes else Named(classes)
+    if given and flags.data:
+        print(f"note: the images of --data are not looked at: the classes of {named} are known")
     with dataset.open(recipe, options, given) as task:
         network = task.find_trained(arch, trained.weights)
         classifier = task.build_classifier(network, trained.weights, choose_precision(precision, task.device))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -30,6 +31,12 @@ def quantise(float32: Path, path: Path, batches: Iterator[NDArray[np.float32]]) 
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )
+    model = onnx.load(path)
+    used = {node.domain for node in model.graph.node}
+    told = [operators for operators in model.opset_import if operators.domain in used]
+    del model.opset_import[:]  # onnxruntime names those of all its own operators, which older ones refuse
+    model.opset_import.extend(told)
+    onnx.save(model, path)
 
 
 def calibration_images(classifier: Classifier, data: TestData) -> Iterator[NDArray[np.float32]]:

@@ -6,6 +6,8 @@ from itertools import permutations
 
 from distill.inference.predictions import Predictions
 from distill.inference.trained import Trained
+from distill.models.classifier import InputSpec
+from distill.options import channels
 from distill.teacher.ensemble import joint_digest, mean_logits
 
 
@@ -14,7 +16,7 @@ class Reported:
     """A network with what it says to the test images.
 
     digest: of its weights. precision: of the forward passes, such as `float32`. trained: None for a teacher that was
-    not named itself. notes: what a reader should know before the figures are used.
+    not named itself. spec: what it saw. notes: what a reader should know before the figures are used.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Reported:
     parameters: int
     precision: str = "float32"
     trained: Trained | None = None
+    spec: InputSpec | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,9 +76,11 @@ def teacher_digest(trained: Trained) -> str | None:
 def find_teacher(trained: Trained, others: Sequence[Reported]) -> Reported | None:
     """Returns the one of `others` that taught, of several teachers their mean; None if it is not among them.
 
-    It is known by the digest of its weights; where the run does not tell that, by its architecture.
+    It is known by the digest of its weights; where the run does not tell that, by its architecture. One that sees the
+    images otherwise than it did as it taught is another one.
     """
     archs, wanted = archs_of(trained), teacher_digest(trained)
+    others = [other for other in others if _sees_as_taught(trained, other)]
     if wanted and (known := next((other for other in others if other.digest == wanted), None)):
         return known  # also a mean that was found for another student
     for members in permutations(others, len(archs)) if archs else ():
@@ -83,6 +88,16 @@ def find_teacher(trained: Trained, others: Sequence[Reported]) -> Reported | Non
         if tuple(member.arch for member in members) == archs and wanted in (None, digest):
             return members[0] if len(members) == 1 else _mean(trained, members, digest)
     return None
+
+
+def _sees_as_taught(trained: Trained, other: Reported) -> bool:
+    """Returns whether `other` sees images as --teacher-mean, --teacher-std and --teacher-image-size had it."""
+    if not other.spec:
+        return True
+    recipe, spec = trained.recipe, other.spec
+    look = [channels(recipe[name]) for name in ("teacher_mean", "teacher_std") if recipe.get(name)]
+    size = recipe.get("teacher_image_size") if spec.resized else None  # CIFAR's networks beside others have one size
+    return look in ([], [spec.mean, spec.std]) and size in (None, spec.size)
 
 
 def _mean(trained: Trained, members: Sequence[Reported], digest: str) -> Reported:

@@ -171,6 +171,8 @@ def test_int8_is_calibrated_on_training_images_and_refused_for_its_accuracy(
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert f"{float(told['accuracy_int8']):.2f}" == found[2]
     assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
+    assert [(operators.domain, operators.version) for operators in model.opset_import] == [("", onnx_file.OPSET)]
+    assert model.ir_version == onnx_file.IR_VERSION
     file.unlink()
     monkeypatch.setattr(check, "accuracy", lambda *_: next(accuracies))
     accuracies = iter((91.25, 90.0))

@@ -407,6 +407,9 @@ def test_names_and_settings() -> None:
         models.find("resnet52")
     with pytest.raises(UserError, match="torchvision's weights of resnet50 are IMAGENET1K_V1, IMAGENET1K_V2, not V3"):
         models.find("resnet50", "V3")
+    for name in ("efficientnet-b0", "resnext101_32x8d_wsl"):
+        with pytest.raises(UserError, match=f"--weights V2 is a name of torchvision's weights, .* none of for {name}"):
+            models.find(name, "V2")
     assert models.find("resnet50", "imagenet1k_v2").spec.resized == 232
     with pytest.raises(UserError, match="--weights IMAGENET1K_V1 is which of the published weights to start from"):
         models.build_student(replace(STANDARD, arch="resnet18", weights="IMAGENET1K_V1"), FIVE, Options(), CPU)

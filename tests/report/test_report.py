@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cifar10 import train_ce, train_kd
+from cifar10.data import DEFAULT
 from cifar10.recipes import RECIPES
 from distill.config.output import format_duration
 from distill.config.recipe import Options, Recipe
@@ -26,6 +27,7 @@ from distill.inference.predictions import Predictions
 from distill.inference.trained import Trained
 from distill.losses.kd_loss import KD
 from distill.losses.overhaul import NoLogits, Overhaul
+from distill.models.classifier import InputSpec
 from distill.models.weights import Weights
 from distill.report import facts, figures, measures
 from distill.report.networks import Reported, Student, as_student, find_teacher
@@ -194,6 +196,28 @@ def test_a_teacher_is_known_by_its_weights() -> None:
     assert find_teacher(file, [other]) is other  # it does not tell, and this one is of the architecture
     taught = as_student(network("kd", trained=file), other, [])
     assert taught.notes == ("kd does not tell which weights taught it: other is taken, of its architecture",)
+
+
+def test_a_teacher_that_sees_images_otherwise_than_it_taught_is_another() -> None:
+    """Its accuracy, and what it agrees on, would be those of another network."""
+    recipe = replace(TAUGHT, teacher_mean="0.5", teacher_std="0.5,0.4,0.3")
+    spec = InputSpec(32, (0.5, 0.5, 0.5), (0.5, 0.4, 0.3))
+    seen, otherwise = (network("teacher", spec=one) for one in (spec, replace(spec, mean=(0.4, 0.4, 0.4))))
+    assert find_teacher(run_of(recipe, digest=seen.digest), [otherwise, seen]) is seen
+    assert find_teacher(run_of(recipe, digest=seen.digest), [otherwise]) is None
+    assert find_teacher(run_of(TAUGHT, digest=seen.digest), [otherwise]) is otherwise  # as it tells itself
+    enlarged = network("teacher", spec=replace(spec, size=96, resized=96))
+    for size, found in ((None, enlarged), (96, enlarged), (128, None)):
+        taught = replace(TAUGHT, teacher_image_size=size)
+        assert find_teacher(run_of(taught, digest=seen.digest), [enlarged]) is found
+
+
+def test_the_images_of_a_file_are_those_of_a_run_beside_it() -> None:
+    file = Trained(Path("x.pt"), Weights("x.pt", {}))
+    usual, own = (replace(run_of(Recipe()), config={"starts": [{"cwd": "/a", "data": data}]}) for data in (None, "b"))
+    assert report.data_beside([file]) is None
+    assert report.data_beside([file, usual, own]) == str(DEFAULT)
+    assert report.data_beside([file, own]) == "/a/b"
 
 
 def test_several_teachers_are_their_mean() -> None:

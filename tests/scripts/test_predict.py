@@ -120,8 +120,11 @@ def test_a_foreign_file_needs_its_classes(folder: Path, tmp_path: Path, capsys: 
     with pytest.raises(UserError, match="--classes must be different names"):
         predict.main([file, images, "--arch", "densenet_cifar", "--classes", "a,a"])
     (tmp_path / "names.txt").write_text("one\ntwo\nthree\nfour\n")
-    predict.main([file, images, "--arch", "densenet_cifar", "--classes", str(tmp_path / "names.txt"), "--top", "1"])
-    by_classes = re.findall(r"png  (\w+)", capsys.readouterr().out)
+    named = ["--arch", "densenet_cifar", "--classes", str(tmp_path / "names.txt"), "--top", "1"]
+    predict.main([file, images, *named, "--data", "nowhere"])
+    said = capsys.readouterr().out
+    assert f"note: the images of --data are not looked at: the classes of {file} are known\n" in said
+    by_classes = re.findall(r"png  (\w+)", said)
     predict.main([file, images, "--arch", "densenet_cifar", "--data", str(folder), "--top", "1"])
     by_data = re.findall(r"png  (\w+)", capsys.readouterr().out)
     names = dict(zip(("one", "two", "three", "four"), load_data(str(folder)).classes, strict=True))
