@@ -176,7 +176,7 @@ class Workers:
         return ProcessPoolExecutor(self.count, context, initializer=_begin)
 
     def _submit(self, policy: PhotoViews, job: Job, path: str, shape: tuple[int, ...]) -> "list[Future[None]]":
-        size = min(PART, -(-len(job.files) // self.count))
+        size = min(PART, -(-max(len(job.files), AHEAD[1]) // self.count))  # of all that is in the making
         status = os.stat(path)
         memory, futures = (path, status.st_dev, status.st_ino), []
         for start in range(0, len(job.files), size):

@@ -294,9 +294,10 @@ class Trainer:
             finite &= torch.isfinite(norm)
         self.first_bad_step.masked_fill_((self.first_bad_step < 0) & ~finite, position)
         reduce(self.first_bad_step, "max")  # one process is enough to stop all of them
-        if not self.optimizer.defaults.get("fused"):
+        if self.device.type == "cpu" and not self.optimizer.defaults.get("fused"):
             self._check_finite()
-        # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself.
+        # torch's fused optimisers leave out an update where this flag is set, and read it on the device itself. After
+        # one by another that was not left out the run ends at the next look, and its last checkpoint is a good one.
         self.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.model.average:

@@ -102,10 +102,13 @@ def wrap_parallel(network: nn.Module, device: torch.device, recipe: Recipe, devi
         for parameter in idle:
             parameter.requires_grad_(False)
         try:
-            return DistributedDataParallel(step, here, find_unused_parameters=True)
+            wrapped = DistributedDataParallel(step, here, find_unused_parameters=True, gradient_as_bucket_view=True)
         finally:
             for parameter in idle:
                 parameter.requires_grad_()
+        # nobody reads running statistics while it trains; evaluation and saving take those of rank 0
+        wrapped.broadcast_buffers = False
+        return wrapped
     return step if recipe.compile else wrap_inference(network, device, device_name)
 
 
