@@ -25,6 +25,7 @@ from distill.data.order import EpochPlan, ViewOrder, smaller_batch, split_valida
 from distill.data.views import check_cutout
 from distill.errors import UserError
 from distill.files import checkpoint
+from distill.models.class_order import shortened
 from distill.parallel.processes import first_here, rank_and_world_size
 from distill.run.directory import ROOT
 
@@ -152,7 +153,10 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-            raise UserError(f"{source}: {split}_images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+            grey = " or, in an .npz file, (N, H, W)" if images.ndim == 3 else ""
+            scaled = "; floats from 0 to 1: (255 * images).round().astype('uint8')" * (images.dtype.kind == "f")
+            got = f"got {images.dtype} {images.shape}{scaled}"
+            raise UserError(f"{source}: {split}_images must be uint8 (N, H, W, 3){grey}, {got}")
         lowest = UNLABELLED if split == "train" and set(labels.ravel().tolist()) == {UNLABELLED} else 0
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < lowest:
             raise UserError(
@@ -181,6 +185,8 @@ def _from_arrays(name: str, arrays: Arrays, source: str) -> ImageData:
         )
     if lowest > 0:
         print(f"note: {source}: class {classes[0]} has no images; {from_one}")
+    elif trained != {UNLABELLED} and (empty := [name for k, name in enumerate(classes) if k not in trained]):
+        print(f"note: {source}: {len(empty)} of {len(classes)} classes have no training images: {shortened(empty)}")
     return ImageData(name, classes, **tensors)
 
 

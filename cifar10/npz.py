@@ -47,9 +47,11 @@ def _array(archive: NpzFile, key: str, path: Path) -> NDArray[Any]:
     values: NDArray[Any] = archive[key]
     if key.endswith("labels"):
         return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    if values.dtype != np.uint8 or not values.size:
+        return values
     if values.ndim == 3:
         values = values[..., None]
-    if values.ndim == 4 and values.shape[3] == 1 and values.size:
+    if values.ndim == 4 and values.shape[3] == 1:
         return np.repeat(values, 3, axis=3)
     return values
 

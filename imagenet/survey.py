@@ -45,7 +45,7 @@ def survey(training: Photos, tests: Mapping[str, Photos], workers: Workers) -> N
 
 
 def look(files: list[str], what: str, workers: Workers) -> Findings:
-    """What is to be said of files; remembered as long as none of them changes."""
+    """What is to be said of files; remembered as long as none of them changes, wherever they are called from."""
     sections = [files[begin : begin + SECTION] for begin in range(0, len(files), SECTION)]
     caches = [CHECKPOINTS / "cache" / f"survey-{_stamp(section)}.pt" for section in sections]
     found = {cache: _remembered(cache, workers) for cache in caches}
@@ -59,11 +59,15 @@ def look(files: list[str], what: str, workers: Workers) -> Findings:
                 for part in workers.examine(section, "torchvision"):
                     findings += part
                     bar.update()
-                known = {"broken": findings.broken, "turned": findings.turned, "dim": findings.dim}
-                checkpoint.save_cache(cache, known)
-                found[cache] = findings
+                broken = {os.path.abspath(file): cause for file, cause in findings.broken.items()}
+                dim = [os.path.abspath(file) for file in findings.dim]
+                found[cache] = Findings(broken, findings.turned, dim)
+                checkpoint.save_cache(cache, {"broken": broken, "turned": findings.turned, "dim": dim})
         print(f"{count} {what} decoded once, in {time.perf_counter() - start:.1f} s")
-    return sum(filter(None, found.values()), Findings())
+    total = sum(filter(None, found.values()), Findings())
+    named = {os.path.abspath(file): file for file in files} if total.broken or total.dim else {}
+    broken = {named[file]: cause for file, cause in total.broken.items()}
+    return Findings(broken, total.turned, [named[file] for file in total.dim])
 
 
 def _remembered(cache: Path, workers: Workers) -> Findings | None:
@@ -95,7 +99,7 @@ def without_broken(listed: dict[str, Labelled], workers: Workers) -> dict[str, L
 
 def _stamp(files: list[str]) -> str:
     """Digest of where files lie, of their sizes and times."""
-    parts: list[object] = []
+    parts: list[object] = [2]  # of what is remembered
     for file in files:
         try:
             status = os.stat(file)

@@ -84,6 +84,8 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
 
     def build(self, options: ImageNetOptions) -> tuple[Classifier, str | None]:
         """Returns the student as it is before training, and the digest of the weights it was given, if any."""
+        if options.init == "published":
+            raise UserError("--init published is of small images: of photos --pretrained takes the published weights")
         return models.build_student(self.recipe, self.data.classes, options, self.device)
 
     def find(self, arch: str) -> Network:
@@ -140,6 +142,8 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         file, which = options.teacher_checkpoint, raw_or_ema(recipe.teacher_weights)
         if not file or file == RANDOM:
             return None
+        if file == "published":
+            raise UserError("--teacher-checkpoint published is of small images: photos have their published without it")
         if (file, which) not in self._files:
             self._files[file, which] = on_main(files.load)(Path(file), which, "--teacher-weights")
         return self._files[file, which]

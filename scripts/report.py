@@ -182,6 +182,7 @@ def load_teacher(
     """Returns the teacher of a run: see recorded_teacher. It is not trained. Raises UserError."""
     from distill.inference.predictions import Predictions
     from distill.report.networks import Reported, teacher_digest
+    from distill.run.directory import CHECKPOINTS
     from distill.teacher.ensemble import joint_digest, one_by_one
 
     wanted = teacher_digest(trained)
@@ -202,7 +203,8 @@ def load_teacher(
         ]
         built = [task.build_teacher(*network, precision) for network, precision in networks]
         if joint_digest([teacher.digest for teacher in built]) != wanted:
-            raise UserError("the weights that taught it are not where they were: name them as well")
+            lost = f"the weights that taught it are not where they were, or not below {CHECKPOINTS}"
+            raise UserError(f"{lost}: name them as well")
         teachers = task.load_teachers(None)
     logits = teachers.report.logits
     predictions = Predictions(logits, task.test_data(built[0].network.spec).labels.cpu(), logits.argmax(1))

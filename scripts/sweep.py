@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.config import cli  # noqa: E402
-from distill.errors import UserError  # noqa: E402
+from distill.errors import OtherRunError, UserError  # noqa: E402
 from distill.losses.kd_loss import KD  # noqa: E402
 from distill.options import flag, option  # noqa: E402
 from distill.training.stop import Diverged  # noqa: E402
@@ -32,7 +33,7 @@ class Sweep:
     w_list: str = option("0.5,0.8,0.9", "weights of the KD term, with commas", group="sweep")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     dataset, argv = take_dataset(argv)
     lists = {"--T": "--T-list", "--tau": "--T-list", "--w": "--w-list"}
     if given := [name for name in lists if name in {token.split("=")[0] for token in argv}]:
@@ -57,15 +58,15 @@ def main(argv: Sequence[str]) -> None:
     # all of them are checked before the first one trains
     recipes = [replace(recipe, method=replace(method, T=T, w=w)) for T, w in pairs]
     train = dataset.module("train_kd").train
-    start, rows = time.perf_counter(), []
+    start, rows = time.perf_counter(), list[tuple[float, float, Any]]()
     for (T, w), each in zip(pairs, recipes, strict=True):
         print(f"== T {T:g}, w {w:g}")
         try:
             output = str(Path(options.output) / each.run_name) if options.output else None
             rows.append((T, w, train(each, replace(options, output=output))))
-        except Diverged as error:
+        except (Diverged, OtherRunError) as error:
             print(error)
-            rows.append((T, w, None))
+            rows.append((T, w, "diverged" if isinstance(error, Diverged) else "another run"))
     measured = {"test accuracy": "test_accuracy"}
     if recipe.val_split:
         measured = {"held-out accuracy, best epoch": "val_accuracy", "test accuracy, best epoch": "test_accuracy"}
@@ -73,8 +74,8 @@ def main(argv: Sequence[str]) -> None:
     print("\n| " + " | ".join((*columns, "agreement with the teacher, last epoch", "seconds")) + " |")
     print("|---" * (len(columns) + 2) + "|")
     for T, w, summary in rows:
-        if not summary:
-            print(f"| {T:g} | {w:g} | {' | '.join(['diverged'] * len(measured))} | - | - |")
+        if not isinstance(summary, dict):
+            print(f"| {T:g} | {w:g} | {' | '.join([summary] * len(measured))} | - | - |")
             continue
         accuracies = summary["best_epoch"] if recipe.val_split else summary
         cells = [f"{T:g}", f"{w:g}", *(f"{accuracies[key]:.2f} %" for key in measured.values())]
@@ -86,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
             "are for the choice made"
         )
     print(f"\n{len(rows)} runs, {time.perf_counter() - start:.0f} s in this call")
+    return int(any(summary == "another run" for _, _, summary in rows))
 
 
 def numbers(text: str, flag: str) -> list[float]:

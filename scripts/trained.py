@@ -120,6 +120,8 @@ def open_trained(
     data, classes = flags.data or trained.started_with("data"), names or trained.weights.classes
     if images and not data and "data" not in trained.last_start:
         raise UserError(f"--data is needed: {named} does not say where its images are")
+    if images and data and not flags.data and data != "sample" and not os.path.exists(data):
+        raise UserError(f"the images of {named} were in {data}, which is gone: --data DIR says where they are")
     if not images and not classes and not flags.data:
         raise UserError(f"--classes or --data is needed: {named} does not name what its outputs stand for")
     # files are read as its own run read them

@@ -30,6 +30,16 @@ DISTILLATION_FIELDS = (
     *("top_k", "store", "store_limit"),
     *(*METHOD_FLAGS, *FEATURE_FLAGS, *CHOICES, "show_features"),
 )
+MEANT = {  # what other libraries call a flag
+    **dict.fromkeys(("--gpu", "--gpus", "--cuda"), "--device"),
+    **dict.fromkeys(("--amp", "--fp16", "--bf16"), "--precision"),
+    **dict.fromkeys(("--model", "--student"), "--arch"),
+    **dict.fromkeys(("--root", "--data-dir", "--data-path"), "--data"),
+    **dict.fromkeys(("--output-dir", "--save-dir"), "--output"),
+    "--learning-rate": "--lr",
+    "--num-workers": "--workers",
+    "--temperature": "--T",
+}
 
 
 Settings = TypeVar("Settings", bound=Any)
@@ -59,7 +69,8 @@ class Parser(argparse.ArgumentParser):
             if name in (*map(flag, DISTILLATION_FIELDS), *ALIASES):
                 raise UserError(f"unknown argument {name} without a teacher: it is for trainKD.sh, and train.sh --kd")
             longer = [other for other in names if other.startswith(f"{name}-")]
-            near = longer[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+            meant = [MEANT[name]] if MEANT.get(name) in names else []
+            near = meant or longer[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
             hint = f"; near it: {', '.join(near)}" if near else "; --help lists the flags"
             raise UserError(f"unknown argument {unknown[0]}{hint}")
         return namespace

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,10 @@ def give(
         print(weights.note)
     network = classifier.network
     state = fitted(weights.state, network, weights.source)
-    whole, new = with_own_head(network, state, weights.source) if new_head else (state, False)
+    whole, new = state, False
+    if new_head:
+        last = partial(last_layer, network, build, len(classes.names))
+        whole, new = with_own_head(network, state, last, weights.source)
     try:
         order = None if new else classes.order_of(weights.classes, weights.source)
     except OtherClasses:
@@ -199,11 +203,17 @@ def fitted(state: Mapping[str, Tensor], network: nn.Module, source: str) -> dict
     return kept
 
 
-def with_own_head(network: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], bool]:
-    """`state` with the network's own last layer where that has another number of classes, and whether it has."""
+def with_own_head(
+    network: nn.Module, state: Mapping[str, Tensor], last: Callable[[], list[str]], source: str
+) -> tuple[dict[str, Tensor], bool]:
+    """`state` with the network's own last layer where that has another number of classes, and whether it has.
+
+    last: the keys of that layer.
+    """
     own = network.state_dict()
     shared = [key for key in state if key in own and state[key].shape != own[key].shape]
     heads = [key for key in shared if state[key].dim() and state[key].shape[1:] == own[key].shape[1:]]
+    heads = [key for key in last() if key in heads] if heads else []
     if heads:
         classes = sorted({len(state[key]) for key in heads})
         new = f"{', '.join(heads)} are new"

@@ -141,7 +141,10 @@ def test_nothing_in_a_npz_is_run(tmp_path: Path) -> None:
             {"train_images": np.zeros((6, 3, 32, 32), np.uint8)},
             r"must be uint8 \(N, H, W, 3\), got uint8 \(6, 3, 32, 32\)",
         ),
-        ({"train_images": np.zeros((6, 32, 32, 3), np.float32)}, "got float32"),
+        (
+            {"train_images": np.zeros((6, 28, 28), np.float32)},
+            r"\(N, H, W, 3\) or, in an .npz file, \(N, H, W\), got float32 \(6, 28, 28\); floats from 0 to 1: \(255",
+        ),
         ({"train_images": np.zeros((0, 32, 32, 3), np.uint8), "train_labels": np.zeros(0, int)}, "got uint8"),
         ({"train_labels": np.zeros(5, int)}, r"one for each of the 6 images, got int64 \(5,\)"),
         ({"train_labels": np.zeros(6)}, "must be integers"),

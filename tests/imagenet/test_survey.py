@@ -95,6 +95,17 @@ def test_what_was_broken_is_looked_at_again(own: Path, monkeypatch: pytest.Monke
     assert not survey.look(files, "photos", Workers(0)).broken
 
 
+def test_what_is_remembered_is_told_by_the_names_that_are_asked(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is called with a relative path, and evaluated by the absolute one that it recorded."""
+    broken(own / "val" / "n1" / "25.JPEG")
+    counts = []
+    for place, source in ((own.parent, own.name), (own.parent, str(own)), (own, "."), (Path("/"), str(own))):
+        monkeypatch.chdir(place)
+        counts.append(len(load_data(source, Workers(0), skip_bad_images=True).val_files))
+    assert counts == [counts[0]] * 4
+    assert counts[0] == len(list((own / "val").rglob("*.JPEG"))) - 1
+
+
 def test_a_survey_that_is_cut_goes_on(
     own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,6 +129,13 @@ def test_init_is_put_in_order_and_saved_in_it(some: Any, tmp_path: Path) -> None
     torch.testing.assert_close(after, before[order].float(), rtol=0, atol=1e-5)
 
 
+def test_init_of_another_network_is_not_one_of_other_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(data="sample", init=str(task.PUBLISHED / "airbench94-ce.pt"), steps=1)
+    with pytest.raises(UserError, match=r"airbench94-ce.pt does not fit the architecture: it lacks .*conv3"):
+        train_ce.train(replace(CE, arch="airbench96"), options)
+    assert "are new" not in capsys.readouterr().out
+
+
 def test_init_with_as_many_other_classes_has_a_new_last_layer(
     some: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +278,11 @@ def test_labels_from_one_are_named(some: Any, tmp_path: Path, capsys: pytest.Cap
     np.savez(tmp_path / "one.npz", **arrays)
     assert len(load_data(str(tmp_path / "one.npz")).classes) == 11
     assert "class 0 has no images; labels run from 1 to 10, none is 0: if 1 is the first" in capsys.readouterr().out
+    stray = arrays["train_labels"] - 1
+    stray[0] = 12
+    np.savez(tmp_path / "one.npz", **{**arrays, "train_labels": stray, "test_labels": arrays["test_labels"] - 1})
+    assert len(load_data(str(tmp_path / "one.npz")).classes) == 13
+    assert "2 of 13 classes have no training images: 10, 11" in capsys.readouterr().out
     np.savez(tmp_path / "one.npz", **arrays, classes=np.array(CLASSES))
     with pytest.raises(UserError, match=r"10 classes, labels up to 10; .* if 1 is the first class, subtract 1"):
         load_data(str(tmp_path / "one.npz"))

@@ -238,6 +238,11 @@ def test_a_run_of_before_does_not_know_its_images(run: Path, tmp_path: Path) -> 
     (old / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="--data is needed"), open_network(str(old), NetworkFlags(), images=True):
         pass
+    config["starts"][-1]["data"] = str(tmp_path / "moved")
+    (old / "config.json").write_text(json.dumps(config))
+    gone = pytest.raises(UserError, match=r"old were in .*moved, which is gone: --data DIR says where they are")
+    with gone, open_network(str(old), NetworkFlags(), images=True):
+        pass
 
 
 @pytest.mark.slow

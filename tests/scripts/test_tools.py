@@ -147,6 +147,11 @@ def test_sweep(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "to choose among them, hold out training images" in said
     sweep.main([*flags, *more])
     assert capsys.readouterr().out.count("finished before") == 2
+    assert sweep.main([*flags, *more, "--T-list", "1,3", "--lr", "0.01", "--epochs", "2"]) == 1
+    said = capsys.readouterr().out
+    assert "T1-w0.5-seed0 holds another run: " in said
+    assert "| 1 | 0.5 | another run | - | - |" in said
+    assert re.search(r"^\| 3 \| 0.5 \| [\d.]+ %", said, flags=re.MULTILINE)
     sweep.main([*flags, *more, "--T-list", "5,6", "--lr", "1e30"])
     assert capsys.readouterr().out.count("| 0.5 | diverged | - | - |") == 2
     sweep.main([*flags, *more, "--T-list", "2", "--val-split", "8"])
