@@ -21,7 +21,7 @@ from distill.errors import BrokenImage, UserError
 from distill.files import checkpoint
 from distill.models.classifier import InputSpec
 from distill.parallel.devices import images_at_once
-from distill.parallel.processes import first_here, rank_and_world_size
+from distill.parallel.processes import first_here, is_first_here, of_first_here, rank_and_world_size
 from distill.run.directory import RunDirectory
 from imagenet.augment import PhotoViews
 from imagenet.loader import Job, Workers
@@ -74,7 +74,8 @@ def load_data(source: str | None, workers: Workers, *, skip_bad_images: bool = F
             raise UserError(f"{path} has one class, {classes[0]!r}: it takes two")
         if skip_bad_images:
             listed = without_broken(listed, workers)
-        digest = _digest(path, classes, listed)
+        digest = _digest(path, classes, listed) if is_first_here() else ""  # it asks the disk for each file
+    digest = of_first_here(digest)
     columns = [column for split in (TRAIN, VAL) for column in zip(*listed[split], strict=True)]
     files, labels = columns[::2], [torch.tensor(column) for column in columns[1::2]]
     return Photos(path.resolve().name, tuple(classes), files[0], labels[0], files[1], labels[1], digest, path)

@@ -101,6 +101,16 @@ def patient_group() -> dist.ProcessGroup:
     return dist.new_group(timeout=timedelta(days=1), backend="gloo")  # type: ignore[return-value]
 
 
+def is_first_here() -> bool:
+    """Whether this process is the first of its machine, or alone."""
+    return world_size() == 1 or not local_rank()
+
+
+def of_first_here(value: Result) -> Result:
+    """Returns the `value` of the first process of this machine."""
+    return value if world_size() == 1 else gather(value)[rank() - local_rank()]
+
+
 @contextmanager
 def first_here() -> Iterator[None]:
     """The first process of each machine enters alone, the others when it is done and has filled the caches.
