@@ -63,6 +63,8 @@ def load(path: Path, which: str | None = None, flag: str = "--weights") -> Weigh
     """
     if (path / checkpoint.LAST).is_file():
         path = path / checkpoint.LAST
+    elif path.is_dir():
+        raise CheckpointError(f"{path} is a directory without {checkpoint.LAST}: name a run's directory, or a file")
     content = read(path)
     if isinstance(content, dict) and "digest" in content:
         content = checkpoint.load(path)

@@ -345,7 +345,7 @@ MISTAKES = [  # command, arguments, what the line must name
     ("ce", "--alternate-flip --views 5", "--alternate-flip takes views in pairs: --views must be even, got 5"),
     ("ce", "--data sample --init nowhere.pt", "cannot read nowhere.pt: No such file"),
     ("ce", "--data sample --init pyproject.toml", "pyproject.toml is damaged or no checkpoint"),
-    ("ce", "--data sample --init distill", "distill is not a file"),
+    ("ce", "--data sample --init distill", "distill is a directory without last.pt"),
     ("ce", "--data sample -e --output nowhere", "--evaluate: there is no nowhere/last.pt"),
     ("ce", "--data sample --output pyproject.toml", "cannot use pyproject.toml as a run's directory"),
     ("kd", "--data sample --teacher-checkpoint nowhere.pt", "cannot read nowhere.pt"),

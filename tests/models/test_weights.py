@@ -49,7 +49,7 @@ def test_a_runs_directory_stands_for_its_last_checkpoint(tmp_path: Path, weights
     loaded = load(tmp_path)
     assert loaded.source == str(tmp_path / "last.pt")
     assert loaded.state.keys() == weights.keys()
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match=r"is a directory without last\.pt: name a run"):
         load(tmp_path.parent)
 
 
