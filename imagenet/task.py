@@ -143,7 +143,9 @@ class PhotoTask(Task[ImageNetRecipe, ImageNetOptions]):
         if not file or file == RANDOM:
             return None
         if file == "published":
-            raise UserError("--teacher-checkpoint published is of small images: photos have their published without it")
+            raise UserError(
+                "--teacher-checkpoint published is of small images: without it teachers of photos have theirs"
+            )
         if (file, which) not in self._files:
             self._files[file, which] = on_main(files.load)(Path(file), which, "--teacher-weights")
         return self._files[file, which]

@@ -673,7 +673,10 @@ def test_stores_and_sweeps_of_photos(photos: Path, tmp_path: Path, capsys: pytes
     ("flags", "message"),
     [
         (["--teacher-arch", "resnet18"], "the published resnet18 knows 1000 classes, the data has 4"),
-        (["--teacher-arch", "resnet18", "--teacher-checkpoint", "published"], "published is of small images: photos"),
+        (
+            ["--teacher-arch", "resnet18", "--teacher-checkpoint", "published"],
+            "published is of small images: without it",
+        ),
         (["--init", "published"], "--init published is of small images: of photos --pretrained takes the published"),
         (["--teacher-arch", "resnet8"], "unknown architecture 'resnet8'"),
         (["--kd", "--recipe", "nothing"], "--recipe must be one of standard_kd, original_kd, finetune_kd, strong_kd"),
